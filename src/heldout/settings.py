@@ -1,0 +1,67 @@
+"""The server's configuration: the only reader of the environment. Scaling out is a change of URLs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: The bundled chat model: 135M parameters, instruct-tuned, Apache-2.0.
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+#: Names that existing scripts ask for, and what they get here unless the operator says otherwise.
+#: The fine-tuned model keeps the name that was asked for, so a script that parses it goes on working.
+HOSTED_NAMES = (
+    "gpt-3.5-turbo-0125",
+    "gpt-3.5-turbo-1106",
+    "gpt-3.5-turbo",
+    "gpt-4o-mini-2024-07-18",
+    "gpt-4o-mini",
+    "gpt-4o-2024-08-06",
+    "gpt-4.1-2025-04-14",
+    "gpt-4.1-mini-2025-04-14",
+    "gpt-4.1-nano-2025-04-14",
+)
+
+
+class Settings(BaseSettings):
+    """Every knob of the server, from `HELDOUT_…` variables; a URL left empty means the embedded default."""
+
+    model_config = SettingsConfigDict(env_prefix="HELDOUT_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "heldout")
+    database_url: str = ""  # sqlite:///<data_dir>/heldout.db
+    blobs_url: str = ""  # file:<data_dir>/blobs
+    executor_url: str = "local:"
+    engine_url: str = "local:"
+    organization: str = "heldout"  # the third field of ft: names, and organization_id on the wire
+    api_key: str = ""  # empty: no key is asked for
+    model_aliases: dict[str, str] = Field(default_factory=lambda: dict.fromkeys(HOSTED_NAMES, DEFAULT_MODEL))
+    max_file_bytes: int = 512 * 1024 * 1024
+    concurrent_jobs: int = Field(default=1, ge=1)
+    precision: str = Field(default="auto", pattern="^(auto|float32|bfloat16)$")
+
+    @property
+    def database(self) -> str:
+        """The database's URL."""
+        return self.database_url or f"sqlite:///{self.root / 'heldout.db'}"
+
+    @property
+    def blobs(self) -> str:
+        """The blob store's URL."""
+        return self.blobs_url or f"file:{self.root / 'blobs'}"
+
+    @property
+    def root(self) -> Path:
+        """The data directory, absolute: child processes run elsewhere."""
+        return self.data_dir.expanduser().absolute()
+
+    @property
+    def cache(self) -> Path:
+        """Where base models and adapters lie unpacked; safe to delete."""
+        return self.root / "cache"
+
+    def work(self, job_id: str) -> Path:
+        """A job's working directory: resumable checkpoints, its log, its report."""
+        return self.root / "jobs" / job_id

@@ -1,0 +1,251 @@
+"""The only link between processes: SQLAlchemy Core over SQLite (WAL) or Postgres.
+
+A change of status is one conditional update; losing the race is a normal answer, not an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, RowMapping, Table, create_engine, delete, event, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from heldout.errors import InvalidValue, NotFound
+from heldout.records import COMES_BEFORE, Checkpoint, Event, File, Job, JobStatus, Model
+from heldout.store import schema
+
+Record = TypeVar("Record", File, Job, Event, Checkpoint, Model)
+Order = Literal["asc", "desc"]
+
+_TABLES: dict[type, Table] = {
+    File: schema.files,
+    Job: schema.jobs,
+    Event: schema.events,
+    Checkpoint: schema.checkpoints,
+    Model: schema.models,
+}
+
+
+class Db:
+    """Every question the product asks its database, by name."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # Files
+
+    def add_file(self, file: File) -> None:
+        """Record an accepted file. Its blob must already be stored."""
+        self._add(file)
+
+    def get_file(self, file_id: str) -> File:
+        """Raises NotFound with OpenAI's wording."""
+        return self._get(File, file_id, f"No such File object: {file_id}", "id")
+
+    def list_files(
+        self, *, after: str | None, limit: int, order: Order = "desc", purpose: str | None = None
+    ) -> tuple[list[File], bool]:
+        """One page of files and whether there are more."""
+        conditions = [] if purpose is None else [schema.files.c.purpose == purpose]
+        return self._page(File, conditions, after=after, limit=limit, order=order)
+
+    def delete_file(self, file_id: str) -> None:
+        """Forget a file. Raises NotFound."""
+        self.get_file(file_id)
+        with self._engine.begin() as connection:
+            connection.execute(delete(schema.files).where(schema.files.c.id == file_id))
+
+    # Jobs
+
+    def add_job(self, job: Job, *events: Event) -> None:
+        """Record a job together with its first events."""
+        with self._engine.begin() as connection:
+            _insert(connection, job)
+            for one in events:
+                _insert(connection, one)
+
+    def get_job(self, job_id: str) -> Job:
+        """Raises NotFound with OpenAI's code."""
+        message = f"Could not find fine tune: {job_id}"
+        return self._get(Job, job_id, message, "fine_tune_id", "fine_tune_not_found")
+
+    def list_jobs(
+        self, *, after: str | None, limit: int, metadata: dict[str, str] | None = None
+    ) -> tuple[list[Job], bool]:
+        """One page of jobs, newest first. `metadata={}` asks for jobs without any."""
+        conditions = []
+        if metadata == {}:
+            conditions.append(schema.jobs.c.metadata.as_string() == "{}")
+        for key, value in (metadata or {}).items():
+            conditions.append(schema.jobs.c.metadata[key].as_string() == value)
+        return self._page(Job, conditions, after=after, limit=limit, order="desc")
+
+    def jobs_in(self, *statuses: JobStatus) -> list[Job]:
+        """All jobs in these statuses, oldest first."""
+        condition = schema.jobs.c.status.in_([status.value for status in statuses])
+        return self._page(Job, [condition], after=None, limit=1_000_000, order="asc")[0]
+
+    def move_job(self, job_id: str, to: JobStatus, *events: Event, **values: Any) -> bool:
+        """Move a job to a new status, with its events. False if it had already moved elsewhere."""
+        came_from = [status.value for status in COMES_BEFORE[to]]
+        with self._engine.begin() as connection:
+            moved = connection.execute(
+                update(schema.jobs)
+                .where(schema.jobs.c.id == job_id, schema.jobs.c.status.in_(came_from))
+                .values(status=to.value, **values)
+            )
+            if moved.rowcount == 1:
+                for one in events:
+                    _insert(connection, one)
+        return moved.rowcount == 1
+
+    def update_job(self, job_id: str, **values: Any) -> None:
+        """Change fields other than the status."""
+        with self._engine.begin() as connection:
+            connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))
+
+    def claim_job(self, job: Job, handle: str) -> bool:
+        """Note who runs the job. False if another worker was faster or the job has ended."""
+        alive = [status.value for status in JobStatus if not status.ended]
+        same = schema.jobs.c.handle.is_(None) if job.handle is None else schema.jobs.c.handle == job.handle
+        with self._engine.begin() as connection:
+            claimed = connection.execute(
+                update(schema.jobs)
+                .where(schema.jobs.c.id == job.id, schema.jobs.c.status.in_(alive), same)
+                .values(handle=handle, attempts=schema.jobs.c.attempts + 1)
+            )
+        return claimed.rowcount == 1
+
+    # Events and checkpoints
+
+    def add_event(self, one: Event) -> None:
+        """Append to a job's story."""
+        self._add(one)
+
+    def list_events(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Event], bool]:
+        """One page of a job's events, newest first."""
+        return self._page(Event, [schema.events.c.job_id == job_id], after=after, limit=limit, order="desc")
+
+    def add_checkpoint(self, checkpoint: Checkpoint, model: Model) -> None:
+        """Record a checkpoint and the model it is called by. Recording it again changes nothing:
+        a job that was taken up again passes the same steps."""
+        with self._engine.begin() as connection:
+            if connection.execute(select(schema.models.c.seq).where(schema.models.c.id == model.id)).first():
+                return
+            _insert(connection, checkpoint)
+            _insert(connection, model)
+
+    def list_checkpoints(
+        self, job_id: str, *, after: str | None, limit: int
+    ) -> tuple[list[Checkpoint], bool]:
+        """One page of a job's checkpoints, newest first."""
+        condition = schema.checkpoints.c.job_id == job_id
+        return self._page(Checkpoint, [condition], after=after, limit=limit, order="desc")
+
+    def mark_best(self, job_id: str, step: int) -> None:
+        """Say which checkpoint the fine-tuned model is."""
+        table = schema.checkpoints
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(table).where(table.c.job_id == job_id).values(best=table.c.step == step)
+            )
+
+    # Models
+
+    def add_model(self, model: Model) -> None:
+        """Record a fine-tuned model; recording it again changes nothing."""
+        try:
+            self._add(model)
+        except IntegrityError:
+            self.get_model(model.id)  # the same name: the same job taken up again
+
+    def get_model(self, model_id: str) -> Model:
+        """Raises NotFound in OpenAI's wording."""
+        return self._get(Model, model_id, f"The model '{model_id}' does not exist", "model", "model_not_found")
+
+    def list_models(self) -> list[Model]:
+        """All fine-tuned models, newest first."""
+        return self._page(Model, [], after=None, limit=1_000_000, order="desc")[0]
+
+    def delete_model(self, model_id: str) -> Model:
+        """Forget a fine-tuned model. Raises NotFound."""
+        model = self.get_model(model_id)
+        with self._engine.begin() as connection:
+            connection.execute(delete(schema.models).where(schema.models.c.id == model_id))
+        return model
+
+    # How the questions are asked
+
+    def _add(self, record: Record) -> None:
+        with self._engine.begin() as connection:
+            _insert(connection, record)
+
+    def _get(
+        self, kind: type[Record], record_id: str, message: str, param: str, code: str | None = None
+    ) -> Record:
+        table = _TABLES[kind]
+        with self._engine.connect() as connection:
+            row = connection.execute(select(table).where(table.c.id == record_id)).mappings().first()
+        if row is None:
+            raise NotFound(message, param=param, code=code)
+        return _record(kind, row)
+
+    def _page(
+        self, kind: type[Record], conditions: list[Any], *, after: str | None, limit: int, order: Order
+    ) -> tuple[list[Record], bool]:
+        table = _TABLES[kind]
+        query = select(table).where(*conditions)
+        with self._engine.connect() as connection:
+            if after is not None:
+                seq = connection.execute(select(table.c.seq).where(table.c.id == after, *conditions)).scalar()
+                if seq is None:
+                    # Page 1 here would make a client that follows the cursor loop for ever.
+                    raise InvalidValue(f"after={after!r}: no such object in this list", param="after")
+                query = query.where(table.c.seq < seq if order == "desc" else table.c.seq > seq)
+            ordered = table.c.seq.desc() if order == "desc" else table.c.seq.asc()
+            rows = connection.execute(query.order_by(ordered).limit(limit + 1)).mappings().all()
+        return [_record(kind, row) for row in rows[:limit]], len(rows) > limit
+
+
+def _insert(connection: Connection, record: File | Job | Event | Checkpoint | Model) -> None:
+    values = asdict(record)
+    if isinstance(record, Job):
+        values["status"] = record.status.value
+    connection.execute(insert(_TABLES[type(record)]).values(values))
+
+
+def _record(kind: type[Record], row: RowMapping) -> Record:
+    values = {one.name: row[one.name] for one in fields(kind)}
+    if kind is Job:
+        values["status"] = JobStatus(values["status"])
+    return kind(**values)
+
+
+def open_db(url: str) -> Db:
+    """Connect, and bring the tables up to date (each process does; the first one wins)."""
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _tune_sqlite)
+    _migrate(engine)
+    return Db(engine)
+
+
+def _tune_sqlite(connection: Any, _: Any) -> None:
+    # WAL: readers never wait for the writer. FULL: an accepted row survives a power cut.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        connection.commit()
