@@ -68,6 +68,18 @@ class Unauthorized(UserError):
     code, status = "invalid_api_key", 401
 
 
+class Forbidden(UserError):
+    """The thing exists, but not for this."""
+
+    code, status = "insufficient_permissions", 403
+
+
+class TooLarge(UserError):
+    """More bytes than the server takes."""
+
+    code, status = "content_too_large", 413
+
+
 class ContextLengthExceeded(UserError, ValueError):
     """The conversation does not fit the model's context."""
 
@@ -81,5 +93,5 @@ class EngineUnavailable(UserError):
     code, status = "engine_unavailable", 503
 
 
-class JobCancelled(Exception):  # noqa: N818 - not an error: the way a cancelled job unwinds
+class JobCancelled(Exception):
     """The job was cancelled; every stage may raise it at a safe point."""

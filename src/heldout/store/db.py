@@ -11,7 +11,18 @@ from typing import Any, Literal, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, RowMapping, Table, create_engine, delete, event, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    RowMapping,
+    Table,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from heldout.errors import InvalidValue, NotFound
@@ -53,6 +64,11 @@ class Db:
         conditions = [] if purpose is None else [schema.files.c.purpose == purpose]
         return self._page(File, conditions, after=after, limit=limit, order=order)
 
+    def set_findings(self, file_id: str, findings: list[dict[str, Any]]) -> None:
+        """What the checks said of a file when a job last looked at it."""
+        with self._engine.begin() as connection:
+            connection.execute(update(schema.files).where(schema.files.c.id == file_id).values(findings=findings))
+
     def delete_file(self, file_id: str) -> None:
         """Forget a file. Raises NotFound."""
         self.get_file(file_id)
@@ -77,17 +93,28 @@ class Db:
         self, *, after: str | None, limit: int, metadata: dict[str, str] | None = None
     ) -> tuple[list[Job], bool]:
         """One page of jobs, newest first. `metadata={}` asks for jobs without any."""
-        conditions = []
-        if metadata == {}:
-            conditions.append(schema.jobs.c.metadata.as_string() == "{}")
-        for key, value in (metadata or {}).items():
-            conditions.append(schema.jobs.c.metadata[key].as_string() == value)
+        conditions = [] if metadata is None else [schema.jobs.c.id.in_(self._jobs_with(metadata))]
         return self._page(Job, conditions, after=after, limit=limit, order="desc")
+
+    def _jobs_with(self, metadata: dict[str, str]) -> list[str]:
+        # Compared here, not in SQL: a key may hold quotes or any letter, and JSON paths may not.
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(schema.jobs.c.id, schema.jobs.c.metadata)).all()
+        wanted = metadata.items()
+        return [job_id for job_id, has in rows if (wanted <= has.items() if metadata else not has)]
 
     def jobs_in(self, *statuses: JobStatus) -> list[Job]:
         """All jobs in these statuses, oldest first."""
         condition = schema.jobs.c.status.in_([status.value for status in statuses])
         return self._page(Job, [condition], after=None, limit=1_000_000, order="asc")[0]
+
+    def jobs_with_handle(self, *statuses: JobStatus) -> list[Job]:
+        """Jobs in these statuses whose process may still be there."""
+        conditions = [
+            schema.jobs.c.status.in_([status.value for status in statuses]),
+            schema.jobs.c.handle.is_not(None),
+        ]
+        return self._page(Job, conditions, after=None, limit=1_000_000, order="asc")[0]
 
     def move_job(self, job_id: str, to: JobStatus, *events: Event, **values: Any) -> bool:
         """Move a job to a new status, with its events. False if it had already moved elsewhere."""
@@ -120,6 +147,12 @@ class Db:
             )
         return claimed.rowcount == 1
 
+    def note_handle(self, job_id: str, claimed: str, handle: str) -> None:
+        """Replace the claim by the process that was started, unless the row has moved on meanwhile."""
+        same = (schema.jobs.c.id == job_id, schema.jobs.c.handle == claimed)
+        with self._engine.begin() as connection:
+            connection.execute(update(schema.jobs).where(*same).values(handle=handle))
+
     # Events and checkpoints
 
     def add_event(self, one: Event) -> None:
@@ -139,9 +172,7 @@ class Db:
             _insert(connection, checkpoint)
             _insert(connection, model)
 
-    def list_checkpoints(
-        self, job_id: str, *, after: str | None, limit: int
-    ) -> tuple[list[Checkpoint], bool]:
+    def list_checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
         """One page of a job's checkpoints, newest first."""
         condition = schema.checkpoints.c.job_id == job_id
         return self._page(Checkpoint, [condition], after=after, limit=limit, order="desc")
@@ -150,9 +181,7 @@ class Db:
         """Say which checkpoint the fine-tuned model is."""
         table = schema.checkpoints
         with self._engine.begin() as connection:
-            connection.execute(
-                update(table).where(table.c.job_id == job_id).values(best=table.c.step == step)
-            )
+            connection.execute(update(table).where(table.c.job_id == job_id).values(best=table.c.step == step))
 
     # Models
 
@@ -184,9 +213,7 @@ class Db:
         with self._engine.begin() as connection:
             _insert(connection, record)
 
-    def _get(
-        self, kind: type[Record], record_id: str, message: str, param: str, code: str | None = None
-    ) -> Record:
+    def _get(self, kind: type[Record], record_id: str, message: str, param: str, code: str | None = None) -> Record:
         table = _TABLES[kind]
         with self._engine.connect() as connection:
             row = connection.execute(select(table).where(table.c.id == record_id)).mappings().first()

@@ -107,7 +107,12 @@ def shared_prefix_attention(
         return repeat(torch.cat([x[:, :, :prefix].expand(batch, -1, -1, -1), own(x)], dim=2))
 
     attended = F.scaled_dot_product_attention(
-        own(query), with_prefix(key), with_prefix(value), attn_mask=layout.mask, dropout_p=dropout, scale=scaling
+        own(query),
+        with_prefix(key),
+        with_prefix(value),
+        attn_mask=layout.mask,
+        dropout_p=dropout,
+        scale=scaling,
     )
     packed = attended.transpose(1, 2)[layout.own]  # [L - P, heads, head_dim], in packed order
     if prefix:

@@ -1,0 +1,29 @@
+"""Datasets -> Findings, before any compute is spent. The tuple of checks is the registry.
+
+A new check is a function `Parts -> Iterable[Finding]` in the file of its family, and a line in CHECKS.
+"""
+
+from __future__ import annotations
+
+from heldout.pipeline.checks.duplicates import find_conflicting_answers, find_exact_duplicates
+from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
+from heldout.pipeline.checks.leakage import find_exact_leaks
+from heldout.pipeline.checks.parts import Check, Parts
+from heldout.pipeline.checks.size import find_too_few_examples
+from heldout.pipeline.types import Finding
+
+__all__ = ["CHECKS", "Check", "Parts", "check"]
+
+CHECKS: tuple[Check, ...] = (
+    find_too_few_examples,
+    find_exact_duplicates,
+    find_conflicting_answers,
+    find_exact_leaks,
+    find_unknown_labels,
+    find_class_imbalance,
+)
+
+
+def check(datasets: Parts) -> tuple[Finding, ...]:
+    """Everything the checks see, in the order of CHECKS. An "error" means that the job must not start."""
+    return tuple(finding for one in CHECKS for finding in one(datasets))

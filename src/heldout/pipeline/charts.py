@@ -1,0 +1,98 @@
+"""Small SVG pictures for the report: intervals of the rungs, and the loss curves with the kept step."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+from heldout.pipeline.ladder import Rung
+from heldout.pipeline.training import CurvePoint
+
+WIDTH = 760
+INK, FAINT, GREEN, BLUE, ORANGE = "#1c2530", "#d5dbe1", "#1a7f4b", "#2f6fb7", "#c2570c"
+
+
+def intervals(rungs: Sequence[Rung]) -> str:
+    """One line per rung: its score and 95 % interval on a common axis from 0 to 100 %."""
+    left, right, row = 150, WIDTH - 70, 30
+    height = row * len(rungs) + 34
+
+    def x(share: float) -> float:
+        return left + share * (right - left)
+
+    parts = [
+        f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="4" y2="{height - 26}" stroke="{FAINT}"/>'
+        f'<text x="{x(t):.1f}" y="{height - 8}" text-anchor="middle" fill="#5b6673">{t:.0%}</text>'
+        for t in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    for i, rung in enumerate(rungs):
+        y = row * i + 20
+        colour = GREEN if rung.kind == "tuned" else BLUE
+        low, high = rung.scores.interval
+        parts.append(
+            f'<text x="{left - 12}" y="{y + 5}" text-anchor="end" fill="{INK}">{html.escape(rung.name)}</text>'
+            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>'
+            f'<circle cx="{x(rung.scores.mean):.1f}" cy="{y}" r="5" fill="{colour}"/>'
+            f'<text x="{right + 62}" y="{y + 5}" text-anchor="end" fill="{INK}">{rung.scores.mean:.1%}</text>'
+        )
+    return _svg(height, parts)
+
+
+def losses(curve: Sequence[CurvePoint], best_step: int) -> str:
+    """Training and validation loss over steps on a logarithmic axis, with the step that was kept."""
+    left, right, top, bottom = 60, WIDTH - 20, 14, 250
+    valid = [(p.step, p.valid_loss) for p in curve if p.valid_loss is not None]
+    train = _smooth([(p.step, p.train_loss) for p in curve])
+    values = [max(v, 1e-6) for _, v in (*valid, *train)]
+    low, high = math.log10(min(values)), math.log10(max(values))
+    high = high if high - low > 0.1 else low + 0.1
+    last = max(1, curve[-1].step)
+
+    def at(step: int, value: float) -> tuple[float, float]:
+        share = (math.log10(max(value, 1e-6)) - low) / (high - low)
+        return left + step / last * (right - left), bottom - share * (bottom - top)
+
+    ticks = [10**e * m for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    parts = []
+    for tick in ticks:
+        if low <= math.log10(tick) <= high:
+            y = at(0, tick)[1]
+            parts.append(
+                f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{FAINT}"/>'
+                f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#5b6673">{tick:g}</text>'
+            )
+    kept = at(best_step, values[0])[0]
+    anchor, shift = ("end", -6) if kept > (left + right) / 2 else ("start", 6)
+    parts += [
+        f'<line x1="{kept:.1f}" x2="{kept:.1f}" y1="{top}" y2="{bottom}" stroke="{GREEN}" stroke-dasharray="5 4"/>',
+        f'<text x="{kept + shift:.1f}" y="{top + 12}" text-anchor="{anchor}" fill="{GREEN}">'
+        f"kept: step {best_step}</text>",
+        _line([at(*point) for point in train], BLUE),
+        _line([at(*point) for point in valid], ORANGE),
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ORANGE}"/>' for x, y in (at(*p) for p in valid)),
+        f'<text x="{left}" y="{bottom + 26}" fill="{BLUE}">training loss (mean of 5 steps)</text>',
+        f'<text x="{left + 230}" y="{bottom + 26}" fill="{ORANGE}">validation loss</text>',
+        f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps</text>',
+    ]
+    return _svg(bottom + 40, parts)
+
+
+def _smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:
+    smooth = []
+    for i in range(len(points)):
+        near = [value for _, value in points[max(0, i - window + 1) : i + 1]]
+        smooth.append((points[i][0], sum(near) / len(near)))
+    return smooth
+
+
+def _line(points: Sequence[tuple[float, float]], colour: str) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+
+
+def _svg(height: float, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" font-family="system-ui, sans-serif" font-size="13" role="img">'
+        f"{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,46 @@
+"""What checks look at, and how they name lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from heldout.pipeline.types import Dataset, Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The files of one job as they were given, before anything is split off."""
+
+    train: Dataset
+    valid: Dataset | None = None
+    holdout: Dataset | None = None
+
+    def given(self) -> Iterator[Dataset]:
+        """The files that there are."""
+        return (dataset for dataset in (self.train, self.valid, self.holdout) if dataset is not None)
+
+
+#: A check looks at the data and yields what it sees; it never prints, drops or changes a row.
+Check = Callable[[Parts], Iterable[Finding]]
+
+
+def name_lines(lines: Sequence[int], *, at_most: int = 10) -> str:
+    """ "line 3", "lines 3 and 8", "lines 1, 2, 3 and 7 more"."""
+    if len(lines) == 1:
+        return f"line {lines[0]}"
+    shown = [str(line) for line in lines[:at_most]]
+    last = f"{len(lines) - at_most} more" if len(lines) > at_most else shown.pop()
+    return f"lines {', '.join(shown)} and {last}"
+
+
+def shorten(text: str, *, at_most: int = 60) -> str:
+    """An answer as it can stand in a sentence."""
+    shown = repr(text)
+    return shown if len(shown) <= at_most else f"{shown[: at_most - 1]}…"
+
+
+def name_some(items: Sequence[str], *, at_most: int = 5) -> str:
+    """The first few items, and how many more there are."""
+    more = len(items) - at_most
+    return "; ".join(items[:at_most]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,82 @@
+"""Scores of one model on one list of examples, example by example, so that two models compare in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
+from heldout.pipeline.evaluate.answers import Metric
+from heldout.pipeline.evaluate.statistics import mean_interval
+from heldout.pipeline.types import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How well a model answers; `answers[i]` and `per_example[i]` belong to example i."""
+
+    metric: str
+    binary: bool
+    mean: float
+    interval: tuple[float, float]  # 95 %
+    per_example: tuple[float, ...]
+    answers: tuple[str, ...]
+    prompt_tokens: float = 0.0  # per answer, on average
+    cut: int = 0  # answers that ran into the token limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the report, without the single answers."""
+        return {
+            "metric": self.metric,
+            "score": self.mean,
+            "interval": list(self.interval),
+            "n": len(self.per_example),
+            "prompt_tokens": round(self.prompt_tokens, 1),
+            "cut_answers": self.cut,
+        }
+
+
+def score_answers(
+    metric: Metric, examples: Sequence[Example], answers: Sequence[str], replies: Sequence[Reply] = ()
+) -> Scores:
+    """Score answers that were given to `examples`, in order."""
+    per_example = tuple(metric.score(answer, example.target) for example, answer in zip(examples, answers, strict=True))
+    return Scores(
+        metric=metric.name,
+        binary=metric.binary,
+        mean=sum(per_example) / len(per_example),
+        interval=mean_interval(per_example, binary=metric.binary),
+        per_example=per_example,
+        answers=tuple(answers),
+        prompt_tokens=sum(reply.prompt_tokens for reply in replies) / len(replies) if replies else 0.0,
+        cut=sum(reply.finish_reason == "length" for reply in replies),
+    )
+
+
+def score_model(
+    engine: Engine,
+    model: ModelRef,
+    examples: Sequence[Example],
+    metric: Metric,
+    *,
+    max_tokens: int,
+    shots: Sequence[Example] = (),
+    progress: Progress | None = None,
+) -> Scores:
+    """Let a model answer every example greedily, after `shots` if there are any, and score it."""
+    prompts = [with_shots(example.prompt, shots) for example in examples]
+    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), progress)
+    return score_answers(metric, examples, [reply.text for reply in replies], replies)
+
+
+def with_shots(prompt: Sequence[Message], shots: Sequence[Example]) -> list[Message]:
+    """The prompt with solved examples before its first user message, after its own system message."""
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    turns = [
+        {"role": message["role"], "content": message["content"]}
+        for shot in shots
+        for message in shot.messages
+        if message["role"] != "system"
+    ]
+    return [*system, *turns, *prompt[len(system) :]]

@@ -1,0 +1,164 @@
+"""The cheaper rungs: what the user would have without training, scored on the same holdout.
+
+Anything that is chosen (the shots, their number and order) is chosen on valid; the holdout is only looked
+at with the choice made.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heldout.engine.base import Engine, ModelRef
+from heldout.pipeline.evaluate.answers import Metric
+from heldout.pipeline.evaluate.scores import Scores, score_answers, score_model
+from heldout.pipeline.types import Example, Split
+from heldout.pipeline.watch import Watch
+
+#: Valid examples that choose among few-shot prompts. More would cost more than training does.
+CHOOSERS = 40
+SHOT_COUNTS = (4, 8)
+ORDERS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One way to get answers, cheapest first in the ladder.
+
+    kind: constant (needs no model) · classical (needs no language model) · prompt (the base model as it
+    is) · tuned.
+    """
+
+    name: str
+    kind: str
+    description: str
+    scores: Scores
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the report."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "description": self.description,
+            **self.scores.as_dict(),
+        }
+
+
+def climb(
+    split: Split, metric: Metric, engine: Engine, base_model: str, *, max_tokens: int, watch: Watch
+) -> tuple[Rung, ...]:
+    """Score every rung below a tuned model on the holdout."""
+    rungs = [constant_rung(split, metric)]
+    if metric.form == "label":
+        watch.message("Scoring TF-IDF + logistic regression")
+        rungs.append(classical_rung(split, metric))
+    model = ModelRef(base_model=base_model)
+
+    def ask(examples: Sequence[Example], shots: Sequence[Example], stage: str) -> Scores:
+        return score_model(
+            engine,
+            model,
+            examples,
+            metric,
+            max_tokens=max_tokens,
+            shots=shots,
+            progress=lambda done, total: watch.progress(stage, done, total),
+        )
+
+    rungs.append(
+        Rung(
+            name="zero-shot",
+            kind="prompt",
+            description="the base model with the prompt as it is",
+            scores=ask(split.holdout, (), "zero-shot prompt"),
+        )
+    )
+    choosers = _spread(split.valid, CHOOSERS, split.seed)
+    best: tuple[float, tuple[Example, ...]] = (-1.0, ())
+    for shots in candidate_shots(split, metric):
+        tried = ask(choosers, shots, f"choosing {len(shots)} shots")
+        if tried.mean > best[0]:
+            best = (tried.mean, shots)
+    score, shots = best
+    if not shots:
+        return tuple(rungs)
+    lines = ", ".join(str(shot.line) for shot in shots)
+    rungs.append(
+        Rung(
+            name=f"few-shot-{len(shots)}",
+            kind="prompt",
+            description=(
+                f"the base model with {len(shots)} solved examples (training lines {lines}), the best of "
+                f"{len(SHOT_COUNTS) * ORDERS} prompts on {len(choosers)} validation examples ({score:.2f} there)"
+            ),
+            scores=ask(split.holdout, shots, f"{len(shots)}-shot prompt"),
+        )
+    )
+    return tuple(rungs)
+
+
+def constant_rung(split: Split, metric: Metric) -> Rung:
+    """Always the commonest answer of train: what knowing nothing of the input is worth."""
+    counts: dict[str, int] = defaultdict(int)
+    for example in split.train:
+        counts[example.target] += 1
+    commonest = max(counts, key=lambda answer: counts[answer])
+    shown = commonest if len(commonest) <= 60 else commonest[:57] + "…"
+    return Rung(
+        name="constant",
+        kind="constant",
+        description=f"always the commonest training answer, {shown!r}",
+        scores=score_answers(metric, split.holdout, [commonest] * len(split.holdout)),
+    )
+
+
+def classical_rung(split: Split, metric: Metric) -> Rung:
+    """TF-IDF of words and word pairs with logistic regression, trained on train alone."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+        LogisticRegression(C=10.0, max_iter=1000),
+    )
+    model.fit([_asked(example) for example in split.train], [example.target for example in split.train])
+    answers = [str(answer) for answer in model.predict([_asked(example) for example in split.holdout])]
+    return Rung(
+        name="tfidf-logistic",
+        kind="classical",
+        description="TF-IDF of words and word pairs + logistic regression: milliseconds, no language model",
+        scores=score_answers(metric, split.holdout, answers),
+    )
+
+
+def candidate_shots(split: Split, metric: Metric) -> list[tuple[Example, ...]]:
+    """The few-shot prompts to choose from: two numbers of shots, two draws each. Labels take turns, so
+    that a prompt shows as many different ones as it can."""
+    candidates = []
+    for count in SHOT_COUNTS:
+        for order in range(ORDERS):
+            rng = random.Random(f"{split.seed}/{count}/{order}")
+            groups: dict[str, list[Example]] = defaultdict(list)
+            for example in split.train:
+                groups[example.target if metric.form == "label" else ""].append(example)
+            queues = [rng.sample(group, len(group)) for _, group in sorted(groups.items())]
+            rng.shuffle(queues)
+            turns = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
+            if len(turns) >= count:
+                candidates.append(tuple(turns[:count]))
+    return candidates
+
+
+def _asked(example: Example) -> str:
+    """What the user wrote last: all that differs between rows in most classification files."""
+    return "\n".join(str(message["content"]) for message in example.prompt if message["role"] == "user")
+
+
+def _spread(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    if len(examples) <= count:
+        return list(examples)
+    return random.Random(f"{seed}/choosers").sample(list(examples), count)

@@ -1,0 +1,62 @@
+"""What a job hands over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from heldout.pipeline.ladder import Rung
+from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.training import Adapter
+from heldout.pipeline.types import Finding, Split
+from heldout.pipeline.verdict import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything a job found out."""
+
+    verdict: Verdict
+    rungs: tuple[Rung, ...]
+    tuned: Rung
+    adapter: Adapter
+    plan: TrainPlan
+    split: Split
+    findings: tuple[Finding, ...]
+    base_model: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The machine-readable report; docs/report.md describes every key."""
+        adapter = self.adapter
+        return {
+            "version": 1,
+            "base_model": self.base_model,
+            "verdict": self.verdict.as_dict(),
+            "rungs": [rung.as_dict() for rung in self.rungs],
+            "tuned": self.tuned.as_dict(),
+            "data": {
+                "train": len(self.split.train),
+                "valid": len(self.split.valid),
+                "holdout": len(self.split.holdout),
+                "groups": self.split.groups,
+                "seed": self.split.seed,
+                "sources": self.split.sources,
+            },
+            "findings": [finding.as_dict() for finding in self.findings],
+            "plan": self.plan.as_dict(),
+            "training": {
+                "examples_per_second": adapter.examples_per_second,
+                "peak_memory_bytes": adapter.peak_memory_bytes,
+                "best_step": adapter.best_step,
+                "last_step": adapter.last_step,
+                "stopped": adapter.stopped,
+                "precision": adapter.precision,
+                "trained_tokens": adapter.trained_tokens,
+                "trained_parameters": adapter.trained_parameters,
+                "seconds": adapter.seconds,
+                "curve": [point.as_dict() for point in adapter.curve],
+            },
+            "adapter": str(adapter.directory),
+            "seconds": self.seconds,
+        }

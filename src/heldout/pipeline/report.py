@@ -1,0 +1,156 @@
+"""Verdict -> report.json, report.md, report.html and metrics.csv in the job's directory."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from pathlib import Path
+
+from heldout.pipeline import charts
+from heldout.pipeline.outcome import Outcome
+from heldout.pipeline.training import CurvePoint
+
+JSON, MARKDOWN, HTML, METRICS = "report.json", "report.md", "report.html", "metrics.csv"
+
+_HEADLINES = {
+    "ship": "Ship it",
+    "dont_ship": "Don't ship it",
+    "inconclusive": "Inconclusive",
+}
+
+
+def write(outcome: Outcome, directory: Path) -> None:
+    """Write every form of the report."""
+    (directory / JSON).write_text(json.dumps(outcome.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    (directory / MARKDOWN).write_text(markdown(outcome))
+    (directory / HTML).write_text(page(outcome))
+    (directory / METRICS).write_text(metrics_csv(outcome.adapter.curve))
+
+
+def metrics_csv(curve: tuple[CurvePoint, ...]) -> str:
+    """OpenAI's result file: five documented columns, a cell is empty where nothing was measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
+    for point in curve:
+        row = [point.train_loss, point.train_accuracy, point.valid_loss, point.valid_accuracy]
+        writer.writerow([point.step, *("" if value is None else f"{value:.5f}" for value in row)])
+    return out.getvalue()
+
+
+def markdown(outcome: Outcome) -> str:
+    """The report as a page of text."""
+    verdict, adapter = outcome.verdict, outcome.adapter
+    lines = [
+        f"# {_HEADLINES[verdict.outcome]}",
+        "",
+        f"`{outcome.base_model}`, {_parts(outcome)}.",
+        "",
+        *(f"- {reason}" for reason in verdict.reasons),
+        "",
+        f"The cheapest rung that is as good as the tuned model: **{verdict.cheapest_as_good}**.",
+        "",
+        "## Who answers how well on the holdout",
+        "",
+        "| rung | score | 95 % interval | prompt tokens | what it is |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for rung in (*outcome.rungs, outcome.tuned):
+        low, high = rung.scores.interval
+        tokens = f"{rung.scores.prompt_tokens:.0f}" if rung.scores.prompt_tokens else ""
+        lines.append(
+            f"| {rung.name} | {rung.scores.mean:.1%} | {low:.1%} to {high:.1%} | {tokens} | {_cell(rung.description)} |"
+        )
+    lines += [
+        "",
+        "## Training",
+        "",
+        f"{adapter.stopped[:1].upper()}{adapter.stopped[1:]}. {adapter.trained_parameters:,} parameters, "
+        f"{adapter.trained_tokens:,} tokens, {adapter.examples_per_second:.1f} examples a second, peak memory "
+        f"{adapter.peak_memory_bytes / 2**30:.2f} GiB, {adapter.seconds:.0f} s.",
+        "",
+        "| step | training loss | validation loss |",
+        "|--:|--:|--:|",
+        *(
+            f"| {point.step}{' (kept)' if point.step == adapter.best_step else ''} | {point.train_loss:.4f} | "
+            f"{point.valid_loss:.4f} |"
+            for point in adapter.curve
+            if point.valid_loss is not None
+        ),
+        "",
+        "## Plan",
+        "",
+        "| hyperparameter | value | why |",
+        "|---|--:|---|",
+        *(
+            f"| {name} | {_number(choice['value'])} | {_cell(choice['reason'])} |"
+            for name, choice in outcome.plan.as_dict().items()
+        ),
+        "",
+        "## Findings in the data",
+        "",
+        *([f"- {one.severity}, `{one.code}`, {one.file}: {one.message}" for one in outcome.findings] or ["None."]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page(outcome: Outcome) -> str:
+    """The report as one HTML file that needs nothing else."""
+    verdict, adapter = outcome.verdict, outcome.adapter
+    plan = "".join(
+        f"<tr><td>{name}</td><td class=n>{_number(choice['value'])}</td><td>{html.escape(choice['reason'])}</td></tr>"
+        for name, choice in outcome.plan.as_dict().items()
+    )
+    findings = "".join(
+        f"<li><b>{one.severity}</b> {html.escape(one.file)}: {html.escape(one.message)}</li>"
+        for one in outcome.findings
+    )
+    rungs = "".join(
+        f"<li><b>{rung.name}</b>: {html.escape(rung.description)}</li>" for rung in (*outcome.rungs, outcome.tuned)
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Heldout: {_HEADLINES[verdict.outcome]}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; color: #1c2530 }}
+h1 {{ display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff }}
+h1.ship {{ background: #1a7f4b }} h1.dont_ship {{ background: #b3261e }} h1.inconclusive {{ background: #8a6d00 }}
+table {{ border-collapse: collapse }} td {{ padding: .15em .8em .15em 0; vertical-align: top }}
+td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
+svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
+</style></head><body>
+<h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
+<p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
+<ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
+<p>The cheapest rung that is as good as the tuned model: <b>{verdict.cheapest_as_good}</b>.</p>
+<h2>Who answers how well on the holdout</h2>
+{charts.intervals((*outcome.rungs, outcome.tuned))}
+<small>Points are means, bars 95&nbsp;% intervals, on {len(outcome.split.holdout)} examples nobody trained on.</small>
+<ul>{rungs}</ul>
+<h2>Training</h2>
+{charts.losses(adapter.curve, adapter.best_step)}
+<p>{html.escape(adapter.stopped[:1].upper() + adapter.stopped[1:])}.
+{adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
+{adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
+<h2>Plan</h2><table>{plan}</table>
+<h2>Findings in the data</h2><ul>{findings or "<li>None.</li>"}</ul>
+</body></html>
+"""
+
+
+def _parts(outcome: Outcome) -> str:
+    split = outcome.split
+    return (
+        f"trained on {len(split.train)} examples, stopped by {len(split.valid)}, judged on "
+        f"{len(split.holdout)} that nobody trained on"
+    )
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,84 @@
+"""What the pipeline asks of a trainer, and what it gets back. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from heldout.engine.base import Message
+from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.types import Split
+from heldout.pipeline.watch import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the plan must know of a base model."""
+
+    hidden_size: int
+    context: int  # tokens
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One step of training. Losses are mean negative log-likelihoods in nats: `train_loss` per supervised
+    token of the batch, `valid_loss` per example (each example weighs the same) over all of valid."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float  # share of supervised tokens that are the argmax
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the report; what was not measured at this step is None."""
+        return {
+            "step": self.step,
+            "train_loss": self.train_loss,
+            "train_accuracy": self.train_accuracy,
+            "valid_loss": self.valid_loss,
+            "valid_accuracy": self.valid_accuracy,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """A fixed conversation and the log-probability (nats) that the trainer gave its answer."""
+
+    messages: tuple[Message, ...]
+    log_prob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A trained adapter in the standard PEFT layout: the best checkpoint, not the last."""
+
+    directory: Path
+    best_step: int
+    last_step: int
+    curve: tuple[CurvePoint, ...]
+    trained_tokens: int  # tokens of all examples in all steps taken, as a hosted service would bill them
+    trained_parameters: int
+    examples_per_second: float  # training steps only, validation and saving not counted
+    seconds: float  # the whole training phase
+    peak_memory_bytes: int  # of this process during training
+    precision: str  # of the products: "float32" or "bfloat16"
+    stopped: str  # why training ended, in words
+    proofs: tuple[Proof, ...]
+
+
+class Trainer(Protocol):
+    """Turns a plan and a split into an adapter."""
+
+    def facts(self, base_model: str) -> ModelFacts:
+        """What the base model is like. Raises ModelNotFound."""
+        ...
+
+    def train(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, watch: Watch) -> Adapter:
+        """Train in `directory`, continuing from the last checkpoint that lies there.
+
+        Raises InvalidTrainingFile naming the lines when labels would not cover exactly the answers.
+        """
+        ...

@@ -1,0 +1,80 @@
+"""The data that passes between stages: frozen, keyword-only, each with a promise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from heldout.engine.base import Message
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training row: a conversation that ends with the assistant's answer.
+
+    `line` is the row's line in the user's file, counted from 1. `weights[i]` is 1 if message i is an
+    assistant message to learn from, else 0 (OpenAI's `weight: 0` masks an assistant message).
+    """
+
+    messages: tuple[Message, ...]
+    weights: tuple[int, ...]
+    line: int
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """Everything before the final answer."""
+        return self.messages[:-1]
+
+    @property
+    def target(self) -> str:
+        """The final answer."""
+        return str(self.messages[-1]["content"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The examples of one file, in the file's order. `name` is how reports call the file."""
+
+    name: str
+    examples: tuple[Example, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something a check saw. A check never prints, never drops and never changes a row.
+
+    `lines` are lines of the file called `file`, counted from 1 by line feed, blank lines included.
+    """
+
+    code: str
+    severity: Severity
+    message: str  # what is wrong and what to do, one or two sentences
+    file: str
+    lines: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes on the wire and into the report."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "message": self.message,
+            "file": self.file,
+            "lines": list(self.lines),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Three disjoint parts of one job's data; no group of duplicates appears in two of them."""
+
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]  # decides when to stop, which checkpoint, which prompt
+    holdout: tuple[Example, ...]  # decides the verdict; nothing before the verdict sees it
+    seed: int
+    groups: int  # distinct examples after grouping exact duplicates
+    sources: dict[str, str] = field(default_factory=dict)  # part -> where it came from

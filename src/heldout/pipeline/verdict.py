@@ -1,0 +1,127 @@
+"""Ship, don't ship, or inconclusive: decided on examples nobody trained on, with the evidence beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heldout.pipeline.evaluate.statistics import AS_GOOD, Comparison, compare
+from heldout.pipeline.ladder import Rung
+
+SHIP, DONT_SHIP, INCONCLUSIVE = "ship", "dont_ship", "inconclusive"
+
+#: SCIENCE §3. Fewer examples than this cannot carry a verdict at all.
+MINIMUM = 30
+SURE, UNLIKELY = 0.95, 0.20
+WORTH = 0.01  # a gain below one point is not worth a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What to do with the tuned model, and why. Every sentence points to a number in `numbers`."""
+
+    outcome: str
+    reasons: tuple[str, ...]
+    best_baseline: str  # the rung the outcome compares with
+    cheapest_as_good: str  # the cheapest rung that is at most 3 points worse than the tuned model
+    numbers: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the report and on the wire."""
+        return {
+            "outcome": self.outcome,
+            "reasons": list(self.reasons),
+            "best_baseline": self.best_baseline,
+            "cheapest_as_good": self.cheapest_as_good,
+            "numbers": self.numbers,
+        }
+
+
+def decide(rungs: Sequence[Rung], tuned: Rung) -> Verdict:
+    """Compare the tuned model with every rung below it, on the same holdout examples.
+
+    The outcome is about the best prompt (or a constant answer, if that is better): what the user would
+    have without training. A classical model that is surely better than the tuned one overrules it.
+    """
+    against = {rung.name: _compare(tuned, rung) for rung in rungs}
+    baseline = max((rung for rung in rungs if rung.kind in ("prompt", "constant")), key=lambda rung: rung.scores.mean)
+    comparison = against[baseline.name]
+    better = [rung for rung in rungs if rung.kind == "classical" and 1 - against[rung.name].p_better >= SURE]
+    as_good = next((rung for rung in rungs if _as_good(against[rung.name])), tuned)
+    outcome, reasons = _outcome(tuned, baseline, comparison, better)
+    if as_good is not tuned:
+        reasons.append(_cheaper(as_good, tuned, against[as_good.name]))
+    return Verdict(
+        outcome=outcome,
+        reasons=tuple(reasons),
+        best_baseline=baseline.name,
+        cheapest_as_good=as_good.name,
+        numbers={
+            "n_holdout": comparison.n,
+            "tuned": tuned.scores.mean,
+            "baseline": baseline.scores.mean,
+            **comparison.as_dict(),
+            "against": {name: one.as_dict() for name, one in against.items()},
+        },
+    )
+
+
+def _compare(tuned: Rung, rung: Rung) -> Comparison:
+    return compare(tuned.scores.per_example, rung.scores.per_example, binary=tuned.scores.binary)
+
+
+def _as_good(comparison: Comparison) -> bool:
+    """True when the tuned model is surely at most 3 points better than the other."""
+    return comparison.interval[1] <= AS_GOOD
+
+
+def _outcome(tuned: Rung, baseline: Rung, comparison: Comparison, better: Sequence[Rung]) -> tuple[str, list[str]]:
+    low, high = comparison.interval
+    facts = (
+        f"on {comparison.n} holdout examples the tuned model scores {tuned.scores.mean:.1%} "
+        f"({tuned.scores.metric}), the best baseline ({baseline.name}) {baseline.scores.mean:.1%}: "
+        f"{_points(comparison.difference)} points, 95 % interval {_points(low)} to {_points(high)}"
+    )
+    sure = f"the probability that it is better at all is {_probability(comparison.p_better)}"
+    visible = (
+        f"the smallest difference this holdout could have shown is {comparison.smallest_detectable:.1%} (80 % power)"
+    )
+    if comparison.n < MINIMUM:
+        return INCONCLUSIVE, [
+            f"{comparison.n} holdout examples are too few for a verdict; {MINIMUM} are the minimum",
+            facts,
+            visible,
+        ]
+    if better:
+        worse = max(better, key=lambda rung: rung.scores.mean)
+        return DONT_SHIP, [
+            f"{worse.name} scores {worse.scores.mean:.1%} and is better than the tuned model "
+            f"({tuned.scores.mean:.1%}) at a fraction of its cost: use that instead",
+            facts,
+            visible,
+        ]
+    if comparison.p_better >= SURE and comparison.difference >= WORTH:
+        return SHIP, [facts, sure, visible]
+    if comparison.p_better <= UNLIKELY:
+        return DONT_SHIP, [facts, sure, visible]
+    return INCONCLUSIVE, [
+        facts,
+        f"{sure}, which is neither sure enough to ship ({SURE:.0%}) nor low enough to reject ({UNLIKELY:.0%})",
+        visible,
+    ]
+
+
+def _cheaper(rung: Rung, tuned: Rung, comparison: Comparison) -> str:
+    return (
+        f"{rung.name} is cheaper and as good: {rung.scores.mean:.1%} against {tuned.scores.mean:.1%}, at most "
+        f"{_points(comparison.interval[1])} points behind"
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _probability(p: float) -> str:
+    return "above 99.9 %" if p > 0.999 else "below 0.1 %" if p < 0.001 else f"{p:.1%}"

@@ -1,0 +1,48 @@
+"""How a job tells what it is doing: to a terminal, to the database, or to nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from heldout.pipeline.plan import TrainPlan
+    from heldout.pipeline.training import CurvePoint
+
+
+class Watch(Protocol):
+    """Told what happens. Every method may raise JobCancelled: that is how a job is stopped."""
+
+    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """A sentence of the job's story."""
+        ...
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """How far the current stage is, in units of the stage."""
+        ...
+
+    def planned(self, plan: TrainPlan) -> None:
+        """Every "auto" has become a number."""
+        ...
+
+    def metrics(self, point: CurvePoint, total_steps: int) -> None:
+        """One step of training was taken."""
+        ...
+
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        """An adapter was saved in `folder` and may be called by a name of its own."""
+        ...
+
+
+class Silent:
+    """A watch nobody looks at."""
+
+    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None: ...
+
+    def progress(self, stage: str, done: int, total: int) -> None: ...
+
+    def planned(self, plan: TrainPlan) -> None: ...
+
+    def metrics(self, point: CurvePoint, total_steps: int) -> None: ...
+
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None: ...

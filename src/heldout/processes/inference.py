@@ -1,0 +1,96 @@
+"""The inference process: answers chat completions with local models, over OpenAI's own wire.
+`python -m heldout.processes.inference --port P`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import uvicorn
+
+from heldout.api.app import create_chat_app
+from heldout.engine import catalogue
+from heldout.engine.base import ChatRequest, Engine, ModelRef, Piece, Reply
+from heldout.errors import NotFound
+from heldout.settings import DEFAULT_MODEL, Settings
+from heldout.store.blobs import Blobs, fetch_folder, open_blobs
+from heldout.store.db import Db, open_db
+
+
+class LocalChat:
+    """A ChatService over the engine of this process: names become base models and adapter folders."""
+
+    def __init__(self, settings: Settings, db: Db, blobs: Blobs, engine: Engine) -> None:
+        self.settings, self.db, self.blobs, self.engine = settings, db, blobs, engine
+
+    def chat(self, request: ChatRequest) -> list[Reply]:
+        """See ChatService.chat."""
+        sampling = request.sampling
+        if request.n > 1 and sampling.seed is not None:
+            # One seed for all would give n times the same answer.
+            return [
+                self.engine.chat(
+                    self._find(request.model), [request.messages], replace(sampling, seed=sampling.seed + i)
+                )[0]
+                for i in range(request.n)
+            ]
+        return self.engine.chat(self._find(request.model), [request.messages] * request.n, sampling)
+
+    def stream(self, request: ChatRequest) -> Iterator[Piece]:
+        """See ChatService.stream."""
+        return self.engine.stream(self._find(request.model), request.messages, request.sampling)
+
+    def _find(self, name: str) -> ModelRef:
+        if not name.startswith("ft:"):
+            source = catalogue.resolve(name, self.settings.model_aliases)
+            return ModelRef(base_model=source.name)
+        model = self.db.get_model(name)
+        try:
+            # The key is ours (adapters/<job>/<step>), so the folder below the cache is too.
+            folder = fetch_folder(self.blobs, model.blobs, self.settings.cache / model.blobs)
+        except NotFound as missing:
+            raise RuntimeError(f"the adapter of {name} is gone: {missing}") from missing
+        return ModelRef(base_model=model.base_model, adapter=str(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until told to stop, or until whoever started us is gone."""
+    parser = argparse.ArgumentParser(prog="heldout.processes.inference")
+    parser.add_argument("--port", type=int, required=True)
+    port = parser.parse_args(argv).port
+    settings = Settings()
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    from heldout.engine.local import LocalEngine
+
+    engine = LocalEngine(
+        cache=settings.cache,
+        aliases=settings.model_aliases,
+        precision=settings.precision,
+        allow_paths=True,  # names from clients were resolved above; these are base models of jobs
+    )
+    threading.Thread(target=_warm_up, args=(engine,), daemon=True).start()
+    chat = LocalChat(settings, open_db(settings.database), open_blobs(settings.blobs), engine)
+    app = create_chat_app(settings=settings, chat=chat)
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    return 0
+
+
+def _warm_up(engine: Engine) -> None:
+    """Dequantise and load the bundled model before the first question comes."""
+    if DEFAULT_MODEL in catalogue.base_names({}):
+        engine.count_tokens(DEFAULT_MODEL, ["warm"])
+
+
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""The job process: one fine-tuning job from its row to its verdict. `python -m heldout.processes.job ID`.
+
+It may be killed at any instant: the row, the events and the last checkpoint survive, and another process
+with the same command line goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heldout.errors import JobCancelled, UserError
+from heldout.pipeline import report
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.run import Request, Source, Tools, check_files, refuse_errors, run_job
+from heldout.records import (
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    JobStatus,
+    Model,
+    checkpoint_name,
+    fine_tuned_name,
+    new_id,
+    now,
+)
+from heldout.settings import Settings
+from heldout.store.blobs import Blobs, open_blobs, put_folder
+from heldout.store.db import Db, open_db
+
+if TYPE_CHECKING:
+    from heldout.pipeline.outcome import Outcome
+    from heldout.pipeline.plan import TrainPlan
+    from heldout.pipeline.training import CurvePoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Validate a job's files, or run the job."""
+    parser = argparse.ArgumentParser(prog="heldout.processes.job")
+    parser.add_argument("job")
+    parser.add_argument("--check", action="store_true", help="only validate the files")
+    asked = parser.parse_args(argv)
+    settings = Settings()
+    db, blobs = open_db(settings.database), open_blobs(settings.blobs)
+    job = db.get_job(asked.job)
+    try:
+        if asked.check:
+            validate(job, settings, db, blobs)
+        else:
+            run(job, settings, db, blobs)
+    except JobCancelled:
+        print("cancelled", flush=True)
+    except UserError as error:
+        _fail(db, job, error.code or "invalid_request", str(error), error.param)
+    except Exception as error:  # noqa: BLE001 - the last place that can tell the user
+        traceback.print_exc()
+        _fail(db, job, "server_error", f"{type(error).__name__}: {error}", None)
+    return 0
+
+
+def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
+    """Look at the files; the job becomes `queued`, or fails with every problem named."""
+    request = _request(job, settings, db, blobs)
+    _, findings = check_files(request)
+    db.update_job(job.id, attempts=0)
+    for file_id in filter(None, (job.training_file, job.validation_file, job.holdout_file)):
+        name = _name(db, job, file_id)
+        db.set_findings(file_id, [one.as_dict() for one in findings if one.file == name])
+    refuse_errors(request, findings)
+    moved = Event(job_id=job.id, message="Files validated, moving job to queued state")
+    db.move_job(job.id, JobStatus.QUEUED, moved, handle=None, attempts=0)
+
+
+def run(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
+    """Run the job to its end and register what it made."""
+    from heldout.engine.local import LocalEngine
+    from heldout.train.trainer import TorchTrainer
+
+    _yield_to_the_server()
+    started = Event(job_id=job.id, message="Fine-tuning job started")
+    if not db.move_job(job.id, JobStatus.RUNNING, started, started_at=now()):
+        again = "The job process ended unexpectedly; the job is taken up again"
+        db.add_event(Event(job_id=job.id, level="warn", message=again))
+    watch = DbWatch(job, settings, db, blobs)
+    options = {"cache": settings.cache, "aliases": settings.model_aliases, "precision": settings.precision}
+    engine = LocalEngine(**options, allow_paths=True)  # type: ignore[arg-type]
+    trainer = TorchTrainer(**options, allow_paths=True)  # type: ignore[arg-type]
+    request = _request(job, settings, db, blobs)
+    outcome = run_job(request, Tools(engine=engine, trainer=trainer, watch=watch))
+    watch.raise_if_cancelled()
+    _register(outcome, watch)
+
+
+class DbWatch:
+    """Writes what happens into the job's rows, and notices that the job was cancelled."""
+
+    def __init__(self, job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
+        self.job, self.settings, self.db, self.blobs = job, settings, db, blobs
+        self.name = fine_tuned_name(job.model, settings.organization, job.suffix, job.id)
+        self._looked = 0.0
+        self._estimated = 0.0
+        self._train_started = time.monotonic()
+
+    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """See Watch.message."""
+        self.raise_if_cancelled()
+        self.db.add_event(Event(job_id=self.job.id, level=level, message=text, data=data or {}))
+        print(text, flush=True)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """See Watch.progress."""
+        if time.monotonic() - self._looked > 0.5:
+            self.raise_if_cancelled()
+
+    def planned(self, plan: TrainPlan) -> None:
+        """See Watch.planned."""
+        self.db.update_job(self.job.id, plan=plan.as_dict())
+
+    def metrics(self, point: CurvePoint, total_steps: int) -> None:
+        """See Watch.metrics. The sentence is OpenAI's: scripts read it with regular expressions."""
+        text = f"Step {point.step}/{total_steps}: training loss={point.train_loss:.2f}"
+        data: dict[str, Any] = {
+            "step": point.step,
+            "total_steps": total_steps,
+            "train_loss": point.train_loss,
+            "train_mean_token_accuracy": point.train_accuracy,
+        }
+        if point.valid_loss is not None:
+            text += f", validation loss={point.valid_loss:.2f}, full validation loss={point.valid_loss:.2f}"
+            for prefix in ("", "full_"):
+                data[f"{prefix}valid_loss"] = point.valid_loss
+                data[f"{prefix}valid_mean_token_accuracy"] = point.valid_accuracy
+            self._estimate(point.step, total_steps)
+        self.db.add_event(Event(job_id=self.job.id, type="metrics", message=text, data=data))
+
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        """See Watch.checkpoint."""
+        self.publish(step, folder, metrics)
+        self.db.update_job(self.job.id, attempts=0)  # it got somewhere: being killed again is no dead end
+        self.db.add_event(Event(job_id=self.job.id, message=f"Checkpoint created at step {step}"))
+
+    def publish(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        """Make a checkpoint callable by its name."""
+        prefix = f"adapters/{self.job.id}/step-{step}"
+        _put_adapter(self.blobs, prefix, folder)
+        name = checkpoint_name(self.name, step)
+        known = {
+            "step": step,
+            "train_loss": metrics.get("train_loss"),
+            "train_mean_token_accuracy": metrics.get("train_accuracy"),
+            "full_valid_loss": metrics.get("valid_loss"),
+            "full_valid_mean_token_accuracy": metrics.get("valid_accuracy"),
+        }
+        self.db.add_checkpoint(
+            Checkpoint(job_id=self.job.id, step=step, model=name, metrics=known),
+            self.model(name, prefix),
+        )
+
+    def model(self, name: str, prefix: str) -> Model:
+        """The record of a model made by this job."""
+        return Model(
+            id=name,
+            job_id=self.job.id,
+            base_model=self.job.base_model,
+            blobs=prefix,
+            owned_by=self.settings.organization,
+        )
+
+    def raise_if_cancelled(self) -> None:
+        """Raise JobCancelled when the row says so."""
+        self._looked = time.monotonic()
+        if self.db.get_job(self.job.id).status.ended:
+            raise JobCancelled
+
+    def _estimate(self, step: int, total_steps: int) -> None:
+        elapsed = time.monotonic() - self._train_started
+        left = elapsed / step * (total_steps - step)
+        self.db.update_job(self.job.id, estimated_finish=now() + round(left))
+
+
+def _register(outcome: Outcome, watch: DbWatch) -> None:
+    """Store the adapter and the result files, then let the job succeed: all of it in one move."""
+    job, db, blobs = watch.job, watch.db, watch.blobs
+    adapter = outcome.adapter
+    best = next(point for point in adapter.curve if point.step == adapter.best_step)
+    watch.publish(adapter.best_step, adapter.directory, best.as_dict())
+    db.mark_best(job.id, adapter.best_step)
+    prefix = f"adapters/{job.id}/final"
+    _put_adapter(blobs, prefix, adapter.directory)
+    files = [
+        _result_file(watch, report.METRICS, "step_metrics.csv"),
+        *(_result_file(watch, name, name) for name in (report.JSON, report.MARKDOWN, report.HTML)),
+    ]
+    db.add_model(watch.model(watch.name, prefix))
+    db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))
+    db.move_job(
+        job.id,
+        JobStatus.SUCCEEDED,
+        Event(job_id=job.id, message="The job has successfully completed"),
+        fine_tuned_model=watch.name,
+        finished_at=now(),
+        estimated_finish=None,
+        trained_tokens=adapter.trained_tokens,
+        result_files=files,
+        verdict=outcome.verdict.as_dict(),
+    )
+
+
+def _result_file(watch: DbWatch, name: str, filename: str) -> str:
+    path = watch.settings.work(watch.job.id) / name
+    file = File(id=new_id("file-"), filename=filename, purpose="fine-tune-results", bytes=path.stat().st_size)
+    with path.open("rb") as content:
+        watch.blobs.put(file.blob, content)
+    watch.db.add_file(file)
+    return file.id
+
+
+def _put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
+    from heldout.train.checkpoint import publish
+
+    put_folder(blobs, prefix, publish(folder, folder.parent / f".publish-{folder.name}"))
+
+
+def _request(job: Job, settings: Settings, db: Db, blobs: Blobs) -> Request:
+    def source(file_id: str | None) -> Source | None:
+        if file_id is None:
+            return None
+        blob = db.get_file(file_id).blob
+        return Source(name=_name(db, job, file_id), open=lambda: blobs.open(blob))
+
+    directory = settings.work(job.id)
+    directory.mkdir(parents=True, exist_ok=True)
+    training = source(job.training_file)
+    assert training is not None
+    return Request(
+        base_model=job.base_model,
+        training=training,
+        validation=source(job.validation_file),
+        holdout=source(job.holdout_file),
+        seed=job.seed,
+        hyperparameters=Hyperparameters.parse(job.hyperparameters),
+        directory=directory,
+    )
+
+
+def _name(db: Db, job: Job, file_id: str) -> str:
+    """How reports call a file: its name, with its id where two files of the job share a name."""
+    names = {
+        one: db.get_file(one).filename
+        for one in (job.training_file, job.validation_file, job.holdout_file)
+        if one is not None
+    }
+    same = list(names.values()).count(names[file_id]) > 1
+    return f"{names[file_id]} ({file_id})" if same else names[file_id]
+
+
+def _fail(db: Db, job: Job, code: str, message: str, param: str | None) -> None:
+    print(f"failed: {message}", flush=True)
+    db.move_job(
+        job.id,
+        JobStatus.FAILED,
+        Event(job_id=job.id, level="error", message=f"The job failed: {message}"),
+        error={"code": code, "message": message, "param": param},
+        finished_at=now(),
+        estimated_finish=None,
+    )
+
+
+def _yield_to_the_server() -> None:
+    """A job may take all cores; whoever asks the server something goes first."""
+    os.nice(10)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What the command line asks of the data directory: a model to talk to, the jobs and their stories."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from heldout.engine import catalogue
+from heldout.engine.base import Engine, ModelRef
+from heldout.errors import ModelNotFound
+from heldout.pipeline import report
+from heldout.records import Event, Job
+from heldout.settings import Settings
+from heldout.store.blobs import fetch_folder, open_blobs
+from heldout.store.db import open_db
+
+
+def open_model(name: str) -> tuple[Engine, ModelRef]:
+    """An engine and what to ask it for. `name`: base model, `ft:` model, or the folder that `tune` wrote."""
+    settings = Settings()
+    ref = _find(name, settings)
+    from heldout.engine.local import LocalEngine
+
+    engine = LocalEngine(
+        cache=settings.cache,
+        aliases=settings.model_aliases,
+        precision=settings.precision,
+        allow_paths=True,
+    )
+    return engine, ref
+
+
+def _find(name: str, settings: Settings) -> ModelRef:
+    if name.startswith("ft:"):
+        model = open_db(settings.database).get_model(name)
+        folder = fetch_folder(open_blobs(settings.blobs), model.blobs, settings.cache / model.blobs)
+        return ModelRef(base_model=model.base_model, adapter=str(folder))
+    folder = Path(name)
+    for out in (folder, folder.parent):  # `tune --out DIR`: DIR or DIR/adapter
+        if (out / report.JSON).is_file() and (out / "adapter").is_dir():
+            base = json.loads((out / report.JSON).read_text())["base_model"]
+            return ModelRef(base_model=base, adapter=str((out / "adapter").absolute()))
+    if (folder / "adapter_config.json").is_file():
+        raise ModelNotFound(
+            f"{folder} is an adapter, but no {report.JSON} beside it says which base model it belongs to"
+        )
+    catalogue.resolve(name, settings.model_aliases, allow_paths=True)
+    return ModelRef(base_model=name)
+
+
+def list_jobs(settings: Settings) -> list[dict[str, Any]]:
+    """All jobs, newest first."""
+    jobs, _ = open_db(settings.database).list_jobs(after=None, limit=1_000)
+    return [_row(job) for job in jobs]
+
+
+def job_story(settings: Settings, job_id: str) -> dict[str, Any]:
+    """One job with all its events, oldest first. Raises NotFound."""
+    db = open_db(settings.database)
+    job = db.get_job(job_id)
+    events, _ = db.list_events(job_id, after=None, limit=1_000_000)
+    return _row(job) | {"events": [_event(event) for event in reversed(events)]}
+
+
+def _row(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "created": _time(job.created_at),
+        "status": job.status.value,
+        "model": job.model,
+        "fine_tuned_model": job.fine_tuned_model,
+        "verdict": job.verdict["outcome"] if job.verdict else None,
+        "error": job.error,
+    }
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return {
+        "time": _time(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "data": event.data,
+    }
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

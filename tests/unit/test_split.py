@@ -1,0 +1,284 @@
+"""Splitting: no prompt in two parts, nothing lost, the same every time."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile
+from heldout.pipeline.checks.groups import prompt_fingerprint, shown_prompts
+from heldout.pipeline.dataset import read_dataset
+from heldout.pipeline.split import allocate, part_sizes, split_dataset
+from heldout.pipeline.types import Dataset, Example, Finding, Split
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not beside this checkout")
+ROLES = ("user", "assistant")
+
+
+def conversation(turns: list[str], line: int) -> Example:
+    """User and assistant by turns; all answers are learned."""
+    messages = tuple({"role": ROLES[n % 2], "content": text} for n, text in enumerate(turns))
+    return Example(messages=messages, weights=tuple(n % 2 for n in range(len(turns))), line=line)
+
+
+def dataset(*rows: list[str], name: str = "train.jsonl") -> Dataset:
+    return Dataset(name=name, examples=tuple(conversation(row, n) for n, row in enumerate(rows, start=1)))
+
+
+def numbered(n: int, *, start: int = 0, name: str = "train.jsonl") -> Dataset:
+    return dataset(*([f"question {i}", f"answer {i}"] for i in range(start, start + n)), name=name)
+
+
+def asked(rows: tuple[Example, ...]) -> set[str]:
+    return {prompt_fingerprint(row.prompt) for row in rows}
+
+
+def shown(rows: tuple[Example, ...]) -> set[str]:
+    return set().union(*(shown_prompts(row) for row in rows))
+
+
+def lines(rows: tuple[Example, ...]) -> list[int]:
+    return [row.line for row in rows]
+
+
+def removed(findings: tuple[Finding, ...], file: str) -> list[int]:
+    return [line for finding in findings if finding.file == file for line in finding.lines]
+
+
+def assert_disjoint(split: Split) -> None:
+    assert not asked(split.holdout) & shown(split.train)
+    assert not asked(split.holdout) & shown(split.valid)
+    assert not asked(split.valid) & shown(split.train)
+    assert split.train
+    assert split.valid
+    assert split.holdout
+
+
+def random_rows(rng: random.Random, n: int, pool: int) -> list[list[str]]:
+    """Rows with repeated prompts, conflicting answers, other spellings and conversations that share turns."""
+    rows = []
+    for _ in range(n):
+        turns = []
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            prompt = f"question {rng.randrange(pool)}"
+            turns += [rng.choice((prompt, prompt.upper(), f" {prompt}?")), f"label {rng.randrange(3)}"]
+        rows.append(turns)
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("given", ["", "valid", "holdout", "valid holdout"])
+def test_random_data_is_split_into_disjoint_parts_and_nothing_is_lost(seed: int, given: str):
+    rng = random.Random(seed)
+    pool = rng.choice((60, 200, 1000))
+    train = dataset(*random_rows(rng, rng.randrange(40, 500), pool))
+    valid, holdout = (
+        # One row of its own, so that the file cannot leak completely.
+        dataset(*random_rows(rng, 60, pool), [f"only in {name}", "label 1"], name=name) if name in given else None
+        for name in ("valid", "holdout")
+    )
+    split, findings = split_dataset(train, valid, holdout, seed=seed)
+    assert_disjoint(split)
+    from_train = [split.train]
+    for part, source in ((split.valid, valid), (split.holdout, holdout)):
+        if source is None:
+            from_train.append(part)
+        else:
+            all_lines = lines(source.examples)
+            assert sorted(lines(part) + removed(findings, source.name)) == all_lines
+    kept = [line for part in from_train for line in lines(part)]
+    assert sorted(kept + removed(findings, train.name)) == lines(train.examples)
+    for part in (split.train, split.valid, split.holdout):
+        assert lines(part) == sorted(lines(part)), "the file's order"
+
+
+def test_the_same_seed_gives_the_same_split_and_another_seed_another():
+    train = numbered(100)
+    first, again, other = (split_dataset(train, None, None, seed=seed)[0] for seed in (1, 1, 2))
+    assert first == again
+    assert first.holdout != other.holdout
+
+
+def test_the_split_does_not_depend_on_the_process():
+    program = (
+        "from heldout.pipeline.split import split_dataset; from heldout.pipeline.types import *\n"
+        "def row(n): return ({'role': 'user', 'content': f'q{n}'},"
+        " {'role': 'assistant', 'content': f'label {n % 3}'})\n"
+        "rows = tuple(Example(messages=row(n), weights=(0, 1), line=n) for n in range(60))\n"
+        "split, _ = split_dataset(Dataset(name='a', examples=rows), None, None, seed=7)\n"
+        "print([row.line for row in split.holdout], [row.line for row in split.valid])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    # Pinned: a job that is resumed on another Python must find the rows it left.
+    holdout = "[0, 8, 10, 11, 12, 16, 19, 22, 24, 29, 30, 40, 45, 50, 53]"
+    valid = "[18, 21, 28, 31, 39, 46, 47, 51, 56, 59]"
+    assert outputs == {f"{holdout} {valid}\n"}
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"),
+    [
+        (10, (3, 2)),
+        (20, (5, 5)),
+        (40, (10, 10)),
+        (100, (25, 15)),
+        (299, (74, 44)),
+        (300, (150, 40)),
+        (999, (150, 119)),
+        (1000, (200, 100)),
+        (5000, (500, 200)),
+    ],
+)
+def test_sizes_follow_the_number_of_groups(n: int, sizes: tuple[int, int]):
+    assert part_sizes(n, holdout=True, valid=True) == sizes
+
+
+def test_only_what_is_not_given_is_split_off():
+    train, valid, holdout = (
+        numbered(100),
+        numbered(20, start=200, name="v"),
+        numbered(40, start=300, name="h"),
+    )
+    split, _ = split_dataset(train, valid, None, seed=0)
+    assert (len(split.train), len(split.valid), len(split.holdout)) == (75, 20, 25)
+    assert split.sources == {
+        "train": "the rest of train.jsonl",
+        "valid": "validation file v",
+        "holdout": "split from train.jsonl",
+    }
+    split, _ = split_dataset(train, None, holdout, seed=0)
+    assert (len(split.train), len(split.valid), len(split.holdout)) == (85, 15, 40)
+    split, findings = split_dataset(train, valid, holdout, seed=0)
+    assert split.train == train.examples
+    assert split.valid == valid.examples
+    assert split.holdout == holdout.examples
+    assert split.sources["train"] == "training file train.jsonl"
+    assert findings == ()
+
+
+def test_leaking_rows_are_left_out_of_the_given_files_and_listed():
+    train = numbered(40)
+    valid = dataset(["Question 3?", "x"], ["new", "x"], ["shared", "x"], name="v")
+    holdout = dataset(["question 39", "x"], ["Shared", "y"], name="h")
+    split, findings = split_dataset(train, valid, holdout, seed=0)
+    assert split.train == train.examples
+    assert lines(split.valid) == [2]
+    assert lines(split.holdout) == [2]
+    assert [(finding.code, finding.file, finding.lines) for finding in findings] == [
+        ("leak_removed", "h", (1,)),
+        ("leak_removed", "v", (1, 3)),
+    ]
+
+
+def test_a_validation_row_that_shows_a_holdout_prompt_in_an_earlier_turn_is_left_out():
+    valid = dataset(["shared", "x", "more", "y"], ["new", "x"], name="v")
+    split, _ = split_dataset(numbered(40), valid, dataset(["shared", "x"], name="h"), seed=0)
+    assert lines(split.valid) == [2]
+
+
+def test_duplicates_stay_in_train_and_count_once_elsewhere():
+    train = dataset(*[[f"question {n % 20}", "x"] for n in range(60)])
+    valid = dataset(["v", "x"], ["V ", "X"], ["v", "y"], name="v")
+    split, findings = split_dataset(train, valid, None, seed=0)
+    assert split.groups == 20
+    assert len(split.holdout) == 10
+    assert len(split.train) == 30
+    assert lines(split.valid) == [1, 3], "another answer is no repetition"
+    assert len(removed(findings, "train.jsonl")) == 20
+
+
+def test_labels_keep_their_shares_and_a_rare_label_stays_learnable():
+    rows = [[f"q{n}", "common"] for n in range(180)] + [[f"r{n}", "rare"] for n in range(20)] + [["s", "single"]]
+    for seed in range(5):
+        split, _ = split_dataset(dataset(*rows), None, None, seed=seed)
+        assert Counter(row.target for row in split.holdout) == {"common": 45, "rare": 5}
+        assert Counter(row.target for row in split.valid) == {"common": 27, "rare": 3}
+        assert "single" in {row.target for row in split.train}
+
+
+def test_places_are_shared_by_largest_remainder():
+    assert allocate({"a": 50, "b": 30, "c": 20}, 10) == {"a": 5, "b": 3, "c": 2}
+    assert allocate({"a": 7, "b": 7, "c": 6}, 10) == {"a": 4, "b": 3, "c": 3}
+    assert allocate({"a": 10, "b": 1, "c": 1}, 9) == {"a": 9, "b": 0, "c": 0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_places_add_up_and_leave_one_of_each(seed: int):
+    rng = random.Random(seed)
+    sizes = {str(n): rng.randrange(1, 30) for n in range(rng.randrange(1, 20))}
+    k = rng.randrange(sum(sizes.values()) - len(sizes) + 1)
+    shares = allocate(sizes, k)
+    assert sum(shares.values()) == k
+    assert all(0 <= shares[name] < sizes[name] for name in sizes)
+
+
+@pytest.mark.parametrize("n", range(4, 40))
+def test_a_small_file_still_gives_three_parts_and_keeps_half_for_training(n: int):
+    split, _ = split_dataset(numbered(n), None, None, seed=0)
+    assert_disjoint(split)
+    assert len(split.train) * 2 >= n
+
+
+@pytest.mark.parametrize("rows", [[], [["a", "b"]] * 20, [["a", "b"], ["c", "d"], ["e", "f"]]])
+def test_a_file_with_too_few_prompts_is_refused_in_a_sentence(rows: list[list[str]]):
+    with pytest.raises(InvalidTrainingFile, match=r"train\.jsonl has .* different prompts: too few"):
+        split_dataset(dataset(*rows), None, None, seed=0)
+
+
+def test_an_empty_training_file_is_refused_even_with_the_other_files():
+    with pytest.raises(InvalidTrainingFile, match="no examples"):
+        split_dataset(numbered(0), numbered(20, start=50), numbered(20, start=90), seed=0)
+
+
+def test_files_that_leak_completely_are_refused_by_name():
+    train = numbered(40)
+    with pytest.raises(InvalidValidationFile, match=r"v\.jsonl has no row"):
+        split_dataset(train, numbered(20, name="v.jsonl"), None, seed=0)
+    with pytest.raises(InvalidHoldoutFile, match=r"h\.jsonl has no row"):
+        split_dataset(train, None, numbered(20, name="h.jsonl"), seed=0)
+
+
+def test_a_part_of_a_conversation_is_not_held_out_when_the_whole_is_trained_on():
+    rows = [[f"topic {n}", "a", "more", "b"][:length] for n in range(100) for length in (2, 4)]
+    for seed in range(5):
+        split, findings = split_dataset(dataset(*rows), None, None, seed=seed)
+        assert_disjoint(split)
+        assert not findings, "rows that must move go to train, none is left out"
+        assert len(split.holdout) >= 20
+
+
+@needs_data
+def test_the_leaking_lines_of_real_data_are_left_out():
+    folder = DATA / "dirty"
+    train, valid = (
+        read_dataset((folder / name).read_bytes(), name=name)[0]
+        for name in ("leakage.jsonl", "leakage.validation.jsonl")
+    )
+    split, findings = split_dataset(train, valid, None, seed=0)
+    assert_disjoint(split)
+    assert {12, 60, 64, 49, 28} <= set(removed(findings, valid.name))
+
+
+@needs_data
+@pytest.mark.parametrize("folder", sorted(DATA.glob("tasks/*/")), ids=lambda folder: folder.name)
+def test_real_tasks_are_split_without_losing_a_row(folder: Path):
+    train = read_dataset((folder / "train.jsonl").read_bytes(), name="train.jsonl")[0]
+    split, findings = split_dataset(train, None, None, seed=3)
+    assert_disjoint(split)
+    n = len(split.train) + len(split.valid) + len(split.holdout) + len(removed(findings, train.name))
+    assert n == len(train)
