@@ -87,6 +87,7 @@ def make_tiny_model(folder: Path) -> Path:
             num_key_value_heads=2,
             max_position_embeddings=512,
             tie_word_embeddings=True,
+            initializer_range=0.4,  # large enough for logits that an adapter can move
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -254,16 +254,16 @@ def generate_stream(
     one from another thread.
     """
     generator = _generator(model, sampling)
-    with torch.inference_mode():
+    with torch.no_grad():
         rows, hidden = start_rows(model, {}, [prompt], limit)
     for _ in range(limit):
-        with torch.inference_mode():
+        with torch.no_grad():
             token = pick(model.get_output_embeddings()(hidden), sampling, generator)
         if int(token) in stop_ids:
             yield None
             return
         yield int(token)
-        with torch.inference_mode():
+        with torch.no_grad():
             hidden = forward(model, token[:, None], rows)[:, -1]
 
 

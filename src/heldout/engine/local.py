@@ -29,7 +29,8 @@ class Loaded:
         self.template = ChatTemplate(weights.load_tokenizer(folder), _end_ids(self.model))
         self.context = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
         self._peft: PeftModel | None = None
-        self._adapters: OrderedDict[str, None] = OrderedDict()
+        self._count = 0
+        self._adapters: OrderedDict[str, str] = OrderedDict()  # folder -> name; a name may not contain dots
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[Any]:
@@ -38,26 +39,28 @@ class Loaded:
             with self._peft.disable_adapter() if self._peft else contextlib.nullcontext():
                 yield self.model
             return
-        self._load(adapter)
+        name = self._load(adapter)
         assert self._peft is not None
-        self._peft.set_adapter(adapter)
+        self._peft.set_adapter(name)
         yield self.model
 
-    def _load(self, adapter: str) -> None:
+    def _load(self, adapter: str) -> str:
         if adapter not in self._adapters:
             if not (Path(adapter) / "adapter_model.safetensors").is_file():
                 raise ModelNotFound(f"There is no adapter (adapter_model.safetensors) in {adapter}")
+            self._count += 1
+            name = f"adapter_{self._count}"
             # PEFT puts its layers into self.model; the wrapper only manages them.
             if self._peft is None:
-                self._peft = PeftModel.from_pretrained(self.model, adapter, adapter_name=adapter)
+                self._peft = PeftModel.from_pretrained(self.model, adapter, adapter_name=name)
             else:
-                self._peft.load_adapter(adapter, adapter_name=adapter)
+                self._peft.load_adapter(adapter, adapter_name=name)
             self._peft.eval()
-        self._adapters[adapter] = None
+            self._adapters[adapter] = name
+            if len(self._adapters) > LOADED_ADAPTERS:
+                self._peft.delete_adapter(self._adapters.popitem(last=False)[1])
         self._adapters.move_to_end(adapter)
-        if len(self._adapters) > LOADED_ADAPTERS:
-            assert self._peft is not None
-            self._peft.delete_adapter(self._adapters.popitem(last=False)[0])
+        return self._adapters[adapter]
 
 
 class LocalEngine:
@@ -88,7 +91,7 @@ class LocalEngine:
         progress: Progress | None = None,
     ) -> list[Reply]:
         """See Engine.chat."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.no_grad():
             loaded = self._base(model.base_model)
             prompts = [loaded.template.prompt(messages) for messages in conversations]
             limits = [_room(prompt, sampling, loaded.context) for prompt in prompts]
@@ -143,7 +146,7 @@ class LocalEngine:
 
     def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """See Engine.log_probs."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.no_grad():
             loaded = self._base(model.base_model)
             with loaded.using(model.adapter) as network:
                 return [self._log_prob(network, loaded.template, messages) for messages in conversations]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -16,7 +17,7 @@ import uvicorn
 from heldout.api.app import create_chat_app
 from heldout.engine import catalogue
 from heldout.engine.base import ChatRequest, Engine, ModelRef, Piece, Reply
-from heldout.errors import NotFound
+from heldout.errors import ModelNotFound, NotFound
 from heldout.settings import DEFAULT_MODEL, Settings
 from heldout.store.blobs import Blobs, fetch_folder, open_blobs
 from heldout.store.db import Db, open_db
@@ -73,17 +74,18 @@ def main(argv: list[str] | None = None) -> int:
         precision=settings.precision,
         allow_paths=True,  # names from clients were resolved above; these are base models of jobs
     )
-    threading.Thread(target=_warm_up, args=(engine,), daemon=True).start()
+    threading.Thread(target=_warm_up, args=(engine, settings), daemon=True).start()
     chat = LocalChat(settings, open_db(settings.database), open_blobs(settings.blobs), engine)
     app = create_chat_app(settings=settings, chat=chat)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
     return 0
 
 
-def _warm_up(engine: Engine) -> None:
-    """Dequantise and load the bundled model before the first question comes."""
-    if DEFAULT_MODEL in catalogue.base_names({}):
-        engine.count_tokens(DEFAULT_MODEL, ["warm"])
+def _warm_up(engine: Engine, settings: Settings) -> None:
+    """Dequantise and load what most clients will ask for before the first question comes."""
+    likely = next(iter(settings.model_aliases.values()), DEFAULT_MODEL)
+    with contextlib.suppress(ModelNotFound):  # whoever asks for it is told
+        engine.count_tokens(likely, ["warm"])
 
 
 def _leave_with_parent(parent: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -40,7 +41,11 @@ def serve(settings: Settings, *, host: str, port: int, out: TextIO) -> None:
         app = create_app(settings=settings, db=open_db(settings.database), blobs=open_blobs(settings.blobs), chat=chat)
         _welcome(settings, host, port, out)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listener])
+        # uvicorn ends in order and then raises the signal again; SIGTERM becomes Ctrl-C, so that the
+        # children are ended too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
     print("Stopped. Jobs that were running go on at the next `heldout serve`.", file=out, flush=True)
 
 
@@ -52,9 +57,7 @@ def _kept_running(module: list[str]) -> Iterator[None]:
 
     def start() -> None:
         # A session of its own: Ctrl-C reaches us alone, and we end the children in order.
-        children.append(
-            subprocess.Popen([sys.executable, "-m", *module], env={**os.environ, **environment}, start_new_session=True)
-        )
+        children.append(subprocess.Popen([sys.executable, "-m", *module], start_new_session=True))
 
     def watch() -> None:
         while not stop.wait(0.5):
