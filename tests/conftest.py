@@ -35,14 +35,18 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.fixture
-def colours(tmp_path: Path) -> dict[str, Path]:
+def colour_files(folder: Path) -> dict[str, Path]:
     """Three files of one easy task: 80 to train on, 24 to stop by, 48 held out."""
     parts = {"train": range(80), "valid": range(1000, 1024), "holdout": range(2000, 2048)}
     return {
-        part: write_rows(tmp_path / f"{part}.jsonl", [colour_row(i) for i in numbers])
-        for part, numbers in parts.items()
+        part: write_rows(folder / f"{part}.jsonl", [colour_row(i) for i in numbers]) for part, numbers in parts.items()
     }
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> dict[str, Path]:
+    """The three files of `colour_files`."""
+    return colour_files(tmp_path)
 
 
 @pytest.fixture(scope="session")

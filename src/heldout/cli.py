@@ -86,7 +86,7 @@ def tune(
             **_hyperparameters(set_ or []),
         )
     if as_json:
-        _print_json(result.outcome.as_dict() | {"report": str(result.report)})
+        _print_json(result.outcome.as_dict() | {"report": str(result.report), "model": result.model})
     else:
         _print_result(result)
     if require_ship and result.verdict.outcome != "ship":
@@ -246,7 +246,9 @@ def _print_result(result: Result) -> None:
         table.add_row(name, f"{rung.scores.mean:.1%}", f"{low:.1%} to {high:.1%}")
     console.print(table)
     console.print(f"Cheapest as good: {result.verdict.cheapest_as_good}")
-    console.print(f"Adapter: {result.adapter}\nReport:  {result.report}", markup=False, soft_wrap=True)
+    console.print(
+        f"Model:   {result.model}\nAdapter: {result.adapter}\nReport:  {result.report}", markup=False, soft_wrap=True
+    )
 
 
 def _print_findings(findings: tuple[Finding, ...], sizes: dict[str, int]) -> None:

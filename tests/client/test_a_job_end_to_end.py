@@ -17,7 +17,6 @@ import openai
 import psutil
 import pytest
 from openai import OpenAI
-
 from tests.conftest import colour_row, write_rows
 
 BASE = "gpt-4o-mini-2024-07-18"

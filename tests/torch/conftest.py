@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 import torch
+from heldout.engine.local import LocalEngine
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.types import Example
+from heldout.pipeline.training import Adapter, CurvePoint
+from heldout.pipeline.types import Example, Split
+from heldout.pipeline.watch import Silent, Watch
 from heldout.train import sft
 from heldout.train.sft import Trainee
+from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row
 
 PLAN = TrainPlan(
@@ -90,3 +94,66 @@ def plain_loss(trainee: Trainee, tokens: Any) -> torch.Tensor:
     supervised = torch.tensor(tokens.supervised[1:])
     targets = torch.tensor(tokens.ids[1:])
     return torch.nn.functional.cross_entropy(logits[supervised], targets[supervised], reduction="sum")
+
+
+def parts(n_train: int = 80, n_valid: int = 24) -> Split:
+    """The colour task, split as the `colours` files are."""
+    split = {
+        "train": examples(range(n_train)),
+        "valid": examples(range(1000, 1000 + n_valid)),
+        "holdout": examples(range(2000, 2048)),
+    }
+    return Split(**split, seed=0, groups=sum(map(len, split.values())))
+
+
+class Recording(Silent):
+    """A Watch that notes its story: ("message", text), ("metrics", step), ("checkpoint", step).
+
+    It raises KeyboardInterrupt at the metrics of step `interrupt_at`: the job is killed there.
+    """
+
+    def __init__(self, interrupt_at: int = 0) -> None:
+        self.story: list[tuple[str, Any]] = []
+        self.interrupt_at = interrupt_at
+
+    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        self.story.append(("message", text))
+
+    def metrics(self, point: CurvePoint, total_steps: int) -> None:
+        self.story.append(("metrics", point.step))
+        if point.step == self.interrupt_at:
+            raise KeyboardInterrupt
+
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        self.story.append(("checkpoint", step))
+
+    @property
+    def messages(self) -> list[str]:
+        """The sentences alone."""
+        return [what for kind, what in self.story if kind == "message"]
+
+
+#: Enough for the tiny model to answer most colours.
+LEARNING = replace(PLAN, learning_rate=2e-2, lora_r=16, lora_alpha=32.0, n_epochs=6, total_steps=60)
+
+TOOLS: dict[str, Any] = {"cache": Path("unused"), "aliases": {}, "precision": "float32", "allow_paths": True}
+
+
+def train(
+    model: Path, directory: Path, plan: TrainPlan = PLAN, split: Split | None = None, watch: Watch | None = None
+) -> Adapter:
+    """Train in fp32 in `directory`; the colour task unless told otherwise."""
+    trainer = TorchTrainer(**TOOLS)
+    return trainer.train(plan, split or parts(), base_model=str(model), directory=directory, watch=watch or Silent())
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """An adapter that has learned the form of the colour task, so that it ends its turns."""
+    return train(tiny_model, tmp_path_factory.mktemp("trained"), LEARNING)
+
+
+@pytest.fixture(scope="session")
+def engine() -> LocalEngine:
+    """The serving path in fp32."""
+    return LocalEngine(**TOOLS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from heldout.engine import catalogue
 from heldout.errors import InvalidValue
 from heldout.pipeline import report
 from heldout.pipeline.hyperparameters import Hyperparameters
@@ -16,13 +19,18 @@ from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.run import Request, Source, Tools, run_job
 from heldout.pipeline.verdict import Verdict
 from heldout.pipeline.watch import Silent, Watch
+from heldout.processes.register import add_file, register
+from heldout.records import Event, Job, JobStatus, fine_tuned_name, now
 from heldout.settings import DEFAULT_MODEL, Settings
+from heldout.store.blobs import open_blobs
+from heldout.store.db import open_db
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What `heldout.tune` returns."""
 
+    model: str  # the name under which `heldout serve` and `heldout chat` answer with the tuned model
     verdict: Verdict
     rungs: tuple[Rung, ...]  # the cheaper ways to get answers, with their scores
     tuned: Rung  # the tuned model with its scores
@@ -67,6 +75,15 @@ def tune(
     from heldout.train.trainer import TorchTrainer
 
     directory = _directory(out, suffix)
+    seed = _same_request(
+        directory,
+        {
+            "model": model,
+            "files": [_checksum(one) for one in (training, valid, held)],
+            "hyperparameters": asked.as_dict(),
+        },
+        seed,
+    )
     options: dict[str, Any] = {
         "cache": settings.cache,
         "aliases": settings.model_aliases,
@@ -79,14 +96,15 @@ def tune(
         training=training,
         validation=valid,
         holdout=held,
-        seed=random.randrange(2**31) if seed is None else seed,
+        seed=seed,
         hyperparameters=asked,
         directory=directory,
     )
-    tools = Tools(engine=engine, trainer=TorchTrainer(**options), watch=watch or Silent())
-    outcome = run_job(request, tools)
+    recorder = Recorder(watch or Silent())
+    outcome = run_job(request, Tools(engine=engine, trainer=TorchTrainer(**options), watch=recorder))
     engine.close()
     return Result(
+        model=_remember(outcome, request, recorder, settings, model=model, suffix=suffix),
         verdict=outcome.verdict,
         rungs=outcome.rungs,
         tuned=outcome.tuned,
@@ -94,6 +112,88 @@ def tune(
         report=directory / report.HTML,
         outcome=outcome,
     )
+
+
+def _same_request(directory: Path, request: dict[str, Any], seed: int | None) -> int:
+    """The job's seed, drawn once; note the request, or check that the interrupted one was the same.
+
+    Going on with other data or another seed would split anew and judge on rows that were trained on.
+    """
+    note = directory / "request.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        if before["request"] != request or seed not in (None, before["seed"]):
+            raise InvalidValue(
+                f"{directory} holds an unfinished job with other files, model, hyperparameters or seed; choose "
+                "another --out, or delete the folder"
+            )
+        return int(before["seed"])
+    seed = random.randrange(2**31) if seed is None else seed
+    note.write_text(json.dumps({"seed": seed, "request": request}))
+    return seed
+
+
+def _checksum(one: Source | None) -> str | None:
+    if one is None:
+        return None
+    digest = hashlib.sha256()
+    with one.open() as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Recorder:
+    """Passes everything on to another watch and keeps the sentences for the job's row."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self.sentences: list[tuple[int, str, str]] = []  # time, level, text
+
+    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """See Watch.message."""
+        self.sentences.append((now(), level, text))
+        self._watch.message(text, level=level, data=data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watch, name)
+
+
+def _remember(
+    outcome: Outcome, request: Request, recorder: Recorder, settings: Settings, *, model: str, suffix: str | None
+) -> str:
+    """Enter the finished job in the data directory, where the server's jobs are; the model's name."""
+    db, blobs = open_db(settings.database), open_blobs(settings.blobs)
+    base = catalogue.resolve(model, settings.model_aliases, allow_paths=True).name
+    files = {
+        part: add_file(db, blobs, Path(one.name), filename=Path(one.name).name, purpose="fine-tune")
+        for part, one in (
+            ("training_file", request.training),
+            ("validation_file", request.validation),
+            ("holdout_file", request.holdout),
+        )
+        if one is not None
+    }
+    job = Job(
+        model=model,
+        base_model=base,
+        suffix=suffix,
+        seed=request.seed,
+        hyperparameters=request.hyperparameters.as_dict(),
+        plan=outcome.plan.as_dict(),
+        training_file=files["training_file"],
+        validation_file=files.get("validation_file"),
+        holdout_file=files.get("holdout_file"),
+        started_at=now() - round(outcome.seconds),
+    )
+    name = fine_tuned_name(model, settings.organization, suffix, job.id)
+    results = register(outcome, job, name, settings, db, blobs)
+    # Added as a whole when everything is there: a worker never sees it unfinished.
+    db.add_job(
+        replace(job, status=JobStatus.SUCCEEDED, **results),
+        *(Event(job_id=job.id, created_at=time, level=level, message=text) for time, level, text in recorder.sentences),
+    )
+    return name
 
 
 def source(path: str | Path) -> Source:

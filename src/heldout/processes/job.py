@@ -15,23 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heldout.errors import JobCancelled, UserError
-from heldout.pipeline import report
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.run import Request, Source, Tools, check_files, refuse_errors, run_job
+from heldout.processes.register import put_adapter, register
 from heldout.records import (
     Checkpoint,
     Event,
-    File,
     Job,
     JobStatus,
     Model,
     checkpoint_name,
     fine_tuned_name,
-    new_id,
     now,
 )
 from heldout.settings import Settings
-from heldout.store.blobs import Blobs, open_blobs, put_folder
+from heldout.store.blobs import Blobs, open_blobs
 from heldout.store.db import Db, open_db
 
 if TYPE_CHECKING:
@@ -94,7 +92,7 @@ def run(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
     request = _request(job, settings, db, blobs)
     outcome = run_job(request, Tools(engine=engine, trainer=trainer, watch=watch))
     watch.raise_if_cancelled()
-    _register(outcome, watch)
+    _succeed(outcome, watch)
 
 
 class DbWatch:
@@ -148,7 +146,7 @@ class DbWatch:
     def publish(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
         """Make a checkpoint callable by its name."""
         prefix = f"adapters/{self.job.id}/step-{step}"
-        _put_adapter(self.blobs, prefix, folder)
+        put_adapter(self.blobs, prefix, folder)
         name = checkpoint_name(self.name, step)
         known = {
             "step": step,
@@ -184,47 +182,16 @@ class DbWatch:
         self.db.update_job(self.job.id, estimated_finish=now() + round(left))
 
 
-def _register(outcome: Outcome, watch: DbWatch) -> None:
-    """Store the adapter and the result files, then let the job succeed: all of it in one move."""
-    job, db, blobs = watch.job, watch.db, watch.blobs
-    adapter = outcome.adapter
+def _succeed(outcome: Outcome, watch: DbWatch) -> None:
+    """Register what the job made, then let it succeed: its last events and all results in one move."""
+    job, adapter = watch.job, outcome.adapter
     best = next(point for point in adapter.curve if point.step == adapter.best_step)
     watch.publish(adapter.best_step, adapter.directory, best.as_dict())
-    db.mark_best(job.id, adapter.best_step)
-    prefix = f"adapters/{job.id}/final"
-    _put_adapter(blobs, prefix, adapter.directory)
-    files = [
-        _result_file(watch, report.METRICS, "step_metrics.csv"),
-        *(_result_file(watch, name, name) for name in (report.JSON, report.MARKDOWN, report.HTML)),
-    ]
-    db.add_model(watch.model(watch.name, prefix))
-    db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))
-    db.move_job(
-        job.id,
-        JobStatus.SUCCEEDED,
-        Event(job_id=job.id, message="The job has successfully completed"),
-        fine_tuned_model=watch.name,
-        finished_at=now(),
-        estimated_finish=None,
-        trained_tokens=adapter.trained_tokens,
-        result_files=files,
-        verdict=outcome.verdict.as_dict(),
-    )
-
-
-def _result_file(watch: DbWatch, name: str, filename: str) -> str:
-    path = watch.settings.work(watch.job.id) / name
-    file = File(id=new_id("file-"), filename=filename, purpose="fine-tune-results", bytes=path.stat().st_size)
-    with path.open("rb") as content:
-        watch.blobs.put(file.blob, content)
-    watch.db.add_file(file)
-    return file.id
-
-
-def _put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
-    from heldout.train.checkpoint import publish
-
-    put_folder(blobs, prefix, publish(folder, folder.parent / f".publish-{folder.name}"))
+    watch.db.mark_best(job.id, adapter.best_step)
+    results = register(outcome, job, watch.name, watch.settings, watch.db, watch.blobs)
+    watch.db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))
+    done = Event(job_id=job.id, message="The job has successfully completed")
+    watch.db.move_job(job.id, JobStatus.SUCCEEDED, done, estimated_finish=None, **results)
 
 
 def _request(job: Job, settings: Settings, db: Db, blobs: Blobs) -> Request:

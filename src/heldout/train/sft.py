@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
+import torch
 from heldout.engine import weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidTrainingFile, InvalidValue
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
+from heldout.train import norms
 from heldout.train.attention import IMPLEMENTATION
 from heldout.train.lora import Dropout, fuse
 from heldout.train.packing import Pack, pack
@@ -58,6 +59,7 @@ def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype) -> Traine
     )
     dropout = Dropout(plan.lora_dropout, plan.seed)
     fuse(peft, dropout)
+    norms.fuse(model)
     return Trainee(
         peft=peft,
         body=model.base_model,

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from heldout.engine import catalogue, weights
 from heldout.errors import ModelNotFound
 from heldout.pipeline.plan import TrainPlan
@@ -14,7 +13,7 @@ from heldout.pipeline.training import Adapter, ModelFacts, Proof
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 from heldout.train import checkpoint, loop, sft
-from heldout.train.memory import PeakMemory
+from heldout.train.memory import PeakMemory, keep_freed_memory
 from heldout.train.sft import Trainee
 
 #: Conversations whose log-probabilities the serving path must reproduce.
@@ -50,6 +49,7 @@ class TorchTrainer:
     def train(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, watch: Watch) -> Adapter:
         """See Trainer.train."""
         checkpoints = directory / "checkpoints"
+        keep_freed_memory()
         with PeakMemory() as peak:
             trainee = sft.build_model(plan, self._folder(base_model), weights.choose_precision(self._precision))
             train = sft.tokenize(trainee.template, split.train, plan.max_length, "the training data")

@@ -1,0 +1,63 @@
+"""Where what a job made goes: the adapter and the result files to the blobs, the model to the database."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heldout.pipeline import report
+from heldout.records import File, Job, Model, now
+from heldout.settings import Settings
+from heldout.store.blobs import Blobs, put_folder
+from heldout.store.db import Db
+
+if TYPE_CHECKING:
+    from heldout.pipeline.outcome import Outcome
+
+#: Client name of each result file. The CSV comes first: scripts take `result_files[0]`.
+RESULTS = {
+    report.METRICS: "step_metrics.csv",
+    report.JSON: "report.json",
+    report.MARKDOWN: "report.md",
+    report.HTML: "report.html",
+}
+
+
+def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, blobs: Blobs) -> dict[str, Any]:
+    """Make the tuned model callable as `name`; the fields of the job's row that say so."""
+    prefix = f"adapters/{job.id}/final"
+    put_adapter(blobs, prefix, outcome.adapter.directory)
+    directory = outcome.adapter.directory.parent
+    files = [
+        add_file(db, blobs, directory / stored, filename=filename, purpose="fine-tune-results")
+        for stored, filename in RESULTS.items()
+    ]
+    db.add_model(Model(id=name, job_id=job.id, base_model=job.base_model, blobs=prefix, owned_by=settings.organization))
+    return {
+        "fine_tuned_model": name,
+        "finished_at": now(),
+        "trained_tokens": outcome.adapter.trained_tokens,
+        "result_files": files,
+        "verdict": outcome.verdict.as_dict(),
+    }
+
+
+def add_file(db: Db, blobs: Blobs, path: Path, *, filename: str, purpose: str) -> str:
+    """Store a local file as if it had been uploaded; its id."""
+    file = File(filename=filename, purpose=purpose, bytes=path.stat().st_size)
+    with path.open("rb") as content:
+        blobs.put(file.blob, content)
+    db.add_file(file)
+    return file.id
+
+
+def put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
+    """Store an adapter's two files, and nothing else of a checkpoint's folder."""
+    bare = folder.parent / f".publish-{folder.name}"
+    shutil.rmtree(bare, ignore_errors=True)
+    bare.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy2(folder / name, bare / name)
+    put_folder(blobs, prefix, bare)
+    shutil.rmtree(bare)

@@ -1,0 +1,269 @@
+"""The command line as scripts see it: exit codes, one JSON document on stdout, sentences on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from heldout.cli import main
+from tests.conftest import colour_files, colour_row, write_rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def heldout(folder: Path, *arguments: str | Path) -> Run:
+    """`python -m heldout …` in a process of its own, with its data below `folder`."""
+    environment = {
+        **os.environ,
+        "HELDOUT_DATA_DIR": str(folder / "data"),
+        "HELDOUT_PRECISION": "float32",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-m", "heldout", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """The same in this process, where torch is loaded already: it saves ten seconds a command."""
+    monkeypatch.setenv("HELDOUT_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("HELDOUT_PRECISION", "float32")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> Run:
+        monkeypatch.setattr(sys, "argv", ["heldout", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Run(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    done = heldout(tmp_path, "--help")
+    assert done.code == 0
+    assert all(command in done.out for command in ("serve", "tune", "check", "chat", "jobs"))
+
+
+@pytest.mark.parametrize("command", ["serve", "tune", "check", "chat", "jobs"])
+def test_every_command_explains_itself(here: Callable[..., Run], command: str) -> None:
+    done = here(command, "--help")
+    assert done.code == 0
+    assert "--help" in done.out
+
+
+@pytest.mark.parametrize("arguments", [["bake"], ["tune"], ["check", "a.jsonl", "--colour"]])
+def test_a_command_line_that_is_wrong_exits_with_2(here: Callable[..., Run], arguments: list[str]) -> None:
+    done = here(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Usage" in done.err
+
+
+def test_a_good_file_is_checked_with_exit_code_0(tmp_path: Path) -> None:
+    files = colour_files(tmp_path)
+    done = heldout(tmp_path, "check", files["train"], "--validation", files["valid"], "--holdout", files["holdout"])
+    assert done.code == 0
+    assert "80 sound examples in" in done.out
+    assert "48 sound examples in" in done.out
+    assert done.err == ""
+
+
+@pytest.fixture
+def bad_file(tmp_path: Path) -> Path:
+    """Twenty rows, of which lines 3 and 17 are no JSON and line 8 ends with the user."""
+    path = write_rows(tmp_path / "bad.jsonl", [colour_row(i) for i in range(20)])
+    lines = path.read_text().splitlines()
+    lines[2] = lines[16] = '{"messages": ['
+    lines[7] = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_bad_file_is_checked_with_exit_code_2_and_every_line_is_named(tmp_path: Path, bad_file: Path) -> None:
+    done = heldout(tmp_path, "check", bad_file)
+    assert done.code == 2
+    assert "Line 3" in done.out
+    assert "17" in done.out
+    assert "Line 8" in done.out
+
+
+def test_findings_as_json(here: Callable[..., Run], bad_file: Path) -> None:
+    done = here("check", bad_file, "--json")
+    assert done.code == 2
+    found = json.loads(done.out)
+    assert found["files"] == {str(bad_file): 17}
+    errors = [one for one in found["findings"] if one["severity"] == "error"]
+    assert sorted(line for one in errors for line in one["lines"]) == [3, 8, 17]
+
+
+@pytest.mark.parametrize("command", ["check", "tune"])
+@pytest.mark.parametrize("option", ["", "--validation", "--holdout"])
+def test_a_missing_file_is_named_with_exit_code_2(
+    here: Callable[..., Run], colours: dict[str, Path], command: str, option: str
+) -> None:
+    done = here(command, colours["train"], option, "gone.jsonl") if option else here(command, "gone.jsonl")
+    assert done.code == 2
+    assert done.err == "error: There is no file gone.jsonl\n"
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        ("n_epochs", "expected NAME=VALUE"),
+        ("n_epochs=0", "a whole number from 1 to 50"),
+        ("n_epochs=many", "n_epochs: 'many'"),
+        ("epochs=3", "Unknown hyperparameter 'epochs'"),
+    ],
+)
+def test_a_hyperparameter_out_of_range_is_told_before_any_work(
+    here: Callable[..., Run], colours: dict[str, Path], tmp_path: Path, pair: str, sentence: str
+) -> None:
+    before = set(tmp_path.iterdir())
+    done = here("tune", colours["train"], "--set", pair)
+    assert done.code == 2
+    assert sentence in done.err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_bad_file_is_not_trained_on(here: Callable[..., Run], bad_file: Path, tiny_model: Path) -> None:
+    done = here("tune", bad_file, "--model", tiny_model, "--out", "out")
+    assert done.code == 2
+    assert "Line 3" in done.err
+    assert "Line 8" in done.err
+    assert done.out == ""
+
+
+def test_an_unknown_model_is_told_with_what_was_tried(here: Callable[..., Run], colours: dict[str, Path]) -> None:
+    done = here("tune", colours["train"], "--model", "no-such-model", "--out", "out")
+    assert done.code == 2
+    assert "The model 'no-such-model' does not exist. Tried: an alias" in done.err
+    assert "a directory with a config.json at" in done.err
+    assert "a Hugging Face id" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.xfail(reason="the folder is made before the model is looked up", strict=True)
+def test_an_unknown_model_leaves_no_folder(here: Callable[..., Run], colours: dict[str, Path]) -> None:
+    here("tune", colours["train"], "--model", "no-such-model", "--out", "out")
+    assert not Path("out").exists()
+
+
+def test_there_are_no_jobs_in_an_empty_data_directory(tmp_path: Path) -> None:
+    done = heldout(tmp_path, "jobs")
+    assert (done.code, done.out, done.err) == (0, "No jobs yet in this data directory.\n", "")
+
+
+def test_jobs_as_json_and_unknown_jobs(here: Callable[..., Run]) -> None:
+    assert json.loads(here("jobs", "--json").out) == []
+    done = here("jobs", "ftjob-none")
+    assert done.code == 2
+    assert "ftjob-none" in done.err
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What one `heldout tune` left behind."""
+
+    run: Run
+    files: dict[str, Path]
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """`tune` on too few steps to learn anything, so that the verdict cannot be `ship`."""
+    folder = tmp_path_factory.mktemp("cli")
+    files = colour_files(folder)
+    run = heldout(
+        folder,
+        *("tune", files["train"], "--validation", files["valid"], "--holdout", files["holdout"]),
+        *("--model", tiny_model, "--seed", "1", "--out", "out", "--set", "n_epochs=1", "--set", "learning_rate=1e-5"),
+        *("--json", "--require-ship"),
+    )
+    return Finished(run, files, folder / "out")
+
+
+def test_a_job_in_json_mode_prints_one_document_and_tells_its_story_on_stderr(finished: Finished) -> None:
+    report = json.loads(finished.run.out)
+    assert report["verdict"]["outcome"] == "dont_ship"
+    assert report["data"] | {"groups": 0, "sources": {}} == {
+        "train": 80,
+        "valid": 24,
+        "holdout": 48,
+        "seed": 1,
+        "groups": 0,
+        "sources": {},
+    }
+    assert report["report"] == "out/report.html"
+    assert report["plan"]["learning_rate"] == {"value": 1e-5, "reason": "set in the request"}
+    on_disk = json.loads((finished.out / "report.json").read_text())
+    assert {key: report[key] for key in on_disk} == on_disk
+    story = finished.run.err
+    parts = (
+        "80 examples to train on",
+        "zero-shot: ",
+        "Plan: at most 1 epochs",
+        "Training ",
+        "train: 10/10",
+        "Verdict:",
+    )
+    assert all(part in story for part in parts)
+    assert "Traceback" not in story
+
+
+def test_a_verdict_other_than_ship_exits_with_3_when_ship_is_required(finished: Finished) -> None:
+    assert finished.run.code == 3
+
+
+def test_without_that_a_finished_job_exits_with_0(
+    here: Callable[..., Run], colours: dict[str, Path], tiny_model: Path
+) -> None:
+    done = here("tune", colours["train"], "--model", tiny_model, "--out", "out", "--set", "n_epochs=1", "--seed", "1")
+    assert done.code == 0
+    assert "Verdict: inconclusive" in done.out, "20 rows are held out of 80"
+    assert "tfidf-logistic" in done.out
+    assert "out/report.html" in done.out
+
+
+def test_a_finished_job_is_not_overwritten(here: Callable[..., Run], finished: Finished) -> None:
+    done = here("tune", finished.files["train"], "--out", finished.out)
+    assert done.code == 2
+    assert "already holds a finished job" in done.err
+
+
+@pytest.mark.parametrize("folder", [".", "adapter"])
+def test_an_adapters_folder_answers(here: Callable[..., Run], finished: Finished, folder: str) -> None:
+    answers = [here("chat", finished.out / folder, text, "--max-tokens", "8") for text in ("hello", "hello", "bye")]
+    assert [one.code for one in answers] == [0, 0, 0]
+    assert all(one.out.endswith("\n") and one.out.strip() for one in answers)
+    assert answers[0].out == answers[1].out != answers[2].out
+    assert answers[0].err == ""
+
+
+def test_a_folder_without_a_model_is_no_model(here: Callable[..., Run], tmp_path: Path) -> None:
+    done = here("chat", tmp_path, "hello")
+    assert done.code == 2
+    assert str(tmp_path) in done.err
+    (tmp_path / "adapter_config.json").write_text("{}")
+    done = here("chat", tmp_path, "hello")
+    assert done.code == 2
+    assert "no report.json beside it" in done.err

@@ -1,0 +1,118 @@
+"""Every "auto" becomes a number with a reason; what was asked for stays as it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.training import ModelFacts
+from tests.unit.conftest import labelled, split_of
+
+SIZES = [(7, 2), (10, 3), (50, 10), (80, 24), (240, 40), (1000, 100), (3000, 200), (20_000, 200)]
+NAMES = [field.name for field in fields(TrainPlan) if field.name != "reasons"]
+
+
+def plan(n: int = 240, n_valid: int = 40, *, hidden: int = 576, context: int = 2048, **asked: Any) -> TrainPlan:
+    facts = ModelFacts(hidden_size=hidden, context=context, parameters=1)
+    split = split_of(labelled("train", n), labelled("valid", n_valid))
+    return make_plan(Hyperparameters.parse(asked), split, facts, seed=11)
+
+
+@pytest.mark.parametrize(("n", "n_valid"), SIZES)
+def test_every_auto_becomes_a_number_with_a_reason(n: int, n_valid: int) -> None:
+    resolved = plan(n, n_valid, n_epochs="auto", batch_size="auto", learning_rate_multiplier="auto")
+    for name in NAMES:
+        assert isinstance(getattr(resolved, name), (int, float)), name
+        assert resolved.reasons[name].strip(), name
+    assert resolved.as_dict().keys() == set(NAMES)
+    for name, choice in resolved.as_dict().items():
+        assert choice == {"value": getattr(resolved, name), "reason": resolved.reasons[name]}
+
+
+@pytest.mark.parametrize(("n", "n_valid"), SIZES)
+@pytest.mark.parametrize("hidden", [64, 576, 4096, 16_384])
+def test_automatic_numbers_stay_within_bounds(n: int, n_valid: int, hidden: int) -> None:
+    resolved = plan(n, n_valid, hidden=hidden)
+    steps_per_epoch = math.ceil(n / resolved.batch_size)
+    assert 3 <= resolved.n_epochs <= 12
+    assert 1 <= resolved.batch_size <= min(n, 32)
+    assert resolved.total_steps == resolved.n_epochs * steps_per_epoch
+    assert 1e-4 <= resolved.learning_rate <= 2e-3
+    assert 1 <= resolved.warmup_steps <= resolved.total_steps
+    assert 1 <= resolved.eval_every <= steps_per_epoch
+    assert math.ceil(steps_per_epoch / resolved.eval_every) <= 4, "validation must not eat the training time"
+    assert 16 <= resolved.max_length <= 2048
+    assert 0 <= resolved.lora_dropout < 1
+    assert resolved.early_stopping is True
+    assert resolved.patience >= 1
+    assert resolved.seed == 11
+
+
+def test_more_examples_mean_fewer_epochs_larger_batches_and_no_dropout() -> None:
+    small, middle, large = plan(50), plan(240), plan(20_000, 200)
+    assert small.n_epochs > middle.n_epochs >= large.n_epochs == 3
+    assert small.batch_size == middle.batch_size == 8 < large.batch_size
+    assert small.lora_dropout > 0 == large.lora_dropout
+
+
+def test_wider_models_learn_at_a_lower_rate() -> None:
+    assert plan(hidden=576).learning_rate == pytest.approx(2e-3)
+    assert plan(hidden=4096).learning_rate == pytest.approx(2e-3 * 576 / 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_epochs", 29),
+        ("batch_size", 3),
+        ("learning_rate_multiplier", 0.25),
+        ("learning_rate", 0.37),
+        ("lora_r", 5),
+        ("lora_alpha", 7.5),
+        ("lora_dropout", 0.31),
+        ("weight_decay", 0.02),
+        ("max_grad_norm", 3.5),
+        ("max_length", 99),
+        ("early_stopping", False),
+    ],
+)
+def test_what_was_asked_for_wins_and_says_so(name: str, value: float) -> None:
+    resolved = plan(**{name: value})
+    assert getattr(resolved, name) == value
+    assert resolved.reasons[name] == "set in the request"
+    assert getattr(plan(), name) != value, "the default would have passed"
+
+
+def test_patience_is_asked_for_together_with_early_stopping() -> None:
+    resolved = plan(early_stopping={"enabled": True, "patience": 9})
+    assert (resolved.early_stopping, resolved.patience) == (True, 9)
+    assert resolved.reasons["patience"] == "set in the request"
+
+
+def test_the_multiplier_multiplies_the_rate() -> None:
+    for factor in (0.1, 2.0, 30.0):
+        assert plan(learning_rate_multiplier=factor).learning_rate == pytest.approx(factor * plan().learning_rate)
+
+
+def test_the_warm_up_is_a_share_of_the_steps() -> None:
+    total = plan(n_epochs=40).total_steps
+    assert plan(n_epochs=40, warmup_ratio=0.5).warmup_steps == total // 2
+    assert plan(warmup_ratio=0).warmup_steps == 0
+    assert plan(7, n_epochs=1).warmup_steps <= plan(7, n_epochs=1).total_steps
+
+
+def test_derived_numbers_follow_what_was_asked() -> None:
+    resolved = plan(100, 20, n_epochs=5, batch_size=30, lora_r=4)
+    assert resolved.total_steps == 5 * 4
+    assert resolved.lora_alpha == 8
+    assert plan(20, 5, batch_size=64).batch_size == 20, "a batch holds each example once"
+
+
+def test_no_example_may_be_longer_than_the_model_reads() -> None:
+    assert plan(context=512).max_length == 512
+    assert plan(context=131_072).max_length == 4096

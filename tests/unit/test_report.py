@@ -1,0 +1,172 @@
+"""The report in its four forms: what scripts read, and what people read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heldout.pipeline import report
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.outcome import Outcome
+from heldout.pipeline.plan import make_plan
+from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
+from heldout.pipeline.types import Finding
+from heldout.pipeline.verdict import decide
+from tests.unit.conftest import labelled, right, rung, split_of
+
+ATTACK = "<script>alert(1)</script> | a"
+
+CURVE = (
+    CurvePoint(step=1, train_loss=2.5, train_accuracy=0.25),
+    CurvePoint(step=2, train_loss=1.5, train_accuracy=0.5, valid_loss=1.25, valid_accuracy=0.625),
+    CurvePoint(step=3, train_loss=0.5, train_accuracy=1.0, valid_loss=1.75, valid_accuracy=0.5),
+)
+
+
+@pytest.fixture
+def outcome(tmp_path: Path) -> Outcome:
+    split = split_of(labelled("train", 80), labelled("valid", 20), labelled("holdout", 100))
+    rungs = (
+        rung("constant", right(100, 30), kind="constant", description=f"always {ATTACK}"),
+        rung("zero-shot", right(100, 60), description="the prompt"),
+    )
+    tuned = rung("tuned", right(100, 90), kind="tuned", description="with the adapter")
+    return Outcome(
+        verdict=decide(rungs, tuned),
+        rungs=rungs,
+        tuned=tuned,
+        adapter=Adapter(
+            directory=tmp_path / "adapter",
+            best_step=2,
+            last_step=3,
+            curve=CURVE,
+            trained_tokens=12_345,
+            trained_parameters=678,
+            examples_per_second=9.5,
+            seconds=4.0,
+            peak_memory_bytes=3 * 2**29,
+            precision="float32",
+            stopped="all 3 steps taken",
+            proofs=(),
+        ),
+        plan=make_plan(Hyperparameters(), split, ModelFacts(hidden_size=64, context=512, parameters=1), seed=5),
+        split=split,
+        findings=(Finding(code="odd", severity="warning", message=ATTACK, file="<b>.jsonl", lines=(3,)),),
+        base_model="tiny<i>",
+        seconds=7.5,
+    )
+
+
+@pytest.fixture
+def written(outcome: Outcome, tmp_path: Path) -> Path:
+    report.write(outcome, tmp_path)
+    return tmp_path
+
+
+def test_the_json_report_has_every_key_scripts_read(written: Path, outcome: Outcome) -> None:
+    found = json.loads((written / "report.json").read_text(encoding="utf-8"))
+    assert found["version"] == 1
+    assert found["verdict"]["outcome"] == "ship"
+    assert found["verdict"]["reasons"] == list(outcome.verdict.reasons)
+    assert found["verdict"]["cheapest_as_good"] == "tuned"
+    assert found["verdict"]["numbers"]["against"]["zero-shot"]["difference"] == pytest.approx(0.3)
+    assert [(one["name"], one["metric"], one["score"]) for one in found["rungs"]] == [
+        ("constant", "exact match", 0.3),
+        ("zero-shot", "exact match", 0.6),
+    ]
+    assert found["rungs"][1]["interval"] == pytest.approx(outcome.rungs[1].scores.interval)
+    assert found["tuned"]["score"] == 0.9
+    assert found["tuned"]["kind"] == "tuned"
+    assert found["tuned"]["n"] == 100
+    assert found["data"] | {"sources": {}} == {
+        "train": 80,
+        "valid": 20,
+        "holdout": 100,
+        "groups": 200,
+        "seed": 0,
+        "sources": {},
+    }
+    assert found["findings"] == [
+        {"code": "odd", "severity": "warning", "message": ATTACK, "file": "<b>.jsonl", "lines": [3]}
+    ]
+    assert found["plan"]["n_epochs"]["value"] == outcome.plan.n_epochs
+    assert found["plan"]["n_epochs"]["reason"]
+    training = found["training"]
+    assert training["examples_per_second"] == 9.5
+    assert training["peak_memory_bytes"] == 3 * 2**29
+    assert (training["best_step"], training["last_step"]) == (2, 3)
+    assert [point["step"] for point in training["curve"]] == [1, 2, 3]
+    assert [point["valid_loss"] for point in training["curve"]] == [None, 1.25, 1.75]
+    assert (training["trained_tokens"], training["trained_parameters"]) == (12_345, 678)
+    assert found["adapter"] == str(written / "adapter")
+
+
+def test_the_markdown_report_has_a_table_of_the_rungs(written: Path) -> None:
+    lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# Ship it"
+    head = lines.index("| rung | score | 95 % interval | prompt tokens | what it is |")
+    rows = lines[head + 2 : lines.index("", head)]
+    assert [row.split(" | ")[0] for row in rows] == ["| constant", "| zero-shot", "| tuned"]
+    assert rows[1] == "| zero-shot | 60.0% | 50.2% to 69.1% |  | the prompt |"
+    assert ATTACK.replace("|", "\\|") in rows[0], "a bar in a text does not end the cell"
+    assert "| 2 (kept) | 1.5000 | 1.2500 |" in lines
+    assert "| 3 | 0.5000 | 1.7500 |" in lines
+    assert not any(line.startswith("| 1 |") for line in lines), "nothing was validated at step 1"
+    assert any("9.5 examples a second, peak memory 1.50 GiB" in line for line in lines)
+
+
+def test_the_html_report_shows_texts_as_texts(written: Path) -> None:
+    tags: list[str] = []
+    texts: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            tags.append(tag)
+
+        def handle_data(self, data: str) -> None:
+            texts.append(data)
+
+    page = (written / "report.html").read_text(encoding="utf-8")
+    Reader().feed(page)
+    assert "script" not in tags
+    assert "i" not in tags, "from the base model's name"
+    assert sum(ATTACK in text for text in texts) == 2, "the finding and the rung's description"
+    assert any("tiny<i>" in text for text in texts)
+    assert any("<b>.jsonl" in text for text in texts)
+    assert {"h1", "svg", "table"} <= set(tags)
+    assert "http" not in page.replace("http://www.w3.org", ""), "nothing is loaded from elsewhere"
+
+
+@pytest.mark.xfail(reason="the names of rungs are not escaped in the list and in 'cheapest'", strict=True)
+def test_the_html_report_shows_the_names_of_rungs_as_texts(outcome: Outcome) -> None:
+    odd = replace(outcome.rungs[1], name="<script>")
+    verdict = replace(outcome.verdict, cheapest_as_good="<script>")
+    assert "<script>" not in report.page(replace(outcome, rungs=(odd,), verdict=verdict))
+
+
+@pytest.mark.parametrize("verdict", ["ship", "dont_ship", "inconclusive"])
+def test_every_outcome_has_a_headline(outcome: Outcome, verdict: str) -> None:
+    headline = {"ship": "Ship it", "dont_ship": "Don't ship it", "inconclusive": "Inconclusive"}[verdict]
+    changed = replace(outcome, verdict=replace(outcome.verdict, outcome=verdict))
+    assert report.markdown(changed).startswith(f"# {headline}\n")
+    assert f'<h1 class="{verdict}">{headline}</h1>' in report.page(changed)
+
+
+def test_a_report_without_findings_says_so(outcome: Outcome) -> None:
+    clean = replace(outcome, findings=())
+    assert report.markdown(clean).rstrip().endswith("None.")
+    assert "<li>None.</li>" in report.page(clean)
+
+
+def test_the_result_file_has_the_documented_columns_and_blanks(written: Path) -> None:
+    assert (written / "metrics.csv").read_text() == (
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
+        "1,2.50000,0.25000,,\n"
+        "2,1.50000,0.50000,1.25000,0.62500\n"
+        "3,0.50000,1.00000,1.75000,0.50000\n"
+    )
