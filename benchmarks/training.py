@@ -155,7 +155,8 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="banking12", help="a task of the shared data, or tickets")
+    default = "banking12" if (SHARED / "banking12").is_dir() else "tickets"
+    parser.add_argument("--task", default=default, help="a task of the shared data, or tickets (examples/)")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:3]), choices=CONTENDERS)

@@ -46,9 +46,9 @@ def serve(
 ) -> None:
     """Serve OpenAI's fine-tuning API: server, worker and inference together, until Ctrl-C."""
     from heldout.processes.server import serve as run
-    from heldout.settings import Settings
+    from heldout.settings import read_settings
 
-    run(Settings(), host=host, port=port, out=sys.stdout)
+    run(read_settings(), host=host, port=port, out=sys.stdout)
 
 
 @app.command()
@@ -163,11 +163,11 @@ def jobs(
 ) -> None:
     """List the jobs of this data directory, or tell the story of one."""
     from heldout.processes.talk import job_story, list_jobs
-    from heldout.settings import Settings
+    from heldout.settings import read_settings
 
     with _told_on_stderr():
-        story = job_story(Settings(), job) if job else None
-        rows = [] if job else list_jobs(Settings())
+        story = job_story(read_settings(), job) if job else None
+        rows = [] if job else list_jobs(read_settings())
     if as_json:
         _print_json(story if story is not None else rows)
     elif story is not None:

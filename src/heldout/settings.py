@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from heldout.errors import InvalidValue
 
 #: The bundled chat model: 135M parameters, instruct-tuned, Apache-2.0.
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -65,3 +67,14 @@ class Settings(BaseSettings):
     def work(self, job_id: str) -> Path:
         """A job's working directory: resumable checkpoints, its log, its report."""
         return self.root / "jobs" / job_id
+
+
+def read_settings() -> Settings:
+    """The settings of this process. Raises InvalidValue naming every variable that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [f"HELDOUT_{'.'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors()]
+        raise InvalidValue("; ".join(problems)) from error
+    except SettingsError as error:  # not JSON where JSON is expected
+        raise InvalidValue(f"{error}; it must be JSON") from error

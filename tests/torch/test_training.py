@@ -29,7 +29,7 @@ from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent
 from heldout.processes.foreground import Result
 from heldout.settings import Settings
-from heldout.train.checkpoint import ADAPTER, OPTIMIZER
+from heldout.train.checkpoint import ADAPTER
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import COLOURS, colour_files, colour_row, write_rows
 from tests.torch.conftest import LEARNING, PLAN, TOOLS, Recording, examples, parts, train
@@ -109,12 +109,12 @@ def valid_loss(engine: LocalEngine, model: Path, adapter: Adapter, split: Split)
 def test_without_early_stopping_all_steps_are_taken_and_the_best_is_still_kept(
     tiny_model: Path, tmp_path: Path, plan: Plan
 ) -> None:
-    all_steps = plan(total_steps=24, eval_every=2, patience=1, learning_rate=1e-2, early_stopping=False)
+    all_steps = plan(total_steps=36, eval_every=2, patience=1, learning_rate=1e-2, early_stopping=False)
     adapter = train(tiny_model, tmp_path, all_steps, guesses())
     measured = {point.step: point.valid_loss for point in adapter.curve if point.valid_loss is not None}
-    assert adapter.last_step == 24
-    assert adapter.best_step == min(measured, key=lambda step: measured[step]) < 24
-    assert adapter.stopped.startswith("all 24 steps taken")
+    assert adapter.last_step == 36
+    assert adapter.best_step == min(measured, key=lambda step: measured[step]) < 36
+    assert adapter.stopped.startswith("all 36 steps taken")
 
 
 #: 6 steps an epoch, a checkpoint every 3; dropout draws random numbers in every step.
@@ -149,7 +149,7 @@ def same_training(one: Adapter, other: Adapter) -> bool:
     return weights[0] == weights[1] and numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize("step", [2, 3, 8, 12], ids="killed at step {}".format)
+@pytest.mark.parametrize("step", [2, 8, 12], ids="killed at step {}".format)
 def test_an_interrupted_training_goes_on_bit_for_bit(
     tiny_model: Path, tmp_path: Path, uninterrupted: Adapter, step: int
 ) -> None:
@@ -169,7 +169,7 @@ def test_dropout_and_seed_make_a_difference(tiny_model: Path, tmp_path: Path, un
         assert not same_training(train(tiny_model, tmp_path / str(i), changed, SMALL), uninterrupted)
 
 
-@pytest.mark.parametrize("file", [ADAPTER, OPTIMIZER, "state.json"])
+@pytest.mark.parametrize("file", [ADAPTER, "state.json"])
 def test_a_damaged_checkpoint_is_passed_over(
     tiny_model: Path, tmp_path: Path, uninterrupted: Adapter, file: str
 ) -> None:

@@ -21,7 +21,7 @@ from heldout.pipeline.verdict import Verdict
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.register import add_file, register
 from heldout.records import Event, Job, JobStatus, fine_tuned_name, now
-from heldout.settings import DEFAULT_MODEL, Settings
+from heldout.settings import DEFAULT_MODEL, Settings, read_settings
 from heldout.store.blobs import open_blobs
 from heldout.store.db import open_db
 
@@ -66,7 +66,7 @@ def tune(
 
     Raises UserError (bad data, unknown model, value out of range); its message says what to do.
     """
-    settings = settings or Settings()
+    settings = settings or read_settings()
     asked = Hyperparameters.parse(hyperparameters)
     training = source(train)
     valid, held = (source(path) if path else None for path in (validation, holdout))

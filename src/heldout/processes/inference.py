@@ -18,7 +18,7 @@ from heldout.api.app import create_chat_app
 from heldout.engine import catalogue
 from heldout.engine.base import ChatRequest, Engine, ModelRef, Piece, Reply
 from heldout.errors import ModelNotFound, NotFound
-from heldout.settings import DEFAULT_MODEL, Settings
+from heldout.settings import DEFAULT_MODEL, Settings, read_settings
 from heldout.store.blobs import Blobs, fetch_folder, open_blobs
 from heldout.store.db import Db, open_db
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="heldout.processes.inference")
     parser.add_argument("--port", type=int, required=True)
     port = parser.parse_args(argv).port
-    settings = Settings()
+    settings = read_settings()
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     from heldout.engine.local import LocalEngine
 

@@ -28,7 +28,7 @@ from heldout.records import (
     fine_tuned_name,
     now,
 )
-from heldout.settings import Settings
+from heldout.settings import Settings, read_settings
 from heldout.store.blobs import Blobs, open_blobs
 from heldout.store.db import Db, open_db
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("job")
     parser.add_argument("--check", action="store_true", help="only validate the files")
     asked = parser.parse_args(argv)
-    settings = Settings()
+    settings = read_settings()
     db, blobs = open_db(settings.database), open_blobs(settings.blobs)
     job = db.get_job(asked.job)
     try:

@@ -12,14 +12,14 @@ from heldout.engine.base import Engine, ModelRef
 from heldout.errors import ModelNotFound
 from heldout.pipeline import report
 from heldout.records import Event, Job
-from heldout.settings import Settings
+from heldout.settings import Settings, read_settings
 from heldout.store.blobs import fetch_folder, open_blobs
 from heldout.store.db import open_db
 
 
 def open_model(name: str) -> tuple[Engine, ModelRef]:
     """An engine and what to ask it for. `name`: base model, `ft:` model, or the folder that `tune` wrote."""
-    settings = Settings()
+    settings = read_settings()
     ref = _find(name, settings)
     from heldout.engine.local import LocalEngine
 

@@ -17,7 +17,7 @@ from heldout.errors import InvalidValue
 from heldout.executor.base import Executor
 from heldout.executor.local import LocalExecutor
 from heldout.records import Event, Job, JobStatus, now
-from heldout.settings import Settings
+from heldout.settings import Settings, read_settings
 from heldout.store.db import Db, open_db
 
 #: How often a job is taken up again without having reached a checkpoint in between.
@@ -29,7 +29,7 @@ LOG_TAIL = 2_000  # characters
 
 def main() -> int:
     """Work until told to stop, or until whoever started us is gone."""
-    settings = Settings()
+    settings = read_settings()
     worker = Worker(settings, open_db(settings.database), open_executor(settings.executor_url))
     stop = stop_event()
     parent = os.getppid()
