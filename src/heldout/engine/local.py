@@ -180,6 +180,11 @@ class LocalEngine:
         source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)
         return weights.prepare(source, self.cache)
 
+    def is_prepared(self, base_model: str) -> bool:
+        """False when `folder` would take a while. Raises ModelNotFound."""
+        source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)
+        return weights.is_prepared(source, self.cache)
+
     def _base(self, name: str) -> Loaded:
         if self._loaded is None or self._name != name:
             self._free()  # one base model at a time: two may not fit

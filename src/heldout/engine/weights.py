@@ -13,19 +13,22 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+import torch
 from heldout.engine.catalogue import Source
 from heldout.errors import ModelNotFound
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# peft asks transformers under an old name; nothing a user could do about it.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 

@@ -16,7 +16,7 @@ from heldout.pipeline import report
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.run import Request, Source, Tools, run_job
+from heldout.pipeline.run import Request, Source, run_job
 from heldout.pipeline.verdict import Verdict
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.register import add_file, register
@@ -70,9 +70,9 @@ def tune(
     asked = Hyperparameters.parse(hyperparameters)
     training = source(train)
     valid, held = (source(path) if path else None for path in (validation, holdout))
+    catalogue.resolve(model, settings.model_aliases, allow_paths=True)
     # torch and transformers come in here: bad arguments are told before.
-    from heldout.engine.local import LocalEngine
-    from heldout.train.trainer import TorchTrainer
+    from heldout.processes.tools import local_tools
 
     directory = _directory(out, suffix)
     seed = _same_request(
@@ -84,13 +84,8 @@ def tune(
         },
         seed,
     )
-    options: dict[str, Any] = {
-        "cache": settings.cache,
-        "aliases": settings.model_aliases,
-        "precision": settings.precision,
-        "allow_paths": True,
-    }
-    engine = LocalEngine(**options)
+    recorder = Recorder(watch or Silent())
+    tools = local_tools(settings, model, recorder)
     request = Request(
         base_model=model,
         training=training,
@@ -100,9 +95,8 @@ def tune(
         hyperparameters=asked,
         directory=directory,
     )
-    recorder = Recorder(watch or Silent())
-    outcome = run_job(request, Tools(engine=engine, trainer=TorchTrainer(**options), watch=recorder))
-    engine.close()
+    outcome = run_job(request, tools)
+    tools.engine.close()
     return Result(
         model=_remember(outcome, request, recorder, settings, model=model, suffix=suffix),
         verdict=outcome.verdict,

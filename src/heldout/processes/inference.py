@@ -66,14 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     port = parser.parse_args(argv).port
     settings = read_settings()
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
-    from heldout.engine.local import LocalEngine
+    from heldout.processes.tools import local_engine
 
-    engine = LocalEngine(
-        cache=settings.cache,
-        aliases=settings.model_aliases,
-        precision=settings.precision,
-        allow_paths=True,  # names from clients were resolved above; these are base models of jobs
-    )
+    engine = local_engine(settings)  # names from clients are resolved by LocalChat, before they get there
     threading.Thread(target=_warm_up, args=(engine, settings), daemon=True).start()
     chat = LocalChat(settings, open_db(settings.database), open_blobs(settings.blobs), engine)
     app = create_chat_app(settings=settings, chat=chat)

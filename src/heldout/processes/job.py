@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from heldout.errors import JobCancelled, UserError
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.run import Request, Source, Tools, check_files, refuse_errors, run_job
+from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job
 from heldout.processes.register import put_adapter, register
 from heldout.records import (
     Checkpoint,
@@ -77,8 +77,7 @@ def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
 
 def run(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
     """Run the job to its end and register what it made."""
-    from heldout.engine.local import LocalEngine
-    from heldout.train.trainer import TorchTrainer
+    from heldout.processes.tools import local_tools
 
     _yield_to_the_server()
     started = Event(job_id=job.id, message="Fine-tuning job started")
@@ -86,11 +85,8 @@ def run(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
         again = "The job process ended unexpectedly; the job is taken up again"
         db.add_event(Event(job_id=job.id, level="warn", message=again))
     watch = DbWatch(job, settings, db, blobs)
-    options = {"cache": settings.cache, "aliases": settings.model_aliases, "precision": settings.precision}
-    engine = LocalEngine(**options, allow_paths=True)  # type: ignore[arg-type]
-    trainer = TorchTrainer(**options, allow_paths=True)  # type: ignore[arg-type]
     request = _request(job, settings, db, blobs)
-    outcome = run_job(request, Tools(engine=engine, trainer=trainer, watch=watch))
+    outcome = run_job(request, local_tools(settings, job.base_model, watch))
     watch.raise_if_cancelled()
     _succeed(outcome, watch)
 

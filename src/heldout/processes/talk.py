@@ -21,15 +21,9 @@ def open_model(name: str) -> tuple[Engine, ModelRef]:
     """An engine and what to ask it for. `name`: base model, `ft:` model, or the folder that `tune` wrote."""
     settings = read_settings()
     ref = _find(name, settings)
-    from heldout.engine.local import LocalEngine
+    from heldout.processes.tools import local_engine
 
-    engine = LocalEngine(
-        cache=settings.cache,
-        aliases=settings.model_aliases,
-        precision=settings.precision,
-        allow_paths=True,
-    )
-    return engine, ref
+    return local_engine(settings), ref
 
 
 def _find(name: str, settings: Settings) -> ModelRef:

@@ -1,0 +1,34 @@
+"""Who does the heavy work in this process: the local engine and the torch trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heldout.engine.local import LocalEngine
+from heldout.pipeline.run import Tools
+from heldout.pipeline.watch import Watch
+from heldout.settings import Settings
+from heldout.train.trainer import TorchTrainer
+
+
+def local_engine(settings: Settings) -> LocalEngine:
+    """An engine for names that are already trusted: a job's base model, or the command line's."""
+    return LocalEngine(**_options(settings))
+
+
+def local_tools(settings: Settings, base_model: str, watch: Watch) -> Tools:
+    """Engine and trainer for one job, its base model ready to be loaded. Raises ModelNotFound."""
+    engine = local_engine(settings)
+    if not engine.is_prepared(base_model):
+        watch.message(f"Unpacking the bundled model {base_model} (about half a minute, once)")
+        engine.folder(base_model)
+    return Tools(engine=engine, trainer=TorchTrainer(**_options(settings)), watch=watch)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
+        "cache": settings.cache,
+        "aliases": settings.model_aliases,
+        "precision": settings.precision,
+        "allow_paths": True,
+    }
