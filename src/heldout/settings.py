@@ -37,7 +37,9 @@ class Settings(BaseSettings):
     blobs_url: str = ""  # file:<data_dir>/blobs
     executor_url: str = "local:"
     engine_url: str = "local:"
-    organization: str = "heldout"  # the third field of ft: names, and organization_id on the wire
+    organization: str = Field(
+        default="heldout", pattern="^[A-Za-z0-9_.-]+$"
+    )  # the third field of ft: names, and organization_id on the wire
     api_key: str = ""  # empty: no key is asked for
     model_aliases: dict[str, str] = Field(default_factory=lambda: dict.fromkeys(HOSTED_NAMES, DEFAULT_MODEL))
     max_file_bytes: int = 512 * 1024 * 1024

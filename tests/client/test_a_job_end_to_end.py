@@ -34,7 +34,6 @@ class Served:
             "HELDOUT_DATA_DIR": str(self.data_dir),
             "HELDOUT_MODEL_ALIASES": json.dumps({BASE: str(self.model)}),
             "HELDOUT_PRECISION": "float32",
-            "OMP_NUM_THREADS": "1",  # several processes with two threads each would wait for each other
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "heldout", "serve", "--port", "0"],

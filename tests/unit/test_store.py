@@ -194,7 +194,6 @@ def test_a_missing_key_is_named(blobs: FileBlobs) -> None:
         blobs.open("adapters/none")
 
 
-@pytest.mark.xfail(reason="IsADirectoryError and NotADirectoryError come through", strict=True)
 @pytest.mark.parametrize("key", ["adapters", "adapters/a/b"])
 def test_a_key_above_or_below_a_blob_is_missing_too(blobs: FileBlobs, key: str) -> None:
     blobs.put("adapters/a", io.BytesIO(b"x"))

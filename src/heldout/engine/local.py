@@ -206,7 +206,7 @@ def _room(prompt: Sequence[int], sampling: Sampling, context: int) -> int:
             f"{len(prompt)} tokens. Please reduce the length of the messages."
         )
     # Without a limit a model that never ends its turn would keep the machine busy to the end of its context.
-    return min(room, sampling.max_tokens or 1024)
+    return min(room, 1024 if sampling.max_tokens is None else max(1, sampling.max_tokens))
 
 
 def _reply(template: ChatTemplate, prompt: list[int], new: list[int], ended: bool, stop: tuple[str, ...]) -> Reply:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heldout.engine.base import Engine, ModelRef
+from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers, score_model
 from heldout.pipeline.types import Example, Split
@@ -68,6 +69,13 @@ def climb(
             progress=lambda done, total: watch.progress(stage, done, total),
         )
 
+    def ask_if_it_fits(examples: Sequence[Example], shots: Sequence[Example], stage: str) -> Scores | None:
+        try:
+            return ask(examples, shots, stage)
+        except ContextLengthExceeded as error:
+            watch.message(f"A prompt with {len(shots)} shots is left out: {error}", level="warn")
+            return None
+
     rungs.append(
         Rung(
             name="zero-shot",
@@ -79,24 +87,24 @@ def climb(
     choosers = _spread(split.valid, CHOOSERS, split.seed)
     best: tuple[float, tuple[Example, ...]] = (-1.0, ())
     for shots in candidate_shots(split, metric):
-        tried = ask(choosers, shots, f"choosing {len(shots)} shots")
-        if tried.mean > best[0]:
+        tried = ask_if_it_fits(choosers, shots, f"choosing {len(shots)} shots")
+        if tried and tried.mean > best[0]:
             best = (tried.mean, shots)
     score, shots = best
-    if not shots:
-        return tuple(rungs)
-    lines = ", ".join(str(shot.line) for shot in shots)
-    rungs.append(
-        Rung(
-            name=f"few-shot-{len(shots)}",
-            kind="prompt",
-            description=(
-                f"the base model with {len(shots)} solved examples (training lines {lines}), the best of "
-                f"{len(SHOT_COUNTS) * ORDERS} prompts on {len(choosers)} validation examples ({score:.2f} there)"
-            ),
-            scores=ask(split.holdout, shots, f"{len(shots)}-shot prompt"),
+    scores = ask_if_it_fits(split.holdout, shots, f"{len(shots)}-shot prompt") if shots else None
+    if scores:
+        lines = ", ".join(str(shot.line) for shot in shots)
+        rungs.append(
+            Rung(
+                name=f"few-shot-{len(shots)}",
+                kind="prompt",
+                description=(
+                    f"the base model with {len(shots)} solved examples (training lines {lines}), the best of "
+                    f"{len(SHOT_COUNTS) * ORDERS} prompts on {len(choosers)} validation examples ({score:.2f} there)"
+                ),
+                scores=scores,
+            )
         )
-    )
     return tuple(rungs)
 
 

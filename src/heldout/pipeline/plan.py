@@ -57,7 +57,8 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
     """Resolve what was asked for. The defaults and their evidence are in docs/design/recipe.md."""
     n, n_valid = len(split.train), len(split.valid)
     batch = _asked(asked.batch_size, lambda: _batch_size(n))
-    batch = Choice(min(batch.value, n), batch.reason)
+    if batch.value > n:
+        batch = Choice(n, f"{batch.value} was asked for, but there are only {n} examples")
     epochs = _asked(asked.n_epochs, lambda: _epochs(n))
     steps_per_epoch = math.ceil(n / batch.value)
     total = steps_per_epoch * epochs.value
@@ -76,7 +77,7 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
         "learning_rate": rate,
         "warmup_steps": Choice(
             min(total, max(5, round(warmup_ratio * total))) if warmup_ratio else 0,
-            f"{warmup_ratio:.0%} of the steps, at least 5; then linear to 0",
+            f"{warmup_ratio:.0%} of the steps, at least 5; then linear to 0" if warmup_ratio else "no warm-up",
         ),
         "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
         "eval_every": _eval_every(steps_per_epoch, n, n_valid),

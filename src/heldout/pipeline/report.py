@@ -109,7 +109,8 @@ def page(outcome: Outcome) -> str:
         for one in outcome.findings
     )
     rungs = "".join(
-        f"<li><b>{rung.name}</b>: {html.escape(rung.description)}</li>" for rung in (*outcome.rungs, outcome.tuned)
+        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.description)}</li>"
+        for rung in (*outcome.rungs, outcome.tuned)
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Heldout: {_HEADLINES[verdict.outcome]}</title>
@@ -124,7 +125,7 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 <h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
 <p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
-<p>The cheapest rung that is as good as the tuned model: <b>{verdict.cheapest_as_good}</b>.</p>
+<p>The cheapest rung that is as good as the tuned model: <b>{html.escape(verdict.cheapest_as_good)}</b>.</p>
 <h2>Who answers how well on the holdout</h2>
 {charts.intervals((*outcome.rungs, outcome.tuned))}
 <small>Points are means, bars 95&nbsp;% intervals, on {len(outcome.split.holdout)} examples nobody trained on.</small>

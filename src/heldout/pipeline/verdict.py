@@ -114,8 +114,8 @@ def _outcome(tuned: Rung, baseline: Rung, comparison: Comparison, better: Sequen
 
 def _cheaper(rung: Rung, tuned: Rung, comparison: Comparison) -> str:
     return (
-        f"{rung.name} is cheaper and as good: {rung.scores.mean:.1%} against {tuned.scores.mean:.1%}, at most "
-        f"{_points(comparison.interval[1])} points behind"
+        f"{rung.name} is cheaper and as good: {rung.scores.mean:.1%} against {tuned.scores.mean:.1%}; the tuned "
+        f"model is ahead by at most {_points(comparison.interval[1])} points"
     )
 
 

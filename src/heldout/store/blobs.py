@@ -67,7 +67,7 @@ class FileBlobs:
     def open(self, key: str) -> BinaryIO:
         try:
             return self._path(key).open("rb")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise NotFound(f"No blob at {key}") from None
 
     def keys(self, prefix: str) -> Iterator[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from heldout.engine.template import Tokens
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.plan import TrainPlan
@@ -88,6 +87,8 @@ def run(
             folder = _save(checkpoints, trainee, optimizer, course, stopping)
             if ends_epoch:
                 watch.checkpoint(course.step, folder, point.as_dict())
+    if stopping.best_step == 0:
+        raise _diverged(plan, course.step, "no validation loss was a number")
     course.stopped = course.stopped or (
         f"all {plan.total_steps} steps taken; keeping step {stopping.best_step} with the lowest validation loss"
     )
@@ -136,16 +137,20 @@ def train_step(
         right += int(losses.right.sum())
     norm = torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), plan.max_grad_norm)
     if not (math.isfinite(total) and math.isfinite(float(norm))):
-        raise InvalidTrainingFile(
-            f"training diverged at step {step} (loss {total}, gradient norm {float(norm)}): nothing of this "
-            f"step was kept. Try a smaller learning_rate than {plan.learning_rate:g}.",
-            param="hyperparameters.learning_rate",
-        )
+        raise _diverged(plan, step, f"loss {total}, gradient norm {float(norm)}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(plan, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, right / supervised
+
+
+def _diverged(plan: TrainPlan, step: int, what: str) -> InvalidTrainingFile:
+    return InvalidTrainingFile(
+        f"training diverged at step {step} ({what}): nothing of this step was kept. "
+        f"Try a smaller learning_rate than {plan.learning_rate:g}.",
+        param="hyperparameters.learning_rate",
+    )
 
 
 @torch.no_grad()
