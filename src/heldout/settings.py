@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HELDOUT_", frozen=True, extra="ignore")
 
     data_dir: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "heldout")
+    cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "heldout")  # unpacked base models
     database_url: str = ""  # sqlite:///<data_dir>/heldout.db
     blobs_url: str = ""  # file:<data_dir>/blobs
     executor_url: str = "local:"
@@ -63,7 +64,12 @@ class Settings(BaseSettings):
 
     @property
     def cache(self) -> Path:
-        """Where base models and adapters lie unpacked; safe to delete."""
+        """Where base models lie unpacked, for all data directories; safe to delete."""
+        return self.cache_dir.expanduser().absolute()
+
+    @property
+    def adapters(self) -> Path:
+        """Local copies of adapters from the blob store; safe to delete."""
         return self.root / "cache"
 
     def work(self, job_id: str) -> Path:

@@ -14,7 +14,7 @@ from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
-from heldout.settings import DEFAULT_MODEL
+from heldout.settings import DEFAULT_MODEL, Settings
 from heldout.train import sft
 from tests.torch.conftest import difference, gradients, plain_loss, stirred
 
@@ -22,9 +22,9 @@ TICKETS = Path(__file__).parents[2] / "examples" / "tickets.train.jsonl"
 
 
 @pytest.fixture(scope="module")
-def engine(request: pytest.FixtureRequest) -> LocalEngine:
-    """An engine whose cache outlives the test run: unpacking takes half a minute."""
-    return LocalEngine(cache=request.config.cache.mkdir("heldout"), aliases={}, precision="float32")
+def engine() -> LocalEngine:
+    """An engine on the machine's own cache: `make setup` has unpacked the model there."""
+    return LocalEngine(cache=Settings().cache, aliases={}, precision="float32")
 
 
 def test_the_bundled_model_is_unpacked_once_as_bf16_safetensors_with_its_chat_template(engine: LocalEngine) -> None:

@@ -53,7 +53,7 @@ class LocalChat:
         model = self.db.get_model(name)
         try:
             # The key is ours (adapters/<job>/<step>), so the folder below the cache is too.
-            folder = fetch_folder(self.blobs, model.blobs, self.settings.cache / model.blobs)
+            folder = fetch_folder(self.blobs, model.blobs, self.settings.adapters / model.blobs)
         except NotFound as missing:
             raise RuntimeError(f"the adapter of {name} is gone: {missing}") from missing
         return ModelRef(base_model=model.base_model, adapter=str(folder))

@@ -29,7 +29,7 @@ def open_model(name: str) -> tuple[Engine, ModelRef]:
 def _find(name: str, settings: Settings) -> ModelRef:
     if name.startswith("ft:"):
         model = open_db(settings.database).get_model(name)
-        folder = fetch_folder(open_blobs(settings.blobs), model.blobs, settings.cache / model.blobs)
+        folder = fetch_folder(open_blobs(settings.blobs), model.blobs, settings.adapters / model.blobs)
         return ModelRef(base_model=model.base_model, adapter=str(folder))
     folder = Path(name)
     for out in (folder, folder.parent):  # `tune --out DIR`: DIR or DIR/adapter
