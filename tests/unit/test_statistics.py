@@ -14,7 +14,7 @@ from tests.unit.conftest import right, rung
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [
-        (80, 100, 0.711, 0.867),  # SCIENCE §3
+        (80, 100, 0.711, 0.867),  # Wilson's formula, worked by hand
         (24, 30, 0.627, 0.905),
         (800, 1000, 0.774, 0.824),
         (0, 30, 0.0, 0.114),
@@ -117,7 +117,7 @@ def test_a_comparison_needs_the_same_examples(a: list[float], b: list[float]) ->
 def test_the_smallest_visible_difference_is_that_of_the_mcnemar_test(
     n: int, discordant: float, points: float, tolerance: float
 ) -> None:
-    # SCIENCE §3: 80 % power, two-sided 5 %, simulated for the mid-p McNemar test.
+    # Published table: 80 % power, two-sided 5 %, simulated for the mid-p McNemar test.
     assert 100 * smallest_detectable(n, spread=discordant) == pytest.approx(points, abs=tolerance)
 
 

@@ -77,7 +77,7 @@ def split_dataset(
 
 
 def part_sizes(n: int, *, holdout: bool, valid: bool) -> tuple[int, int]:
-    """How many of n groups go to the holdout and to valid, where they are wanted (SCIENCE §0).
+    """How many of n groups go to the holdout and to valid, where they are wanted (docs/design/three-way-split.md).
 
     Below 300 the holdout can show large differences only, and the verdict will mostly be inconclusive. Below
     40 even the least useful parts would eat the training data, so training keeps at least half.

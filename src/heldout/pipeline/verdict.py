@@ -11,7 +11,7 @@ from heldout.pipeline.ladder import Rung
 
 SHIP, DONT_SHIP, INCONCLUSIVE = "ship", "dont_ship", "inconclusive"
 
-#: SCIENCE §3. Fewer examples than this cannot carry a verdict at all.
+#: See docs/design/verdict.md. Fewer examples than this cannot carry a verdict at all.
 MINIMUM = 30
 SURE, UNLIKELY = 0.95, 0.20
 WORTH = 0.01  # a gain below one point is not worth a model

@@ -13,7 +13,7 @@ class EarlyStopping:
 
     A checkpoint is the new best when its mean loss is the lowest so far; it counts as *progress* only
     when it beats the last progress by half the standard error of the paired difference, so noise does
-    not buy patience (SCIENCE: min_delta = 0.5·SE_paired). Training stops after `patience` validations
+    not buy patience (docs/design/recipe.md). Training stops after `patience` validations
     without progress and at least one epoch since.
     """
 

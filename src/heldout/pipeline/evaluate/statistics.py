@@ -1,4 +1,4 @@
-"""Intervals and paired comparisons for small holdouts. Formulas and their sources: SCIENCE §3 in
+"""Intervals and paired comparisons for small holdouts. Formulas and their sources are in
 docs/design/verdict.md. Everything random is seeded: the same answers give the same verdict."""
 
 from __future__ import annotations
