@@ -22,6 +22,8 @@ from heldout.store.db import Db, open_db
 
 #: How often a job is taken up again without having reached a checkpoint in between.
 ATTEMPTS = 3
+#: Jobs whose files are looked at at the same time; the others wait their turn.
+CHECKS = 2
 SECONDS_BETWEEN_LOOKS = 0.3
 CLAIM = "claimed-by-"
 LOG_TAIL = 2_000  # characters
@@ -63,8 +65,11 @@ class Worker:
 
     def look(self) -> None:
         """Do whatever the rows ask for now."""
-        for job in self.db.jobs_in(JobStatus.VALIDATING_FILES):
-            if self._idle(job):
+        validating = self.db.jobs_in(JobStatus.VALIDATING_FILES)
+        busy = sum(not self._idle(job) for job in validating)
+        for job in validating:
+            if busy < CHECKS and self._idle(job):
+                busy += 1
                 self._take(job, "--check")
         running = self.db.jobs_in(JobStatus.RUNNING)
         for job in running:
@@ -87,6 +92,8 @@ class Worker:
         for job in self.db.jobs_in(JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING):
             if job.handle:
                 self.executor.stop(job.handle)
+                # Stopped by us, not by a fault of its own: it does not count as an attempt.
+                self.db.update_job(job.id, handle=None, attempts=0)
 
     def _idle(self, job: Job) -> bool:
         """True when nobody works on the job: it has no process, and no worker is about to start one."""
