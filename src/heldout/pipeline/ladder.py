@@ -20,7 +20,7 @@ from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 
 #: Valid examples that choose among few-shot prompts. More would cost more than training does.
-CHOOSERS = 32
+CHOOSERS = 24
 SHOT_COUNTS = (4, 8)
 ORDERS = 2
 
