@@ -47,6 +47,7 @@ def base_folder() -> Path:
 def run_heldout(task: str, steps: int) -> tuple[float, float]:
     """Examples per second and the last step's loss."""
     import torch
+
     from heldout.engine import weights
     from heldout.pipeline.hyperparameters import Hyperparameters
     from heldout.pipeline.plan import make_plan
@@ -80,12 +81,12 @@ def run_heldout(task: str, steps: int) -> tuple[float, float]:
 
 def run_trl(task: str, steps: int, contender: str) -> tuple[float, float]:
     """Examples per second and the mean loss."""
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    import torch
     from heldout.engine import weights
 
     folder = base_folder()
@@ -144,6 +145,7 @@ def measure(task: str, steps: int, contender: str) -> dict[str, float]:
 
 def machine() -> str:
     import torch
+
     from heldout.engine.weights import _gemm_rate, choose_precision
 
     rates = {dtype: _gemm_rate(dtype) * 2 * 384 * 1024 * 1024 / 1e9 for dtype in (torch.float32, torch.bfloat16)}

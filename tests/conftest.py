@@ -62,10 +62,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_tiny_model(folder: Path) -> Path:
     """Write the tiny model to `folder`; the same weights every time."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    import torch
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

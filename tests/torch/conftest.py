@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import torch
+
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Adapter, CurvePoint

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import torch
 from heldout.engine import generate
 from heldout.engine.base import Message, ModelRef, Piece, Sampling
 from heldout.engine.local import LocalEngine

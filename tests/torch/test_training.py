@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import heldout
-import torch
 from heldout.engine.base import ModelRef
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import ChatTemplate

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from peft.tuners.lora import Linear
 
-import torch
 from heldout.engine.template import Tokens
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from transformers import AttentionInterface
 
-import torch
 from heldout.engine.base import Sampling
 from heldout.engine.template import common_prefix
 

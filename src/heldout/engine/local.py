@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
-import torch
 from heldout.engine import catalogue, generate, weights
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
 from heldout.engine.template import ChatTemplate

@@ -12,10 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-
-import torch
 
 IMPLEMENTATION = "heldout_shared_prefix"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from heldout.engine.template import Tokens
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.plan import TrainPlan

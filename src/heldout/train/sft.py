@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-import torch
 from heldout.engine import weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidTrainingFile, InvalidValue

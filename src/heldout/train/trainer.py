@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from heldout.engine import catalogue, weights
 from heldout.errors import ModelNotFound
 from heldout.pipeline.plan import TrainPlan
