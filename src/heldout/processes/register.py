@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heldout.pipeline import report
 from heldout.records import File, Job, Model, now
 from heldout.settings import Settings
-from heldout.store.blobs import Blobs, put_folder
+from heldout.store.blobs import Blobs
 from heldout.store.db import Db
 
 if TYPE_CHECKING:
@@ -54,10 +53,6 @@ def add_file(db: Db, blobs: Blobs, path: Path, *, filename: str, purpose: str) -
 
 def put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
     """Store an adapter's two files, and nothing else of a checkpoint's folder."""
-    bare = folder.parent / f".publish-{folder.name}"
-    shutil.rmtree(bare, ignore_errors=True)
-    bare.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copy2(folder / name, bare / name)
-    put_folder(blobs, prefix, bare)
-    shutil.rmtree(bare)
+        with (folder / name).open("rb") as content:
+            blobs.put(f"{prefix}/{name}", content)
