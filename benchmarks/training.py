@@ -65,7 +65,7 @@ def run_heldout(task: str, steps: int) -> tuple[float, float]:
         for line, row in enumerate(rows_of(task), start=1)
     )
     split = Split(train=examples, valid=examples[:8], holdout=(), seed=0, groups=len(examples))
-    facts = ModelFacts(hidden_size=576, context=8192, parameters=134_515_008)
+    facts = ModelFacts(hidden_size=576, layers=30, context=8192, parameters=134_515_008)
     keep_freed_memory()
     plan = make_plan(Hyperparameters(batch_size=BATCH), split, facts, seed=0)
     trainee = sft.build_model(plan, base_folder(), weights.choose_precision())

@@ -19,6 +19,8 @@ from heldout.pipeline.types import Finding
 from heldout.pipeline.verdict import decide
 from tests.unit.conftest import labelled, right, rung, split_of
 
+FACTS = ModelFacts(hidden_size=64, layers=2, context=512, parameters=1)
+
 ATTACK = "<script>alert(1)</script> | a"
 
 CURVE = (
@@ -54,7 +56,7 @@ def outcome(tmp_path: Path) -> Outcome:
             stopped="all 3 steps taken",
             proofs=(),
         ),
-        plan=make_plan(Hyperparameters(), split, ModelFacts(hidden_size=64, context=512, parameters=1), seed=5),
+        plan=make_plan(Hyperparameters(), split, FACTS, seed=5),
         split=split,
         findings=(Finding(code="odd", severity="warning", message=ATTACK, file="<b>.jsonl", lines=(3,)),),
         base_model="tiny<i>",

@@ -30,17 +30,29 @@ class TrainPlan:
     batch_size: int
     learning_rate_multiplier: float
     learning_rate: float
+    lr_search: str  # "off", or "light": three rates, of which learning_rate is the middle one
+    warmup_ratio: float  # share of total_steps that was asked for; warmup_steps is what is taken
     warmup_steps: int
     total_steps: int
     eval_every: int  # steps between validations
     lora_r: int
     lora_alpha: float
     lora_dropout: float
+    target_modules: tuple[str, ...]  # PEFT's meaning: ("all-linear",), or the ends of module names
+    freeze_layers: int  # lower decoder layers that get no adapter
     weight_decay: float
     max_grad_norm: float
+    label_smoothing: float
+    neftune_noise_alpha: float  # 0: no noise
+    prompt_loss_weight: float  # weight of a prompt's token in the loss; an answer's is 1
+    replay_ratio: float  # general examples added to train, as a share of it
     max_length: int  # tokens; a longer example is an error, never cut
     early_stopping: bool
     patience: int  # validations without improvement before training stops
+    # A validation counts as an improvement when its mean loss per example is lower by more than
+    # min_delta nats, and by more than min_delta_errors standard errors of the paired difference.
+    min_delta: float
+    min_delta_errors: float
     seed: int
     reasons: dict[str, str]
 
@@ -75,6 +87,8 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
         "batch_size": batch,
         "learning_rate_multiplier": multiplier,
         "learning_rate": rate,
+        "lr_search": Choice("off", "auto"),
+        "warmup_ratio": Choice(warmup_ratio, "auto"),
         "warmup_steps": Choice(
             min(total, max(5, round(warmup_ratio * total))) if warmup_ratio else 0,
             f"{warmup_ratio:.0%} of the steps, at least 5; then linear to 0" if warmup_ratio else "no warm-up",
@@ -86,8 +100,14 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
             asked.lora_alpha, lambda: Choice(2.0 * rank.value, "auto: twice lora_r, so the rate carries over")
         ),
         "lora_dropout": _asked(asked.lora_dropout, lambda: _dropout(n)),
+        "target_modules": Choice(("all-linear",), "auto"),
+        "freeze_layers": Choice(0, "auto"),
         "weight_decay": _asked(asked.weight_decay, lambda: Choice(0.0, "auto: sweeps choose 0 for LoRA")),
         "max_grad_norm": _asked(asked.max_grad_norm, lambda: Choice(1.0, "auto")),
+        "label_smoothing": Choice(0.0, "auto"),
+        "neftune_noise_alpha": Choice(0.0, "auto"),
+        "prompt_loss_weight": Choice(0.0, "auto"),
+        "replay_ratio": Choice(0.0, "auto"),
         "max_length": _asked(
             asked.max_length,
             lambda: Choice(min(facts.context, 4096), "auto: the model's context, at most 4096"),
@@ -96,6 +116,8 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
         "patience": _asked(
             asked.patience, lambda: Choice(4, "auto: validations without improvement, and at least one epoch")
         ),
+        "min_delta": Choice(0.0, "auto"),
+        "min_delta_errors": Choice(0.5, "auto"),
         "seed": Choice(seed, "set in the request or drawn with the job"),
     }
     return TrainPlan(

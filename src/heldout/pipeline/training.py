@@ -17,8 +17,10 @@ class ModelFacts:
     """What the plan must know of a base model."""
 
     hidden_size: int
+    layers: int  # decoder layers
     context: int  # tokens
     parameters: int
+    kind: str = "chat"  # or "encoder": a classifier on an encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ class TorchTrainer:
         try:
             return ModelFacts(
                 hidden_size=config["hidden_size"],
+                layers=config["num_hidden_layers"],
                 context=config["max_position_embeddings"],
                 parameters=_stored_parameters(folder),
             )
