@@ -78,8 +78,20 @@ class Trainer(Protocol):
         """What the base model is like. Raises ModelNotFound."""
         ...
 
-    def train(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, watch: Watch) -> Adapter:
+    def train(
+        self,
+        plan: TrainPlan,
+        split: Split,
+        *,
+        base_model: str,
+        directory: Path,
+        watch: Watch,
+        cache: Path | None = None,
+    ) -> Adapter:
         """Train in `directory`, continuing from the last checkpoint that lies there.
+
+        Without rows in `split.valid` all steps of the plan are taken and the last one is kept. What frozen
+        layers say of an example may be kept in `cache`, a folder that several trainings share.
 
         Raises InvalidTrainingFile naming the lines when labels would not cover exactly the answers.
         """

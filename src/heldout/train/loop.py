@@ -66,7 +66,7 @@ def run(
         course.trained_tokens += sum(len(train[row]) for row in rows)
         ends_epoch = course.step % steps_per_epoch == 0
         due = (course.step % steps_per_epoch) % plan.eval_every == 0 or course.step == plan.total_steps
-        losses, accuracy = validate(trainee, valid) if due else ([], 0.0)
+        losses, accuracy = validate(trainee, valid) if due and valid else ([], 0.0)
         point = CurvePoint(
             step=course.step,
             train_loss=train_loss,
@@ -77,9 +77,12 @@ def run(
         course.curve.append(point)
         watch.metrics(point, plan.total_steps)
         watch.progress("train", course.step, plan.total_steps)
-        if losses:
-            stopping.update(course.step, losses)
-            if plan.early_stopping and stopping.ran_out(course.step):
+        if due:
+            if losses:
+                stopping.update(course.step, losses)
+            else:
+                stopping.best_step = course.step  # nothing to choose by: the last one is kept
+            if plan.early_stopping and losses and stopping.ran_out(course.step):
                 course.stopped = (
                     f"validation loss has not improved for {stopping.waited} evaluations; stopping at step "
                     f"{course.step}, keeping step {stopping.best_step}"
@@ -91,7 +94,8 @@ def run(
     if stopping.best_step == 0:
         raise _diverged(plan, course.step, "no validation loss was a number")
     course.stopped = course.stopped or (
-        f"all {plan.total_steps} steps taken; keeping step {stopping.best_step} with the lowest validation loss"
+        f"all {plan.total_steps} steps taken; keeping step {stopping.best_step}"
+        f"{' with the lowest validation loss' if valid else ', the last'}"
     )
     course.seconds = time.monotonic() - started
     return course, stopping

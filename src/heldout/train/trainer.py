@@ -48,7 +48,16 @@ class TorchTrainer:
                 f"The model in {folder} is not a chat model we can train: {missing} is not in its config.json"
             ) from missing
 
-    def train(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, watch: Watch) -> Adapter:
+    def train(
+        self,
+        plan: TrainPlan,
+        split: Split,
+        *,
+        base_model: str,
+        directory: Path,
+        watch: Watch,
+        cache: Path | None = None,
+    ) -> Adapter:
         """See Trainer.train."""
         checkpoints = directory / "checkpoints"
         keep_freed_memory()
@@ -74,7 +83,7 @@ class TorchTrainer:
             peak_memory_bytes=peak.bytes,
             precision=str(trainee.head.weight.dtype).removeprefix("torch."),
             stopped=course.stopped,
-            proofs=_prove(trainee, split.valid[:PROOFS], plan.max_length),
+            proofs=_prove(trainee, (split.valid or split.train)[:PROOFS], plan.max_length),
         )
 
     def _folder(self, base_model: str) -> Path:
