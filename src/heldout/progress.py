@@ -94,6 +94,9 @@ class TerminalWatch:
     def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
         """See Watch.checkpoint."""
 
+    def kept(self) -> None:
+        """See Watch.kept."""
+
     def _plain(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if done < total and now - self._told < PLAIN_EVERY:

@@ -33,6 +33,10 @@ class Watch(Protocol):
         """An adapter was saved in `folder` and may be called by a name of its own."""
         ...
 
+    def kept(self) -> None:
+        """Work that is nobody's checkpoint was saved: a job that is taken up again need not repeat it."""
+        ...
+
 
 class Silent:
     """A watch nobody looks at."""
@@ -46,3 +50,5 @@ class Silent:
     def metrics(self, point: CurvePoint, total_steps: int) -> None: ...
 
     def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None: ...
+
+    def kept(self) -> None: ...
