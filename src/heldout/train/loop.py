@@ -53,7 +53,7 @@ def run(
         trainee.parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
     )
     steps_per_epoch = math.ceil(len(train) / plan.batch_size)
-    stopping = EarlyStopping(plan.patience, steps_per_epoch)
+    stopping = EarlyStopping(plan.patience, steps_per_epoch, plan.min_delta, plan.min_delta_errors)
     course = _resume(checkpoints, trainee, optimizer, stopping, watch)
     started = time.monotonic() - course.seconds
     while course.step < plan.total_steps and not course.stopped:
@@ -78,15 +78,9 @@ def run(
         watch.metrics(point, plan.total_steps)
         watch.progress("train", course.step, plan.total_steps)
         if due:
-            if losses:
-                stopping.update(course.step, losses)
-            else:
-                stopping.best_step = course.step  # nothing to choose by: the last one is kept
-            if plan.early_stopping and losses and stopping.ran_out(course.step):
-                course.stopped = (
-                    f"validation loss has not improved for {stopping.waited} evaluations; stopping at step "
-                    f"{course.step}, keeping step {stopping.best_step}"
-                )
+            stopping.update(course.step, losses)
+            if plan.early_stopping:
+                course.stopped = stopping.reason
             course.seconds = time.monotonic() - started
             folder = _save(checkpoints, trainee, optimizer, course, stopping)
             if ends_epoch:
