@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from heldout.errors import UserError
+from heldout.pipeline.hyperparameters import KNOBS, Knob, fold
 
 if TYPE_CHECKING:
     from heldout.pipeline.types import Finding
@@ -51,7 +55,39 @@ def serve(
     run(read_settings(), host=host, port=port, out=sys.stdout)
 
 
+def _with_hyperparameters(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with a flag for every hyperparameter; those that were given reach it as `flags`."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        flags = {name: given.pop(name) for name in KNOBS}
+        command(**given, flags={name: value for name, value in flags.items() if value is not None})
+
+    own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "flags"]
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(knob))
+        for name, knob in KNOBS.items()
+    ]
+    # typer makes its options from the signature.
+    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    return run
+
+
+def _flag(knob: Knob) -> Any:
+    # The text is read and checked where the wire's is, so both say the same of the same value.
+    option = typer.Option(
+        metavar=knob.values.metavar or None,
+        help=f"{knob.help} {knob.values.words[0].upper()}{knob.values.words[1:]}."
+        if knob.values.metavar
+        else knob.help,
+        rich_help_panel=f"{knob.group} (left out: the plan chooses)",
+        show_default=False,
+    )
+    return Annotated[str | None if knob.values.metavar else bool | None, option]
+
+
 @app.command()
+@_with_hyperparameters
 def tune(
     train: Annotated[Path, typer.Argument(help="Training examples: JSONL in OpenAI's chat format.")],
     validation: Annotated[Path | None, typer.Option(help="Decides when to stop. Default: split off.")] = None,
@@ -62,12 +98,14 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Folder for adapter and report.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter, e.g. --set n_epochs=3."),
+        typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter by its name on the wire."),
     ] = None,
     as_json: AsJson = False,
     require_ship: Annotated[
         bool, typer.Option("--require-ship", help="Exit with 3 unless the verdict is ship.")
     ] = False,
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """Run one job in the foreground: check, baselines, training, verdict."""
     from heldout.processes.foreground import tune as run
@@ -83,7 +121,7 @@ def tune(
             seed=seed,
             out=out,
             watch=watch,
-            **_hyperparameters(set_ or []),
+            **_hyperparameters(set_ or [], flags),
         )
     if as_json:
         _print_json(result.outcome.as_dict() | {"report": str(result.report), "model": result.model})
@@ -204,17 +242,25 @@ def _fail(error: UserError) -> NoReturn:
     sys.exit(WRONG)
 
 
-def _hyperparameters(pairs: list[str]) -> dict[str, Any]:
+def _hyperparameters(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """What `--set` and the flags say, in the wire's form."""
     values: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set {pair}: expected NAME=VALUE, for example --set n_epochs=3")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return values
+        values[name] = _json_or_text(value)
+    given = fold({name: _json_or_text(value) if isinstance(value, str) else value for name, value in flags.items()})
+    if twice := values.keys() & given.keys():
+        raise UserError(f"{', '.join(sorted(twice))} was given both with --set and as a flag; give it once")
+    return values | given
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _ask() -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from heldout.cli import main
+from heldout.pipeline.hyperparameters import KNOBS
 from tests.conftest import colour_files, colour_row, write_rows
 
 
@@ -67,6 +68,14 @@ def test_every_command_explains_itself(here: Callable[..., Run], command: str) -
     done = here(command, "--help")
     assert done.code == 0
     assert "--help" in done.out
+
+
+def test_every_hyperparameter_is_a_flag_of_tune_in_a_group(tmp_path: Path) -> None:
+    shown = heldout(tmp_path, "tune", "--help").out
+    for name, knob in KNOBS.items():
+        assert f"--{name.replace('_', '-')} " in shown, name
+        assert f" {knob.group} " in shown
+    assert "--no-early-stopping" in shown
 
 
 @pytest.mark.parametrize("arguments", [["bake"], ["tune"], ["check", "a.jsonl", "--colour"]])
@@ -126,22 +135,70 @@ def test_a_missing_file_is_named_with_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("pair", "sentence"),
+    ("arguments", "sentence"),
     [
-        ("n_epochs", "expected NAME=VALUE"),
-        ("n_epochs=0", "a whole number from 1 to 50"),
-        ("n_epochs=many", "n_epochs: 'many'"),
-        ("epochs=3", "Unknown hyperparameter 'epochs'"),
+        ("--set n_epochs", "expected NAME=VALUE"),
+        ("--set n_epochs=0", "a whole number from 1 to 50"),
+        ("--set n_epochs=many", "n_epochs: 'many'"),
+        ("--set epochs=3", "Unknown hyperparameter 'epochs'"),
+        ("--n-epochs 0", "n_epochs: 0. Expected a whole number from 1 to 50"),
+        ("--n-epochs many", "n_epochs: 'many'"),
+        ("--patience 0", "early_stopping.patience: 0. Expected a whole number of at least 1"),
+        ("--target-modules q_proj,", "target_modules: 'q_proj,'"),
+        ("--learning-rate 1e-4 --learning-rate-multiplier 2", "give one of them"),
+        ("--lora-r 4 --set lora_r=8", "lora_r was given both with --set and as a flag"),
     ],
 )
 def test_a_hyperparameter_out_of_range_is_told_before_any_work(
-    here: Callable[..., Run], colours: dict[str, Path], tmp_path: Path, pair: str, sentence: str
+    here: Callable[..., Run], colours: dict[str, Path], tmp_path: Path, arguments: str, sentence: str
 ) -> None:
     before = set(tmp_path.iterdir())
-    done = here("tune", colours["train"], "--set", pair)
+    done = here("tune", colours["train"], *arguments.split())
     assert done.code == 2
     assert sentence in done.err
     assert set(tmp_path.iterdir()) == before
+
+
+def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file: Path, tiny_model: Path) -> None:
+    flags = (
+        "--n-epochs 7 --batch-size 4 --learning-rate 2e-3 --lr-search light --warmup-ratio 0.1 --max-grad-norm 2 "
+        "--max-length 99 --lora-r 5 --lora-alpha 7.5 --target-modules q_proj,v_proj --freeze-layers 0.5 "
+        "--lora-dropout 0.1 --weight-decay 0.01 --label-smoothing 0.2 --neftune-noise-alpha 5 "
+        "--prompt-loss-weight 0.3 --replay-ratio 0.25 --no-early-stopping --patience 3 --min-delta 0.05"
+    )
+    done = here("tune", bad_file, "--model", tiny_model, "--out", "out", *flags.split())
+    assert done.code == 2
+    assert "Line 3" in done.err, "refused for its rows, not for its flags"
+    assert json.loads(Path("out/request.json").read_text())["request"]["hyperparameters"] == {
+        "n_epochs": 7,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "lr_search": "light",
+        "warmup_ratio": 0.1,
+        "max_grad_norm": 2.0,
+        "max_length": 99,
+        "lora_r": 5,
+        "lora_alpha": 7.5,
+        "target_modules": ["q_proj", "v_proj"],
+        "freeze_layers": 0.5,
+        "lora_dropout": 0.1,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.2,
+        "neftune_noise_alpha": 5.0,
+        "prompt_loss_weight": 0.3,
+        "replay_ratio": 0.25,
+        "early_stopping": {"enabled": False, "patience": 3, "min_delta": 0.05},
+    }
+
+
+def test_set_and_flags_ask_together(here: Callable[..., Run], bad_file: Path, tiny_model: Path) -> None:
+    asked = ("--set", "freeze_layers=fast", "--set", "lora_r=4", "--learning-rate-multiplier", "3")
+    here("tune", bad_file, "--model", tiny_model, "--out", "out", *asked)
+    assert json.loads(Path("out/request.json").read_text())["request"]["hyperparameters"] == {
+        "freeze_layers": "fast",
+        "lora_r": 4,
+        "learning_rate_multiplier": 3.0,
+    }
 
 
 def test_a_bad_file_is_not_trained_on(here: Callable[..., Run], bad_file: Path, tiny_model: Path) -> None:

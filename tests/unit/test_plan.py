@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from heldout.errors import InvalidValue
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.training import ModelFacts
@@ -17,7 +18,9 @@ SIZES = [(7, 2), (10, 3), (50, 10), (80, 24), (240, 40), (1000, 100), (3000, 200
 NAMES = [field.name for field in fields(TrainPlan) if field.name != "reasons"]
 
 
-def plan(n: int = 240, n_valid: int = 40, *, hidden: int = 576, layers: int = 30, context: int = 2048, **asked: Any) -> TrainPlan:
+def plan(
+    n: int = 240, n_valid: int = 40, *, hidden: int = 576, layers: int = 30, context: int = 2048, **asked: Any
+) -> TrainPlan:
     facts = ModelFacts(hidden_size=hidden, layers=layers, context=context, parameters=1)
     split = split_of(labelled("train", n), labelled("valid", n_valid))
     return make_plan(Hyperparameters.parse(asked), split, facts, seed=11)
@@ -31,7 +34,11 @@ def test_every_auto_becomes_a_number_with_a_reason(n: int, n_valid: int) -> None
         assert resolved.reasons[name].strip(), name
     assert resolved.as_dict().keys() == set(NAMES)
     for name, choice in resolved.as_dict().items():
-        assert choice == {"value": getattr(resolved, name), "reason": resolved.reasons[name]}
+        value = getattr(resolved, name)
+        assert choice == {
+            "value": list(value) if isinstance(value, tuple) else value,
+            "reason": resolved.reasons[name],
+        }
 
 
 @pytest.mark.parametrize(("n", "n_valid"), SIZES)
@@ -68,7 +75,6 @@ def test_wider_models_learn_at_a_lower_rate() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n_epochs", 29),
         ("batch_size", 3),
         ("learning_rate_multiplier", 0.25),
         ("learning_rate", 0.37),
@@ -76,13 +82,20 @@ def test_wider_models_learn_at_a_lower_rate() -> None:
         ("lora_alpha", 7.5),
         ("lora_dropout", 0.31),
         ("weight_decay", 0.02),
+        ("warmup_ratio", 0.5),
         ("max_grad_norm", 3.5),
+        ("lr_search", "light"),
+        ("target_modules", ("q_proj", "v_proj")),
+        ("label_smoothing", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("prompt_loss_weight", 0.1),
+        ("replay_ratio", 0.25),
         ("max_length", 99),
         ("early_stopping", False),
     ],
 )
-def test_what_was_asked_for_wins_and_says_so(name: str, value: float) -> None:
-    resolved = plan(**{name: value})
+def test_what_was_asked_for_wins_and_says_so(name: str, value: Any) -> None:
+    resolved = plan(**{name: list(value) if isinstance(value, tuple) else value})
     assert getattr(resolved, name) == value
     assert resolved.reasons[name] == "set in the request"
     assert getattr(plan(), name) != value, "the default would have passed"
@@ -92,6 +105,70 @@ def test_patience_is_asked_for_together_with_early_stopping() -> None:
     resolved = plan(early_stopping={"enabled": True, "patience": 9})
     assert (resolved.early_stopping, resolved.patience) == (True, 9)
     assert resolved.reasons["patience"] == "set in the request"
+
+
+def test_what_knobs_do_by_default_is_nothing() -> None:
+    resolved = plan()
+    off = ("freeze_layers", "label_smoothing", "neftune_noise_alpha", "prompt_loss_weight", "replay_ratio")
+    assert [getattr(resolved, name) for name in off] == [0] * len(off)
+    assert (resolved.lr_search, resolved.target_modules) == ("off", ("all-linear",))
+
+
+def test_epochs_that_were_asked_for_are_the_most_unless_early_stopping_is_off() -> None:
+    most, all_of_them = plan(n_epochs=29), plan(n_epochs=29, early_stopping=False)
+    assert most.n_epochs == all_of_them.n_epochs == 29
+    assert most.reasons["n_epochs"] == "set in the request, as the most; early stopping may end sooner"
+    assert all_of_them.reasons["n_epochs"] == "set in the request; all of them, as early stopping is off"
+
+
+def test_a_smallest_improvement_that_was_asked_for_replaces_the_noise_of_validation() -> None:
+    auto, asked = plan(), plan(early_stopping={"min_delta": 0.02})
+    assert (auto.min_delta, auto.min_delta_errors) == (0.0, 0.5)
+    assert (asked.min_delta, asked.min_delta_errors) == (0.02, 0.0)
+    assert plan(early_stopping={"min_delta": 0}).min_delta_errors == 0.0
+    assert asked.reasons["min_delta"] == "set in the request"
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers", "frozen"),
+    [
+        (0, 30, 0),
+        (1, 30, 1),
+        (29, 30, 29),
+        (0.0, 30, 0),
+        (0.5, 30, 15),
+        (0.34, 30, 10),
+        ("full", 30, 0),
+        ("fast", 30, 15),
+        ("turbo", 30, 22),
+        ("fast", 2, 1),
+        ("turbo", 2, 1),
+        ("auto", 30, 0),
+    ],
+)
+def test_frozen_layers_are_counted_given_as_a_share_or_by_profile(asked: Any, layers: int, frozen: int) -> None:
+    resolved = plan(layers=layers, freeze_layers=asked)
+    assert resolved.freeze_layers == frozen
+    assert isinstance(resolved.freeze_layers, int)
+    if asked != "auto":
+        assert resolved.reasons["freeze_layers"] == f"set in the request: {asked}, of {layers} layers"
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(30, 30), (31, 30), (1.0, 30), (0.99, 30), (1, 1), ("turbo", 1)])
+def test_freezing_every_layer_is_refused_with_the_models_number(asked: Any, layers: int) -> None:
+    with pytest.raises(InvalidValue, match=f"the model has {layers}. Freeze at most {layers - 1}") as refused:
+        plan(layers=layers, freeze_layers=asked)
+    assert refused.value.param == "hyperparameters.freeze_layers"
+    assert repr(asked) in str(refused.value)
+
+
+@pytest.mark.parametrize("asked", [{}, {"learning_rate": 0.01}, {"learning_rate_multiplier": 3}])
+def test_a_search_of_rates_has_the_plans_rate_in_its_middle(asked: dict[str, float]) -> None:
+    searched, fixed = plan(**asked, lr_search="light"), plan(**asked)
+    assert searched.learning_rate == fixed.learning_rate
+    assert (
+        searched.reasons["learning_rate"] == f"{fixed.reasons['learning_rate']}; the middle one of three that are tried"
+    )
 
 
 def test_the_multiplier_multiplies_the_rate() -> None:

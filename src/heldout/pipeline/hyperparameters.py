@@ -5,121 +5,216 @@ Nothing here chooses a value. "auto", null and absence all mean None, and the pl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from heldout.errors import InvalidValue
+
+
+class Values(NamedTuple):
+    """A set of values. `read` takes one from JSON and gives it in its type, or None when it is not in the set."""
+
+    words: str  # what may be given, to finish "Expected …"
+    metavar: str  # the same in short, for the command line; empty: a switch
+    read: Callable[[Any], Any]
+
+
+class Knob(NamedTuple):
+    """One hyperparameter: its values, and what the command line's help says of it."""
+
+    group: str
+    values: Values
+    help: str
+
+
+def _is_number(value: Any) -> bool:
+    # bool is an int to Python, and json.loads lets NaN, Infinity and 400-digit integers through.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def _whole(words: str, holds: Callable[[int], bool]) -> Values:
+    def read(value: Any) -> int | None:
+        return int(value) if _is_number(value) and value == int(value) and holds(int(value)) else None
+
+    return Values(f"a whole number {words}", "N", read)
+
+
+def _number(words: str, holds: Callable[[float], bool]) -> Values:
+    def read(value: Any) -> float | None:
+        return float(value) if _is_number(value) and holds(value) else None
+
+    return Values(f"a number {words}", "X", read)
+
+
+def _one_of(*names: str) -> Values:
+    words = " or ".join(f'"{name}"' for name in names)
+    return Values(words, "|".join(names), lambda value: value if value in names else None)
+
+
+def _read_layers(value: Any) -> int | float | str | None:
+    if value in tuple(FREEZE_PROFILES):
+        return str(value)
+    if not _is_number(value) or value < 0:
+        return None
+    # JSON's 1 is a layer. 1.0 is a share, of which the plan says how many layers it would be.
+    if isinstance(value, float) and value <= 1:
+        return value
+    return int(value) if value == int(value) else None
+
+
+def _read_modules(value: Any) -> tuple[str, ...] | None:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not 1 <= len(names) <= 64 or (len(names) > 1 and "all-linear" in names):
+        return None
+    sound = all(isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names)
+    return tuple(names) if sound else None
+
+
+#: Names for a share of the layers that stays as it is: the lower half, the lower three quarters.
+FREEZE_PROFILES = {"full": 0.0, "fast": 0.5, "turbo": 0.75}
+
+_ABOVE_0 = _number("above 0", lambda x: x > 0)
+_AT_LEAST_0 = _number("of at least 0", lambda x: x >= 0)
+_FROM_0_TO_1 = _number("from 0 to 1", lambda x: 0 <= x <= 1)
+_FROM_0_TO_BELOW_1 = _number("from 0 to below 1", lambda x: 0 <= x < 1)
+_SWITCH = Values("true or false", "", lambda value: value if isinstance(value, bool) else None)
+_LAYERS = Values(
+    'a whole number of layers, a share of them above 0 and below 1, "full", "fast" or "turbo"',
+    "N|SHARE|PROFILE",
+    _read_layers,
+)
+_MODULES = Values(
+    '"all-linear", or 1 to 64 names of modules out of letters, digits, "_", "-" and "."', "NAME,…", _read_modules
+)
+
+LENGTH, ADAPTER, REGULARISATION, STOPPING = "Length and learning rate", "Adapter", "Regularisation", "Early stopping"
+
+
+def _knob(group: str, values: Values, help: str) -> Any:
+    return field(default=None, metadata={"knob": Knob(group, values, help)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """What was asked for, in range; None is left to the plan.
 
-    The first three are OpenAI's, the others ours, named as in PEFT. `early_stopping` and `patience`
-    travel as one key: `early_stopping: true`, or `{"enabled": true, "patience": 3}`.
+    The first three are OpenAI's, the others ours, with PEFT's and TRL's names where they have one. The last
+    three travel as one key: `early_stopping: true`, or `{"enabled": true, "patience": 3, "min_delta": 0.01}`.
     """
 
-    n_epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate_multiplier: float | None = None
-    learning_rate: float | None = None  # absolute; instead of the multiplier
-    lora_r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    weight_decay: float | None = None
-    warmup_ratio: float | None = None
-    max_grad_norm: float | None = None
-    max_length: int | None = None  # tokens of one example
-    early_stopping: bool | None = None
-    patience: int | None = None  # evaluations without improvement before training stops
+    n_epochs: int | None = _knob(
+        LENGTH, _whole("from 1 to 50", lambda x: 1 <= x <= 50), "Most passes over the training examples."
+    )
+    batch_size: int | None = _knob(
+        LENGTH, _whole("from 1 to 256", lambda x: 1 <= x <= 256), "Examples between two updates."
+    )
+    learning_rate_multiplier: float | None = _knob(LENGTH, _ABOVE_0, "Times the automatic learning rate.")
+    learning_rate: float | None = _knob(LENGTH, _ABOVE_0, "Absolute; instead of the multiplier.")
+    lr_search: str | None = _knob(
+        LENGTH, _one_of("off", "light"), "Try three rates and go on with the best; the given one is the middle."
+    )
+    warmup_ratio: float | None = _knob(LENGTH, _FROM_0_TO_1, "Share of the steps in which the rate rises from 0.")
+    max_grad_norm: float | None = _knob(LENGTH, _ABOVE_0, "Longer gradients are scaled down to this length.")
+    max_length: int | None = _knob(
+        LENGTH, _whole("of at least 16", lambda x: x >= 16), "Tokens; a longer example is an error, never cut."
+    )
+    lora_r: int | None = _knob(ADAPTER, _whole("from 1 to 256", lambda x: 1 <= x <= 256), "Rank.")
+    lora_alpha: float | None = _knob(ADAPTER, _ABOVE_0, "The adapter's output is scaled by alpha / rank.")
+    target_modules: tuple[str, ...] | None = _knob(ADAPTER, _MODULES, "Layers that get an adapter.")
+    freeze_layers: int | float | str | None = _knob(
+        ADAPTER, _LAYERS, "Lower layers that get none, for speed: fast is half, turbo three quarters of them."
+    )
+    lora_dropout: float | None = _knob(REGULARISATION, _FROM_0_TO_BELOW_1, "Dropout at the adapter's input.")
+    weight_decay: float | None = _knob(REGULARISATION, _AT_LEAST_0, "AdamW's, on the adapter's weights.")
+    label_smoothing: float | None = _knob(
+        REGULARISATION, _FROM_0_TO_BELOW_1, "Share of the target spread over the whole vocabulary."
+    )
+    neftune_noise_alpha: float | None = _knob(
+        REGULARISATION, _AT_LEAST_0, "Size of the noise on input embeddings while training."
+    )
+    prompt_loss_weight: float | None = _knob(
+        REGULARISATION, _FROM_0_TO_1, "Weight of a prompt's token in the loss; an answer's is 1."
+    )
+    replay_ratio: float | None = _knob(
+        REGULARISATION, _FROM_0_TO_1, "General examples added against forgetting, as a share of the training examples."
+    )
+    early_stopping: bool | None = _knob(STOPPING, _SWITCH, "Stop when validation stops improving.")
+    patience: int | None = _knob(
+        STOPPING, _whole("of at least 1", lambda x: x >= 1), "Validations without improvement before that."
+    )
+    min_delta: float | None = _knob(
+        STOPPING, _AT_LEAST_0, "Nats per example a validation must be better by to be an improvement."
+    )
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Hyperparameters:
         """Check `raw`. Raises InvalidValue naming the key, its value and what it may be."""
-        asked = {name: value for name, value in raw.items() if value is not None and value != "auto"}
-        stopping = _early_stopping(asked.pop("early_stopping", None))
-        for name in raw:
-            _check_known(name)
+        asked = {}
+        for key, name, value in _entries(raw):
+            if _is_open(value):
+                continue
+            asked[name] = KNOBS[name].values.read(value)
+            if asked[name] is None:
+                raise _wrong(key, value, f'{KNOBS[name].values.words}, or "auto"')
         if "learning_rate" in asked and "learning_rate_multiplier" in asked:
             raise InvalidValue(
                 "learning_rate and learning_rate_multiplier were both given; give one of them.",
                 param="hyperparameters.learning_rate",
             )
-        numbers: dict[str, Any] = {name: _number(name, value) for name, value in asked.items()}
-        return cls(**numbers, **stopping)
+        return cls(**asked)
 
     def as_dict(self) -> dict[str, Any]:
-        """Only what was set, in the form `parse` takes."""
-        asked = {one.name: getattr(self, one.name) for one in fields(self)}
-        patience = asked.pop("patience")
-        if patience is not None:
-            asked["early_stopping"] = {"enabled": self.early_stopping is not False, "patience": patience}
-        return {name: value for name, value in asked.items() if value is not None}
+        """Only what was set, as JSON and in the form `parse` takes."""
+        asked = {name: getattr(self, name) for name in KNOBS if getattr(self, name) is not None}
+        if self.target_modules is not None:
+            asked["target_modules"] = list(self.target_modules)
+        return fold(asked)
 
 
-@dataclass(frozen=True)
-class _Range:
-    words: str
-    holds: Callable[[float], bool]
-    whole: bool = False
+KNOBS: dict[str, Knob] = {one.name: one.metadata["knob"] for one in fields(Hyperparameters)}
 
-
-_RANGES = {
-    "n_epochs": _Range("a whole number from 1 to 50", lambda value: 1 <= value <= 50, whole=True),
-    "batch_size": _Range("a whole number from 1 to 256", lambda value: 1 <= value <= 256, whole=True),
-    "learning_rate_multiplier": _Range("a number above 0", lambda value: value > 0),
-    "learning_rate": _Range("a number above 0", lambda value: value > 0),
-    "lora_r": _Range("a whole number from 1 to 256", lambda value: 1 <= value <= 256, whole=True),
-    "lora_alpha": _Range("a number above 0", lambda value: value > 0),
-    "lora_dropout": _Range("a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "weight_decay": _Range("a number of at least 0", lambda value: value >= 0),
-    "warmup_ratio": _Range("a number from 0 to 1", lambda value: 0 <= value <= 1),
-    "max_grad_norm": _Range("a number above 0", lambda value: value > 0),
-    "max_length": _Range("a whole number of at least 16", lambda value: value >= 16, whole=True),
-}
-_PATIENCE = _Range("a whole number of at least 1", lambda value: value >= 1, whole=True)
+#: Keys of the object `early_stopping` on the wire, and the hyperparameters they are.
+_EARLY_STOPPING = {"enabled": "early_stopping", "patience": "patience", "min_delta": "min_delta"}
 
 #: The keys `Hyperparameters.parse` knows.
-SUPPORTED = (*_RANGES, "early_stopping")
+SUPPORTED = tuple(name for name in KNOBS if name not in ("patience", "min_delta"))
 
 
-def _check_known(name: str) -> None:
-    if name not in SUPPORTED:
-        raise InvalidValue(
-            f"Unknown hyperparameter {name!r}. Supported: {', '.join(SUPPORTED)}.",
-            code="unknown_parameter",
-            param=f"hyperparameters.{name}",
-        )
+def fold(flat: dict[str, Any]) -> dict[str, Any]:
+    """`flat` in the form `Hyperparameters.parse` takes: early stopping's three as one key."""
+    stopping = {key: flat[name] for key, name in _EARLY_STOPPING.items() if name in flat}
+    rest = {name: value for name, value in flat.items() if name not in _EARLY_STOPPING.values()}
+    if not stopping:
+        return rest
+    return rest | {"early_stopping": stopping["enabled"] if stopping.keys() == {"enabled"} else stopping}
 
 
-def _number(name: str, value: Any, allowed: _Range | None = None) -> float:
-    allowed = allowed or _RANGES[name]
-    # bool is an int to Python, and json.loads lets NaN, Infinity and 400-digit integers through.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
-    if not number or not allowed.holds(value) or (allowed.whole and value != int(value)):
-        raise _wrong(name, value, f'{allowed.words}, or "auto"')
-    return int(value) if allowed.whole else float(value)
+def _entries(raw: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(key for error messages, hyperparameter, value) for all of `raw`, with `early_stopping` taken apart."""
+    for key, value in raw.items():
+        if key not in SUPPORTED:
+            raise InvalidValue(
+                f"Unknown hyperparameter {key!r}. Supported: {', '.join(SUPPORTED)}.",
+                code="unknown_parameter",
+                param=f"hyperparameters.{key}",
+            )
+        if key != "early_stopping" or _is_open(value) or isinstance(value, bool):
+            yield key, key, value
+        elif isinstance(value, dict) and value.keys() <= _EARLY_STOPPING.keys():
+            given = {part: one for part, one in value.items() if not _is_open(one)}
+            for part, one in {"enabled": True, **given}.items():
+                yield f"{key}.{part}", _EARLY_STOPPING[part], one
+        else:
+            raise _wrong(key, value, 'true, false or {"enabled": …, "patience": …, "min_delta": …}')
 
 
-def _early_stopping(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if isinstance(value, bool):
-        return {"early_stopping": value}
-    if not isinstance(value, dict) or not set(value) <= {"enabled", "patience"}:
-        raise _wrong("early_stopping", value, 'true, false or {"enabled": …, "patience": …}')
-    enabled = value.get("enabled", True)
-    if not isinstance(enabled, bool):
-        raise _wrong("early_stopping.enabled", enabled, "true or false")
-    patience = value.get("patience")
-    if patience is None:
-        return {"early_stopping": enabled}
-    return {"early_stopping": enabled, "patience": _number("early_stopping.patience", patience, _PATIENCE)}
+def _is_open(value: Any) -> bool:
+    return value is None or value == "auto"
 
 
-def _wrong(name: str, value: Any, words: str) -> InvalidValue:
+def _wrong(key: str, value: Any, words: str) -> InvalidValue:
     return InvalidValue(
-        f"Invalid value for hyperparameter {name}: {value!r}. Expected {words}.",
-        param=f"hyperparameters.{name}",
+        f"Invalid value for hyperparameter {key}: {value!r}. Expected {words}.", param=f"hyperparameters.{key}"
     )

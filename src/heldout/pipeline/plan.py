@@ -1,22 +1,21 @@
-"""Every "auto" becomes a number once, with its reason, and only the number travels on."""
+"""Every "auto" becomes a value once, with its reason, and only the value travels on."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.errors import InvalidValue
+from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
 
 if TYPE_CHECKING:
     from heldout.pipeline.training import ModelFacts
     from heldout.pipeline.types import Split
 
-T = TypeVar("T", int, float, bool)
-
 
 class Choice(NamedTuple):
-    """A number and why it is that number."""
+    """A value and why it is that one."""
 
     value: Any
     reason: str
@@ -58,66 +57,36 @@ class TrainPlan:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """{name: {"value", "reason"}}, as it goes into the report and on the wire."""
-        return {
-            field.name: {"value": getattr(self, field.name), "reason": self.reasons.get(field.name, "")}
-            for field in fields(self)
-            if field.name != "reasons"
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reasons"}
+        values["target_modules"] = list(self.target_modules)
+        return {name: {"value": value, "reason": self.reasons.get(name, "")} for name, value in values.items()}
 
 
 def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: int) -> TrainPlan:
-    """Resolve what was asked for. The defaults and their evidence are in docs/design/recipe.md."""
+    """Resolve what was asked for. The defaults and their evidence are in docs/design/recipe.md.
+
+    Raises InvalidValue when the model has too few layers for what was asked.
+    """
     n, n_valid = len(split.train), len(split.valid)
     batch = _asked(asked.batch_size, lambda: _batch_size(n))
     if batch.value > n:
         batch = Choice(n, f"{batch.value} was asked for, but there are only {n} examples")
-    epochs = _asked(asked.n_epochs, lambda: _epochs(n))
+    epochs = _epochs(asked, n)
     steps_per_epoch = math.ceil(n / batch.value)
     total = steps_per_epoch * epochs.value
-    multiplier = _asked(asked.learning_rate_multiplier, lambda: Choice(1.0, "auto: the base rate as it is"))
-    base_rate = _learning_rate(facts.hidden_size, batch.value)
-    rate = _asked(
-        asked.learning_rate,
-        lambda: Choice(base_rate.value * multiplier.value, f"{base_rate.reason}, times the multiplier"),
-    )
-    rank = _asked(asked.lora_r, lambda: Choice(16, "auto: capacity is not the limit at this size"))
-    warmup_ratio = 0.06 if asked.warmup_ratio is None else asked.warmup_ratio
     choices = {
         "n_epochs": epochs,
         "batch_size": batch,
-        "learning_rate_multiplier": multiplier,
-        "learning_rate": rate,
-        "lr_search": Choice("off", "auto"),
-        "warmup_ratio": Choice(warmup_ratio, "auto"),
-        "warmup_steps": Choice(
-            min(total, max(5, round(warmup_ratio * total))) if warmup_ratio else 0,
-            f"{warmup_ratio:.0%} of the steps, at least 5; then linear to 0" if warmup_ratio else "no warm-up",
-        ),
         "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
         "eval_every": _eval_every(steps_per_epoch, n, n_valid),
-        "lora_r": rank,
-        "lora_alpha": _asked(
-            asked.lora_alpha, lambda: Choice(2.0 * rank.value, "auto: twice lora_r, so the rate carries over")
-        ),
-        "lora_dropout": _asked(asked.lora_dropout, lambda: _dropout(n)),
-        "target_modules": Choice(("all-linear",), "auto"),
-        "freeze_layers": Choice(0, "auto"),
-        "weight_decay": _asked(asked.weight_decay, lambda: Choice(0.0, "auto: sweeps choose 0 for LoRA")),
-        "max_grad_norm": _asked(asked.max_grad_norm, lambda: Choice(1.0, "auto")),
-        "label_smoothing": Choice(0.0, "auto"),
-        "neftune_noise_alpha": Choice(0.0, "auto"),
-        "prompt_loss_weight": Choice(0.0, "auto"),
-        "replay_ratio": Choice(0.0, "auto"),
         "max_length": _asked(
             asked.max_length,
             lambda: Choice(min(facts.context, 4096), "auto: the model's context, at most 4096"),
         ),
-        "early_stopping": _asked(asked.early_stopping, lambda: Choice(True, "auto")),
-        "patience": _asked(
-            asked.patience, lambda: Choice(4, "auto: validations without improvement, and at least one epoch")
-        ),
-        "min_delta": Choice(0.0, "auto"),
-        "min_delta_errors": Choice(0.5, "auto"),
+        **_rate(asked, facts.hidden_size, batch.value, total),
+        **_adapter(asked, facts.layers),
+        **_regularisation(asked, n),
+        **_stopping(asked),
         "seed": Choice(seed, "set in the request or drawn with the job"),
     }
     return TrainPlan(
@@ -126,13 +95,107 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
     )
 
 
+def _rate(asked: Hyperparameters, hidden_size: int, batch_size: int, total_steps: int) -> dict[str, Choice]:
+    multiplier = _asked(asked.learning_rate_multiplier, lambda: Choice(1.0, "auto: the base rate as it is"))
+    base = _base_rate(hidden_size, batch_size)
+    rate = _asked(
+        asked.learning_rate, lambda: Choice(base.value * multiplier.value, f"{base.reason}, times the multiplier")
+    )
+    if asked.lr_search == "light":
+        rate = Choice(rate.value, f"{rate.reason}; the middle one of three that are tried")
+    warmup = _asked(asked.warmup_ratio, lambda: Choice(0.06, "auto: a short one"))
+    return {
+        "learning_rate_multiplier": multiplier,
+        "learning_rate": rate,
+        "lr_search": _asked(
+            asked.lr_search, lambda: Choice("off", "auto: trying rates costs most of a second run and fits validation")
+        ),
+        "warmup_ratio": warmup,
+        "warmup_steps": Choice(
+            min(total_steps, max(5, round(warmup.value * total_steps))) if warmup.value else 0,
+            f"{warmup.value:.0%} of the steps, at least 5; then linear to 0" if warmup.value else "no warm-up",
+        ),
+        "max_grad_norm": _asked(asked.max_grad_norm, lambda: Choice(1.0, "auto")),
+    }
+
+
+def _adapter(asked: Hyperparameters, layers: int) -> dict[str, Choice]:
+    rank = _asked(asked.lora_r, lambda: Choice(16, "auto: capacity is not the limit at this size"))
+    return {
+        "lora_r": rank,
+        "lora_alpha": _asked(
+            asked.lora_alpha, lambda: Choice(2.0 * rank.value, "auto: twice lora_r, so the rate carries over")
+        ),
+        "target_modules": _asked(
+            asked.target_modules,
+            lambda: Choice(("all-linear",), "auto: attention alone is worse, even with as many parameters"),
+        ),
+        "freeze_layers": _freeze_layers(asked.freeze_layers, layers),
+    }
+
+
+def _regularisation(asked: Hyperparameters, n: int) -> dict[str, Choice]:
+    return {
+        "lora_dropout": _asked(asked.lora_dropout, lambda: _dropout(n)),
+        "weight_decay": _asked(asked.weight_decay, lambda: Choice(0.0, "auto: sweeps choose 0 for LoRA")),
+        "label_smoothing": _asked(
+            asked.label_smoothing, lambda: Choice(0.0, "auto: off; nothing shows that it helps a language model")
+        ),
+        "neftune_noise_alpha": _asked(
+            asked.neftune_noise_alpha,
+            lambda: Choice(0.0, "auto: off; where it was measured it changed the style, not the facts"),
+        ),
+        "prompt_loss_weight": _asked(
+            asked.prompt_loss_weight,
+            lambda: Choice(0.0, "auto: answers only; learning prompts helped with long prompts and short answers"),
+        ),
+        "replay_ratio": _asked(
+            asked.replay_ratio, lambda: Choice(0.0, "auto: off until general examples are shown to help")
+        ),
+    }
+
+
+def _stopping(asked: Hyperparameters) -> dict[str, Choice]:
+    given = asked.min_delta is not None
+    return {
+        "early_stopping": _asked(asked.early_stopping, lambda: Choice(True, "auto: validation ends training")),
+        "patience": _asked(
+            asked.patience, lambda: Choice(4, "auto: validations without improvement, and at least one epoch")
+        ),
+        "min_delta": _asked(asked.min_delta, lambda: Choice(0.0, "auto: min_delta_errors decides")),
+        "min_delta_errors": Choice(0.0, "min_delta was set in the request and decides alone")
+        if given
+        else Choice(0.5, "auto: half the standard error of the paired difference, so that noise is no improvement"),
+    }
+
+
 def _asked(requested: Any, otherwise: Any) -> Choice:
     return otherwise() if requested is None else Choice(requested, "set in the request")
 
 
-def _epochs(n: int) -> Choice:
-    epochs = max(3, min(12, math.ceil(720 / n)))
-    return Choice(epochs, f"auto: {n} examples; about 720 in all, between 3 and 12 epochs, early stopping decides")
+def _epochs(asked: Hyperparameters, n: int) -> Choice:
+    if asked.n_epochs is None:
+        epochs = max(3, min(12, math.ceil(720 / n)))
+        return Choice(epochs, f"auto: {n} examples; about 720 in all, between 3 and 12 epochs, early stopping decides")
+    if asked.early_stopping is False:
+        return Choice(asked.n_epochs, "set in the request; all of them, as early stopping is off")
+    return Choice(asked.n_epochs, "set in the request, as the most; early stopping may end sooner")
+
+
+def _freeze_layers(asked: float | str | None, layers: int) -> Choice:
+    """How many lower layers get no adapter; at least one layer gets one."""
+    if asked is None:
+        return Choice(0, "auto: full; freezing lower layers buys speed, not quality, so it is yours to choose")
+    share = FREEZE_PROFILES[asked] if isinstance(asked, str) else asked
+    # Half a layer is not frozen: so "turbo" leaves something to train in a model of two layers.
+    frozen = math.ceil(share * layers - 0.5) if isinstance(share, float) else share
+    if frozen >= layers:
+        raise InvalidValue(
+            f"freeze_layers {asked!r} leaves no layer to train: the model has {layers}. Freeze at most {layers - 1}, "
+            "or give a share below 1.",
+            param="hyperparameters.freeze_layers",
+        )
+    return Choice(frozen, f"set in the request: {asked}, of {layers} layers")
 
 
 def _batch_size(n: int) -> Choice:
@@ -140,7 +203,7 @@ def _batch_size(n: int) -> Choice:
     return Choice(size, f"auto: {n} examples; LoRA likes small batches")
 
 
-def _learning_rate(hidden_size: int, batch_size: int) -> Choice:
+def _base_rate(hidden_size: int, batch_size: int) -> Choice:
     # 2e-3 is measured at width 576 and batch 8 (docs/experiments.md); falling with the width it meets the
     # 2e-4 to 3e-4 that is customary for models of 7B.
     rate = 2e-3 * 576 / hidden_size * math.sqrt(batch_size / 8)

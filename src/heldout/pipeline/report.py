@@ -85,7 +85,7 @@ def markdown(outcome: Outcome) -> str:
         "| hyperparameter | value | why |",
         "|---|--:|---|",
         *(
-            f"| {name} | {_number(choice['value'])} | {_cell(choice['reason'])} |"
+            f"| {name} | {_value(choice['value'])} | {_cell(choice['reason'])} |"
             for name, choice in outcome.plan.as_dict().items()
         ),
         "",
@@ -101,7 +101,7 @@ def page(outcome: Outcome) -> str:
     """The report as one HTML file that needs nothing else."""
     verdict, adapter = outcome.verdict, outcome.adapter
     plan = "".join(
-        f"<tr><td>{name}</td><td class=n>{_number(choice['value'])}</td><td>{html.escape(choice['reason'])}</td></tr>"
+        f"<tr><td>{name}</td><td class=n>{_value(choice['value'])}</td><td>{html.escape(choice['reason'])}</td></tr>"
         for name, choice in outcome.plan.as_dict().items()
     )
     findings = "".join(
@@ -149,7 +149,9 @@ def _parts(outcome: Outcome) -> str:
     )
 
 
-def _number(value: object) -> str:
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
