@@ -1,76 +1,175 @@
-"""The ranges themselves; that they reach the wire as a 400 is in test_api_jobs."""
+"""The values themselves; that they reach the wire as a 400 is in test_api_jobs."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 
 from heldout.errors import InvalidValue
-from heldout.pipeline.hyperparameters import SUPPORTED, Hyperparameters
+from heldout.pipeline.hyperparameters import KNOBS, SUPPORTED, Hyperparameters
 
 
 def test_auto_null_and_absence_all_mean_not_set():
-    assert Hyperparameters.parse({"n_epochs": "auto", "lora_r": None}) == Hyperparameters()
+    nothing = dict(zip(SUPPORTED, ["auto", None] * len(SUPPORTED), strict=False))
+    assert nothing.keys() == set(SUPPORTED)
+    assert Hyperparameters.parse(nothing) == Hyperparameters()
     assert Hyperparameters().as_dict() == {}
-
-
-@pytest.mark.parametrize("stopping", [True, False, {"enabled": True, "patience": 3}, {"enabled": False}])
-def test_what_was_set_survives_storing_and_parsing_again(stopping):
-    asked = Hyperparameters.parse({"n_epochs": 3, "learning_rate": 1e-4, "early_stopping": stopping})
-    assert Hyperparameters.parse(asked.as_dict()) == asked
-    assert (asked.n_epochs, asked.learning_rate) == (3, 1e-4)
-
-
-def test_patience_alone_means_stopping_early():
-    asked = Hyperparameters.parse({"early_stopping": {"patience": 2}})
-    assert (asked.early_stopping, asked.patience) == (True, 2)
 
 
 @pytest.mark.parametrize(
     "asked",
     [
-        {"n_epochs": 1, "batch_size": 1, "lora_r": 1, "lora_dropout": 0, "warmup_ratio": 0, "max_length": 16},
-        {"n_epochs": 50, "batch_size": 256, "lora_r": 256, "lora_dropout": 0.99, "warmup_ratio": 1},
+        {"early_stopping": True},
+        {"early_stopping": False},
+        {"early_stopping": {"enabled": True, "patience": 3, "min_delta": 0.01}},
+        {"early_stopping": {"enabled": False}},
+        {"early_stopping": {"patience": 2}},
+        {"early_stopping": {"enabled": "auto", "min_delta": 0}},
+        {"target_modules": "q_proj,v_proj"},
+        {"target_modules": ["q_proj", "layers.3.mlp.up_proj"]},
+        {"freeze_layers": 1},
+        {"freeze_layers": 1.0},
+        {"freeze_layers": "turbo"},
+        {"lr_search": "light", "learning_rate": 1e-4, "n_epochs": 3},
     ],
 )
+def test_what_was_set_survives_storing_and_parsing_again(asked):
+    parsed = Hyperparameters.parse(asked)
+    stored = json.loads(json.dumps(parsed.as_dict()))
+    assert stored == parsed.as_dict() != {}
+    again = Hyperparameters.parse(stored)
+    assert repr(again) == repr(parsed), "1 and 1.0 are equal, but they are not the same"
+
+
+@pytest.mark.parametrize("said", [None, "auto", "nothing"])
+def test_patience_alone_means_stopping_early(said):
+    enabled = {} if said == "nothing" else {"enabled": said}
+    asked = Hyperparameters.parse({"early_stopping": {"patience": 2, "min_delta": "auto", **enabled}})
+    assert (asked.early_stopping, asked.patience, asked.min_delta) == (True, 2, None)
+
+
+def test_early_stopping_is_one_key_with_three_parts():
+    asked = Hyperparameters.parse({"early_stopping": {"enabled": False, "patience": 2, "min_delta": 0.25}})
+    assert (asked.early_stopping, asked.patience, asked.min_delta) == (False, 2, 0.25)
+
+
+ENDS = [
+    {
+        "n_epochs": 1,
+        "batch_size": 1,
+        "lr_search": "off",
+        "warmup_ratio": 0,
+        "max_length": 16,
+        "lora_r": 1,
+        "target_modules": ["a"],
+        "freeze_layers": 0,
+        "lora_dropout": 0,
+        "weight_decay": 0,
+        "label_smoothing": 0,
+        "neftune_noise_alpha": 0,
+        "prompt_loss_weight": 0,
+        "replay_ratio": 0,
+        "early_stopping": {"enabled": False, "patience": 1, "min_delta": 0},
+    },
+    {
+        "n_epochs": 50,
+        "batch_size": 256,
+        "lr_search": "light",
+        "warmup_ratio": 1,
+        "lora_r": 256,
+        "target_modules": [f"module_{i}.x-y" for i in range(64)],
+        "freeze_layers": 0.999,
+        "lora_dropout": 0.99,
+        "label_smoothing": 0.99,
+        "prompt_loss_weight": 1,
+        "replay_ratio": 1,
+    },
+]
+
+
+@pytest.mark.parametrize("asked", ENDS)
 def test_the_ends_of_a_range_belong_to_it(asked):
     assert Hyperparameters.parse(asked).as_dict() == asked
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**400, "3", []])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**400, "3", "", [], {"a": 1}])
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_what_is_no_number_in_range_is_refused_by_name(name, value):
+def test_what_is_no_value_of_a_hyperparameter_is_refused_by_name(name, value):
+    if name == "target_modules" and value == "3":
+        pytest.skip("a module may be called 3")
     with pytest.raises(InvalidValue, match=name) as raised:
         Hyperparameters.parse({name: value})
     assert raised.value.param == f"hyperparameters.{name}"
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "expected"),
     [
-        ("n_epochs", 51),
-        ("n_epochs", 2.5),
-        ("n_epochs", True),
-        ("batch_size", 257),
-        ("learning_rate", 0),
-        ("lora_r", 0),
-        ("lora_dropout", 1),
-        ("warmup_ratio", 1.1),
-        ("max_length", 15),
-        ("early_stopping", {"patience": 0}),
-        ("early_stopping", {"min_delta": 1}),
+        ("n_epochs", 51, "a whole number from 1 to 50"),
+        ("n_epochs", 2.5, "a whole number"),
+        ("n_epochs", True, "a whole number"),
+        ("batch_size", 257, "from 1 to 256"),
+        ("learning_rate", 0, "above 0"),
+        ("lora_r", 0, "from 1 to 256"),
+        ("lora_dropout", 1, "from 0 to below 1"),
+        ("label_smoothing", 1, "from 0 to below 1"),
+        ("warmup_ratio", 1.1, "from 0 to 1"),
+        ("prompt_loss_weight", 1.1, "from 0 to 1"),
+        ("replay_ratio", 1.1, "from 0 to 1"),
+        ("max_length", 15, "at least 16"),
+        ("lr_search", "Light", '"off" or "light"'),
+        ("lr_search", True, '"off" or "light"'),
+        ("freeze_layers", 1.5, "a share of them above 0 and below 1"),
+        ("freeze_layers", True, "a whole number of layers"),
+        ("freeze_layers", "slow", '"full", "fast" or "turbo"'),
+        ("target_modules", [f"m{i}" for i in range(65)], "1 to 64 names"),
+        ("target_modules", ["q_proj", 3], "names of modules"),
+        ("target_modules", "q_proj,", "names of modules"),
+        ("target_modules", r".*\.q_proj", "names of modules"),
+        ("target_modules", "q_proj\n", "names of modules"),
+        ("target_modules", ["all-linear", "q_proj"], '"all-linear", or'),
     ],
 )
-def test_the_first_value_outside_a_range_is_refused(name, value):
-    with pytest.raises(InvalidValue, match=name):
+def test_the_first_value_outside_is_refused_and_the_values_are_named(name, value, expected):
+    with pytest.raises(InvalidValue, match=name) as raised:
         Hyperparameters.parse({name: value})
+    assert expected in str(raised.value)
+    assert 'or "auto"' in str(raised.value)
 
 
-def test_an_unknown_key_is_answered_with_the_known_ones():
-    with pytest.raises(InvalidValue, match="lora_r") as raised:
-        Hyperparameters.parse({"lora_rank": 8})
-    assert (raised.value.code, raised.value.param) == ("unknown_parameter", "hyperparameters.lora_rank")
+@pytest.mark.parametrize(
+    ("value", "param", "expected"),
+    [
+        (3, "early_stopping", '{"enabled": …, "patience": …, "min_delta": …}'),
+        ({"delta": 1}, "early_stopping", '{"enabled": …, "patience": …, "min_delta": …}'),
+        ({"enabled": 1}, "early_stopping.enabled", "true or false"),
+        ({"patience": 0}, "early_stopping.patience", "a whole number of at least 1"),
+        ({"min_delta": -0.1}, "early_stopping.min_delta", "a number of at least 0"),
+    ],
+)
+def test_a_part_of_early_stopping_is_refused_by_its_own_name(value, param, expected):
+    with pytest.raises(InvalidValue) as raised:
+        Hyperparameters.parse({"early_stopping": value})
+    assert raised.value.param == f"hyperparameters.{param}"
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "patience", "min_delta"])
+def test_an_unknown_key_is_answered_with_the_known_ones(name):
+    with pytest.raises(InvalidValue, match=r"lora_r, .*early_stopping") as raised:
+        Hyperparameters.parse({name: 8})
+    assert (raised.value.code, raised.value.param) == ("unknown_parameter", f"hyperparameters.{name}")
 
 
 def test_an_absolute_rate_and_a_multiplier_exclude_each_other():
     with pytest.raises(InvalidValue, match="one of them"):
         Hyperparameters.parse({"learning_rate": 1e-4, "learning_rate_multiplier": 2})
+
+
+def test_every_hyperparameter_is_in_the_table_of_the_settings():
+    table = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    for name in KNOBS:
+        key = f"early_stopping.{name}" if name not in SUPPORTED else name
+        assert f"\n| `{key}` |" in table, key
