@@ -95,3 +95,15 @@ class EngineUnavailable(UserError):
 
 class JobCancelled(Exception):
     """The job was cancelled; every stage may raise it at a safe point."""
+
+
+class JobPaused(Exception):
+    """The job was asked to pause; raised by Watch.progress, where a job may safely end.
+
+    `step` is None then. A training loop that has written a checkpoint says so by raising it anew with the
+    step that a resumed job continues from.
+    """
+
+    def __init__(self, step: int | None = None) -> None:
+        super().__init__("the job was asked to pause")
+        self.step = step

@@ -7,7 +7,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 # Without "o" and "O": at least one client takes any "o" followed by a digit for a reasoning model.
 _ALPHABET = "ABCDEFGHIJKLMNPQRSTUVWXYZabcdefghijklmnpqrstuvwxyz0123456789"
@@ -97,9 +97,20 @@ class Job:
     result_files: list[str] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    paused: bool = False  # asked to wait; a process that still works for it ends at its next safe point
     # The worker's own notes: who runs it, since when, how often it was taken up without progress.
     handle: str | None = None
     attempts: int = 0
+
+    @property
+    def pause(self) -> Literal["pausing", "paused"] | None:
+        """`pausing` while something still works for a job that was asked to wait, `paused` after.
+
+        A status of its own would be a crash in some clients. A paused job is `queued`.
+        """
+        if not self.paused or self.status.ended:
+            return None
+        return "paused" if self.status is JobStatus.QUEUED and self.handle is None else "pausing"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from heldout import machine
 from heldout.errors import InvalidValue
 
 #: The bundled chat model: 135M parameters, instruct-tuned, Apache-2.0.
@@ -46,6 +49,15 @@ class Settings(BaseSettings):
     max_file_bytes: int = 512 * 1024 * 1024
     concurrent_jobs: int = Field(default=1, ge=1)
     precision: str = Field(default="auto", pattern="^(auto|float32|bfloat16)$")
+    threads: int = Field(default=0, ge=0)  # of a job process; 0: see `job_threads`
+    inference_threads: int = Field(default=0, ge=0)  # of the inference process; 0 as above
+    nice: int = Field(default=10, ge=0, le=19)  # added to a job process's niceness
+    memory_limit: ByteSize = ByteSize(0)  # "8GB", "512MiB" or bytes; 0: see `memory_bytes`
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return value or 0
 
     @property
     def database(self) -> str:
@@ -72,9 +84,30 @@ class Settings(BaseSettings):
         """Local copies of adapters from the blob store; safe to delete."""
         return self.root / "cache"
 
+    @property
+    def job_threads(self) -> int:
+        """Threads a job computes with: as set, else every core it may use."""
+        return self.threads or _cores()
+
+    @property
+    def chat_threads(self) -> int:
+        """Threads the inference process answers with: as set, else every core it may use."""
+        return self.inference_threads or _cores()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes a job may plan to fill: as set, else what the machine, or the container, has."""
+        return int(self.memory_limit) or machine.memory_bytes()
+
     def work(self, job_id: str) -> Path:
         """A job's working directory: resumable checkpoints, its log, its report."""
         return self.root / "jobs" / job_id
+
+
+def _cores() -> int:
+    # The variable that every OpenMP program heeds; "4,2" is for nested regions, which there are none of.
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(machine.cores(), int(asked)) if asked.isdecimal() and int(asked) else machine.cores()
 
 
 def read_settings() -> Settings:

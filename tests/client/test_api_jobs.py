@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 import openai
 import pytest
@@ -44,6 +46,7 @@ def test_a_new_job_has_every_key_that_clients_validate(live):
         "user_provided_suffix": "my-test",
         "x_base_model": DEFAULT_MODEL,
         "x_holdout_file": None,
+        "x_pause": None,
         "x_plan": None,
         "x_verdict": None,
     }
@@ -222,14 +225,40 @@ def test_an_action_the_status_forbids_is_one_request_and_a_400_with_a_code(live,
     with pytest.raises(openai.BadRequestError) as raised:
         getattr(live.client.fine_tuning.jobs, action)(job.id)
     assert "'cancelled'" in raised.value.message
-    assert raised.value.code == ("invalid_status" if action == "cancel" else "unsupported_value")
+    assert raised.value.code == "invalid_status"
     assert len(requests) == 1
     live.client._client.event_hooks = {}
     assert len(messages(live, job)) == 3
 
 
+@pytest.mark.parametrize("status", [JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING])
+def test_pausing_keeps_the_status_says_so_beside_it_and_can_be_taken_back(live, status):
+    jobs, job = live.client.fine_tuning.jobs, live.create_job()
+    live.db.add_job(replace(live.db.get_job(job.id), id="ftjob-other", status=status))
+    for job in (jobs.pause("ftjob-other"), jobs.retrieve("ftjob-other")):
+        assert (job.status, job.x_pause) == (status.value, "paused" if status is JobStatus.QUEUED else "pausing")
+    with pytest.raises(openai.BadRequestError, match=f"has status '{status.value}' and is already paus") as raised:
+        jobs.pause("ftjob-other")
+    assert raised.value.code == "invalid_status"
+    job = jobs.resume("ftjob-other")
+    assert (job.status, job.x_pause) == (status.value, None)
+    with pytest.raises(openai.BadRequestError, match=f"has status '{status.value}' and is not paused") as raised:
+        jobs.resume("ftjob-other")
+    assert raised.value.code == "invalid_status"
+    told = messages(live, job)
+    assert (len(told), told[1]) == (2, "Fine-tuning job resumed")
+    assert told[0].startswith("Fine-tuning job paus")
+
+
+def test_a_paused_job_can_be_cancelled(live):
+    job = live.create_job()
+    live.client.fine_tuning.jobs.pause(job.id)
+    job = live.client.fine_tuning.jobs.cancel(job.id)
+    assert (job.status, job.x_pause) == ("cancelled", None)
+
+
 def test_an_unknown_job_is_a_404_in_openai_words(live):
-    for call in ("retrieve", "cancel", "pause", "list_events"):
+    for call in ("retrieve", "cancel", "pause", "resume", "list_events"):
         with pytest.raises(openai.NotFoundError, match="Could not find fine tune") as raised:
             getattr(live.client.fine_tuning.jobs, call)("ftjob-none")
         assert raised.value.code == "fine_tune_not_found"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heldout.records import COMES_BEFORE, JobStatus, checkpoint_name, fine_tuned_name, new_id
+from heldout.records import COMES_BEFORE, Job, JobStatus, checkpoint_name, fine_tuned_name, new_id
 
 JOB = "ftjob-abcdefghXYZ"
 
@@ -70,3 +70,15 @@ def test_a_job_moves_forward_only_and_an_ended_one_stays() -> None:
     assert COMES_BEFORE[JobStatus.SUCCEEDED] == (JobStatus.RUNNING,)
     assert COMES_BEFORE[JobStatus.RUNNING] == (JobStatus.QUEUED,)
     assert {status.value for status in JobStatus if status.ended} == {"succeeded", "failed", "cancelled"}
+
+
+def test_a_job_that_was_asked_to_wait_is_paused_once_nothing_works_for_it() -> None:
+    def pause(status: JobStatus, *, paused: bool = True, handle: str | None = None) -> str | None:
+        job = Job(model="m", base_model="m", training_file="f", status=status, paused=paused, handle=handle)
+        return job.pause
+
+    assert pause(JobStatus.QUEUED) == "paused"
+    assert pause(JobStatus.QUEUED, handle="leaving") == "pausing"
+    assert pause(JobStatus.VALIDATING_FILES) == pause(JobStatus.RUNNING) == "pausing"
+    assert not any(pause(status, paused=False) for status in JobStatus)
+    assert not any(pause(status) for status in JobStatus if status.ended)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from heldout.errors import InvalidValue, NotFound
 from heldout.records import Checkpoint, Event, File, Job, JobStatus, Model
 from heldout.store.blobs import FileBlobs, fetch_folder, open_blobs, put_folder
-from heldout.store.db import Db, open_db
+from heldout.store.db import Db, migrate, open_db
 
 
 @pytest.fixture
@@ -93,6 +96,54 @@ def test_an_ended_job_is_not_claimed(db: Db) -> None:
     assert db.claim_job(job, "worker") is False
 
 
+def test_a_job_is_paused_once_and_resumed_once_and_ended_ones_never(db: Db) -> None:
+    job, ended = added(db, status=JobStatus.RUNNING, attempts=2), added(db, status=JobStatus.FAILED)
+    for paused in (True, False):
+        asked = [Event(job_id=job.id, message=f"{paused} {i}") for i in range(2)]
+        assert [db.pause_job(job.id, paused, one) for one in asked] == [True, False]
+        assert (db.get_job(job.id).paused, db.get_job(job.id).attempts) == (paused, 0)
+        assert not db.pause_job(ended.id, paused, Event(job_id=ended.id, message="no"))
+    assert messages(db, job) == ["True 0", "False 0"]
+    assert messages(db, ended) == []
+
+
+def test_a_job_that_rests_is_queued_and_keeps_its_leaving_process(db: Db) -> None:
+    job = added(db, status=JobStatus.RUNNING, handle="process", attempts=1, estimated_finish=9, started_at=5)
+    assert db.put_back(job.id, Event(job_id=job.id, message="rests"))
+    assert not db.put_back(job.id, Event(job_id=job.id, message="again"))
+    rests = db.get_job(job.id)
+    assert (rests.status, rests.handle, rests.attempts) == (JobStatus.QUEUED, "process", 0)
+    assert (rests.estimated_finish, rests.started_at) == (None, 5)
+    assert messages(db, job) == ["rests"]
+
+
+def test_a_job_that_was_paused_a_moment_ago_is_not_claimed(db: Db) -> None:
+    job = added(db, status=JobStatus.QUEUED)
+    db.pause_job(job.id, True, Event(job_id=job.id, message="wait"))
+    assert db.claim_job(job, "worker") is False, "the worker saw it before"
+
+
+def test_a_database_of_an_earlier_version_is_brought_up_to_date_by_many_at_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'heldout.db'}"
+    engine = create_engine(url)
+    migrate(engine, "0001")
+    with engine.begin() as connection:
+        job = {"id": "ftjob-old", "created_at": 1, "status": "queued", "model": "m", "base_model": "m"}
+        job |= {"training_file": "f", "seed": 1, "method": "supervised", "attempts": 0}
+        job |= dict.fromkeys(("hyperparameters", "metadata"), "{}") | dict.fromkeys(
+            ("integrations", "result_files"), "[]"
+        )
+        columns, places = ", ".join(job), ", ".join(f":{name}" for name in job)
+        connection.execute(text(f"INSERT INTO jobs ({columns}) VALUES ({places})"), job)
+    program = f"from heldout.store.db import open_db; print(open_db({url!r}).get_job('ftjob-old').paused)"
+    opening = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(5)
+    ]
+    assert [process.communicate()[0].strip() for process in opening] == ["False"] * 5
+    assert open_db(url).get_job("ftjob-old").status is JobStatus.QUEUED
+
+
 def test_a_handle_replaces_its_own_claim_only(db: Db) -> None:
     job = added(db)
     db.claim_job(job, "claim")
@@ -100,6 +151,8 @@ def test_a_handle_replaces_its_own_claim_only(db: Db) -> None:
     assert db.get_job(job.id).handle == "claim"
     db.note_handle(job.id, "claim", "process 2")
     assert db.get_job(job.id).handle == "process 2"
+    db.note_handle(job.id, "process 2", None)
+    assert db.get_job(job.id).handle is None
 
 
 def test_events_of_one_second_keep_their_order_and_their_pages(db: Db) -> None:

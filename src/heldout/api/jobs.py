@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
@@ -60,19 +60,30 @@ def cancel_job(job_id: str, settings: SettingsDep, db: DbDep) -> wire.FineTuning
     moved = db.move_job(job_id, JobStatus.CANCELLED, event, finished_at=now(), estimated_finish=None)
     job = db.get_job(job_id)
     if not moved:
-        # 400, not 409: the client would repeat a 409 by itself.
-        raise InvalidState(f"Job {job_id} has status '{job.status.value}' and can no longer be cancelled.")
+        raise _refused(job, "cancelled")
     return wire.FineTuningJob.of(job, settings.organization)
 
 
 @router.post("/{job_id}/pause")
-def pause_job(job_id: str, db: DbDep) -> None:
-    _refuse(db.get_job(job_id), "paused")
+def pause_job(job_id: str, settings: SettingsDep, db: DbDep) -> wire.FineTuningJob:
+    """The row is marked at once; a job process that is running writes a checkpoint at its next safe point."""
+    event = Event(job_id=job_id, message=_PAUSING[db.get_job(job_id).status])
+    asked = db.pause_job(job_id, True, event)
+    job = db.get_job(job_id)
+    if not asked:
+        raise _refused(job, "paused", f"is already {job.pause}")
+    return wire.FineTuningJob.of(job, settings.organization)
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: str, db: DbDep) -> None:
-    _refuse(db.get_job(job_id), "resumed")
+def resume_job(job_id: str, settings: SettingsDep, db: DbDep) -> wire.FineTuningJob:
+    """The job takes its old place in the queue; the worker takes it up when there is a slot."""
+    db.get_job(job_id)
+    asked = db.pause_job(job_id, False, Event(job_id=job_id, message="Fine-tuning job resumed"))
+    job = db.get_job(job_id)
+    if not asked:
+        raise _refused(job, "resumed", "is not paused")
+    return wire.FineTuningJob.of(job, settings.organization)
 
 
 @router.get("/{job_id}/events")
@@ -124,9 +135,14 @@ def _first_events(job: Job, ignored: list[str]) -> list[Event]:
     return [Event(job_id=job.id, level=level, message=message) for level, message in said]
 
 
-def _refuse(job: Job, action: str) -> NoReturn:
-    raise InvalidState(
-        f"Job {job.id} has status '{job.status.value}'. This version has no pause: a job cannot be {action}. "
-        "Cancel it, or let it run.",
-        code="unsupported_value",
-    )
+#: What a job's story says when it is asked to pause; a running one adds where it stopped when it has.
+_PAUSING = dict.fromkeys(JobStatus, "Fine-tuning job pausing: it stops at its next safe point") | {
+    JobStatus.VALIDATING_FILES: "Fine-tuning job paused: its files are still validated, then it waits",
+    JobStatus.QUEUED: "Fine-tuning job paused: it keeps its place in the queue and waits",
+}
+
+
+def _refused(job: Job, action: str, otherwise: str = "") -> InvalidState:
+    """400, not 409: the client would repeat a 409 by itself."""
+    reason = f"can no longer be {action}" if job.status.ended else otherwise
+    return InvalidState(f"Job {job.id} has status '{job.status.value}' and {reason}.")

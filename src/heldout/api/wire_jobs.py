@@ -122,6 +122,7 @@ class FineTuningJob(BaseModel):
     user_provided_suffix: str | None
     x_base_model: str
     x_holdout_file: str | None
+    x_pause: str | None  # "pausing" or "paused"; the status stays one of the six
     x_plan: dict[str, Any] | None
     x_verdict: dict[str, Any] | None
 
@@ -149,6 +150,7 @@ class FineTuningJob(BaseModel):
             user_provided_suffix=job.suffix,
             x_base_model=job.base_model,
             x_holdout_file=job.holdout_file,
+            x_pause=job.pause,
             x_plan=job.plan,
             x_verdict=job.verdict,
         )

@@ -193,6 +193,11 @@ class LocalEngine:
         return self._loaded
 
 
+def use_threads(count: int) -> None:
+    """How many threads torch computes with in this process, from now on."""
+    torch.set_num_threads(count)
+
+
 def _end_ids(model: Any) -> tuple[int, ...]:
     ends = getattr(model.generation_config, "eos_token_id", None)
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)

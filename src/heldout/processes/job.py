@@ -7,16 +7,17 @@ with the same command line goes on from there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import sys
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heldout.errors import JobCancelled, UserError
+from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job
+from heldout.processes import disk
 from heldout.processes.register import put_adapter, register
 from heldout.records import (
     Checkpoint,
@@ -45,21 +46,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only validate the files")
     asked = parser.parse_args(argv)
     settings = read_settings()
-    db, blobs = open_db(settings.database), open_blobs(settings.blobs)
-    job = db.get_job(asked.job)
+    # A job may take all cores; whoever asks the server something goes first. Before any library starts
+    # threads: on Linux each has a niceness of its own, taken over from the one that starts it.
+    os.nice(settings.nice)
     try:
-        if asked.check:
+        db, blobs = open_db(settings.database), open_blobs(settings.blobs)
+        _work(db.get_job(asked.job), settings, db, blobs, check=asked.check)
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        _log_trace()
+        return disk.EXIT_CODE
+    return 0
+
+
+def _work(job: Job, settings: Settings, db: Db, blobs: Blobs, *, check: bool) -> None:
+    """Do it; whatever goes wrong ends in the job's row."""
+    watch = DbWatch(job, settings, db, blobs)
+    try:
+        if check:
             validate(job, settings, db, blobs)
         else:
-            run(job, settings, db, blobs)
+            run(watch)
     except JobCancelled:
-        print("cancelled", flush=True)
-    except UserError as error:
-        _fail(db, job, error.code or "invalid_request", str(error), error.param)
+        _log("cancelled")
+    except JobPaused as pause:
+        watch.rest(pause)
     except Exception as error:  # noqa: BLE001 - the last place that can tell the user
-        traceback.print_exc()
-        _fail(db, job, "server_error", f"{type(error).__name__}: {error}", None)
-    return 0
+        if disk.is_full(error):
+            _log_trace()
+            _fail(db, job, disk.CODE, disk.sentence(error, settings, job.id), None)
+        elif isinstance(error, UserError):
+            _fail(db, job, error.code or "invalid_request", str(error), error.param)
+        else:
+            _log_trace()
+            _fail(db, job, "server_error", f"{type(error).__name__}: {error}", None)
 
 
 def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
@@ -75,42 +96,51 @@ def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
     db.move_job(job.id, JobStatus.QUEUED, moved, handle=None, attempts=0)
 
 
-def run(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
+def run(watch: DbWatch) -> None:
     """Run the job to its end and register what it made."""
     from heldout.processes.tools import local_tools
 
-    _yield_to_the_server()
-    started = Event(job_id=job.id, message="Fine-tuning job started")
-    if not db.move_job(job.id, JobStatus.RUNNING, started, started_at=now()):
+    job, settings, db = watch.job, watch.settings, watch.db
+    watch.raise_if_paused()
+    goes_on = job.started_at is not None
+    started = Event(job_id=job.id, message="Fine-tuning job goes on" if goes_on else "Fine-tuning job started")
+    if not db.move_job(job.id, JobStatus.RUNNING, started, started_at=job.started_at or now()):
         again = "The job process ended unexpectedly; the job is taken up again"
         db.add_event(Event(job_id=job.id, level="warn", message=again))
-    watch = DbWatch(job, settings, db, blobs)
-    request = _request(job, settings, db, blobs)
+    threads, nice = settings.job_threads, os.nice(0)
+    watch.message(
+        f"Computing with {threads} {'thread' if threads == 1 else 'threads'} at nice level {nice}",
+        data={"threads": threads, "nice": nice},
+    )
+    request = _request(job, settings, db, watch.blobs)
     outcome = run_job(request, local_tools(settings, job.base_model, watch))
+    # No look at the pause any more: what is done need not be done again.
     watch.raise_if_cancelled()
     _succeed(outcome, watch)
 
 
 class DbWatch:
-    """Writes what happens into the job's rows, and notices that the job was cancelled."""
+    """Writes what happens into the job's rows, and notices that the job was cancelled or paused."""
 
     def __init__(self, job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
         self.job, self.settings, self.db, self.blobs = job, settings, db, blobs
         self.name = fine_tuned_name(job.model, settings.organization, job.suffix, job.id)
         self._looked = 0.0
-        self._estimated = 0.0
-        self._train_started = time.monotonic()
+        self._stage = ("", 0, 0)
+        self._pace = Pace()
 
     def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """See Watch.message."""
         self.raise_if_cancelled()
         self.db.add_event(Event(job_id=self.job.id, level=level, message=text, data=data or {}))
-        print(text, flush=True)
+        _log(text)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """See Watch.progress."""
+        """See Watch.progress. The one place where a job is paused: nothing is half done here."""
+        self._stage = (stage, done, total)
+        self._pace.progress(stage)
         if time.monotonic() - self._looked > 0.5:
-            self.raise_if_cancelled()
+            self.raise_if_paused()
 
     def planned(self, plan: TrainPlan) -> None:
         """See Watch.planned."""
@@ -130,7 +160,9 @@ class DbWatch:
             for prefix in ("", "full_"):
                 data[f"{prefix}valid_loss"] = point.valid_loss
                 data[f"{prefix}valid_mean_token_accuracy"] = point.valid_accuracy
-            self._estimate(point.step, total_steps)
+        self._pace.step(point.step)
+        if point.valid_loss is not None and (left := self._pace.seconds_left(total_steps)) is not None:
+            self.db.update_job(self.job.id, estimated_finish=now() + round(left))
         self.db.add_event(Event(job_id=self.job.id, type="metrics", message=text, data=data))
 
     def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
@@ -138,6 +170,10 @@ class DbWatch:
         self.publish(step, folder, metrics)
         self.db.update_job(self.job.id, attempts=0)  # it got somewhere: being killed again is no dead end
         self.db.add_event(Event(job_id=self.job.id, message=f"Checkpoint created at step {step}"))
+
+    def kept(self) -> None:
+        """See Watch.kept."""
+        self.db.update_job(self.job.id, attempts=0)
 
     def publish(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
         """Make a checkpoint callable by its name."""
@@ -166,16 +202,64 @@ class DbWatch:
             owned_by=self.settings.organization,
         )
 
-    def raise_if_cancelled(self) -> None:
-        """Raise JobCancelled when the row says so."""
+    def raise_if_cancelled(self) -> Job:
+        """The row as it is now. Raises JobCancelled when it says that the job has ended."""
         self._looked = time.monotonic()
-        if self.db.get_job(self.job.id).status.ended:
+        job = self.db.get_job(self.job.id)
+        if job.status.ended:
             raise JobCancelled
+        return job
 
-    def _estimate(self, step: int, total_steps: int) -> None:
-        elapsed = time.monotonic() - self._train_started
-        left = elapsed / step * (total_steps - step)
-        self.db.update_job(self.job.id, estimated_finish=now() + round(left))
+    def raise_if_paused(self) -> None:
+        """Raise JobPaused when the row says so, or JobCancelled."""
+        if self.raise_if_cancelled().paused:
+            raise JobPaused
+
+    def rest(self, pause: JobPaused) -> None:
+        """Put the paused job back into the queue, and say what a resumed one goes on from."""
+        stage, done, total = self._stage
+        if pause.step is not None:
+            text = f"Paused at step {pause.step}; resume continues from there"
+        elif stage == "train":
+            text = f"Paused at step {done} of {total}; resume continues from the last checkpoint before it"
+        elif stage:
+            text = f"Paused at '{stage}' ({done} of {total}); resume starts the scoring again and keeps what is trained"
+        else:
+            text = "Paused before anything was computed"
+        self.db.put_back(self.job.id, Event(job_id=self.job.id, message=text))
+        _log(text)
+
+
+class Pace:
+    """How long a job will still take, from what this process has seen of it. Times are in seconds."""
+
+    def __init__(self) -> None:
+        self._scored: tuple[str, float, float] | None = None  # the first scoring stage, its begin and end
+        self._begun: tuple[int, float] | None = None  # the first step of this process, and when it was done
+        self._step = 0
+        self._now = 0.0
+
+    def progress(self, stage: str) -> None:
+        """A stage got on. The first one scores the holdout, as the tuned model will be in the end."""
+        now = time.monotonic()
+        if self._scored is None and stage != "train":
+            self._scored = (stage, now, now)
+        elif self._scored is not None and self._scored[0] == stage:
+            self._scored = (stage, self._scored[1], now)
+
+    def step(self, step: int) -> None:
+        """A step of training was done."""
+        self._step, self._now = step, time.monotonic()
+        if self._begun is None or step <= self._begun[0]:
+            self._begun = (step, self._now)
+
+    def seconds_left(self, total_steps: int) -> float | None:
+        """Of training and of the evaluation after it; None until two steps were seen."""
+        if self._begun is None or self._step == self._begun[0]:
+            return None
+        first, began = self._begun
+        scoring = self._scored[2] - self._scored[1] if self._scored else 0.0
+        return (self._now - began) / (self._step - first) * (total_steps - self._step) + scoring
 
 
 def _succeed(outcome: Outcome, watch: DbWatch) -> None:
@@ -224,7 +308,7 @@ def _name(db: Db, job: Job, file_id: str) -> str:
 
 
 def _fail(db: Db, job: Job, code: str, message: str, param: str | None) -> None:
-    print(f"failed: {message}", flush=True)
+    _log(f"failed: {message}")
     db.move_job(
         job.id,
         JobStatus.FAILED,
@@ -235,10 +319,19 @@ def _fail(db: Db, job: Job, code: str, message: str, param: str | None) -> None:
     )
 
 
-def _yield_to_the_server() -> None:
-    """A job may take all cores; whoever asks the server something goes first."""
-    os.nice(10)
+def _log(text: str) -> None:
+    # The log may lie on the very disk that is full; the job's rows tell the same story.
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def _log_trace() -> None:
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        # Python would try to write what is left for the log, fail again, and leave with another code.
+        os._exit(code)

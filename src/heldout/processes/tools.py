@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from heldout.engine.local import LocalEngine
+from heldout.engine.local import LocalEngine, use_threads
 from heldout.pipeline.run import Tools
 from heldout.pipeline.watch import Watch
 from heldout.settings import Settings
@@ -13,12 +13,14 @@ from heldout.train.trainer import TorchTrainer
 
 def local_engine(settings: Settings) -> LocalEngine:
     """An engine for names that are already trusted: a job's base model, or the command line's."""
+    use_threads(settings.chat_threads)
     return LocalEngine(**_options(settings))
 
 
 def local_tools(settings: Settings, base_model: str, watch: Watch) -> Tools:
     """Engine and trainer for one job, its base model ready to be loaded. Raises ModelNotFound."""
-    engine = local_engine(settings)
+    use_threads(settings.job_threads)
+    engine = LocalEngine(**_options(settings))
     if not engine.is_prepared(base_model):
         watch.message(f"Unpacking the bundled model {base_model} (about half a minute, once)")
         engine.folder(base_model)

@@ -135,20 +135,45 @@ class Db:
         with self._engine.begin() as connection:
             connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))
 
+    def pause_job(self, job_id: str, paused: bool, one: Event) -> bool:
+        """Ask a job to wait, or to go on. False if that had been asked before, or if the job has ended."""
+        alive = [status.value for status in JobStatus if not status.ended]
+        asked = (schema.jobs.c.id == job_id, schema.jobs.c.status.in_(alive), schema.jobs.c.paused != paused)
+        with self._engine.begin() as connection:
+            changed = connection.execute(update(schema.jobs).where(*asked).values(paused=paused, attempts=0))
+            if changed.rowcount == 1:
+                _insert(connection, one)
+        return changed.rowcount == 1
+
+    def put_back(self, job_id: str, one: Event) -> bool:
+        """A paused job has come to rest: back to the queue. False if it is not running (any more).
+
+        Its process may still be leaving; the handle stays until the worker has seen it gone.
+        """
+        running = (schema.jobs.c.id == job_id, schema.jobs.c.status == JobStatus.RUNNING.value)
+        values = {"status": JobStatus.QUEUED.value, "estimated_finish": None, "attempts": 0}
+        with self._engine.begin() as connection:
+            moved = connection.execute(update(schema.jobs).where(*running).values(values))
+            if moved.rowcount == 1:
+                _insert(connection, one)
+        return moved.rowcount == 1
+
     def claim_job(self, job: Job, handle: str) -> bool:
-        """Note who runs the job. False if another worker was faster or the job has ended."""
+        """Note who runs the job. False if another worker was faster, or the job has ended or was paused."""
         alive = [status.value for status in JobStatus if not status.ended]
         same = schema.jobs.c.handle.is_(None) if job.handle is None else schema.jobs.c.handle == job.handle
         with self._engine.begin() as connection:
             claimed = connection.execute(
                 update(schema.jobs)
                 .where(schema.jobs.c.id == job.id, schema.jobs.c.status.in_(alive), same)
+                .where(schema.jobs.c.paused == job.paused)
                 .values(handle=handle, attempts=schema.jobs.c.attempts + 1)
             )
         return claimed.rowcount == 1
 
-    def note_handle(self, job_id: str, claimed: str, handle: str) -> None:
-        """Replace the claim by the process that was started, unless the row has moved on meanwhile."""
+    def note_handle(self, job_id: str, claimed: str, handle: str | None) -> None:
+        """Replace the claim by the process that was started, or a dead process by none, unless the row has
+        moved on meanwhile."""
         same = (schema.jobs.c.id == job_id, schema.jobs.c.handle == claimed)
         with self._engine.begin() as connection:
             connection.execute(update(schema.jobs).where(*same).values(handle=handle))
@@ -259,7 +284,7 @@ def open_db(url: str) -> Db:
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _tune_sqlite)
-    _migrate(engine)
+    migrate(engine)
     return Db(engine)
 
 
@@ -269,10 +294,14 @@ def _tune_sqlite(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _migrate(engine: Engine) -> None:
+def migrate(engine: Engine, revision: str = "head") -> None:
+    """Bring the tables up to a revision."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            # Of several processes that start together one changes the tables, the others wait and find it done.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
         connection.commit()

@@ -14,6 +14,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 metadata = MetaData(
@@ -69,6 +70,7 @@ jobs = _table(
     Column("result_files", JSON, nullable=False),
     Column("verdict", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
+    Column("paused", Boolean, nullable=False, server_default=false()),
     Column("handle", Text),
     Column("attempts", Integer, nullable=False),
 )

@@ -1,0 +1,101 @@
+"""What a job process writes into its row: on a real database, without a model."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+
+import pytest
+
+from heldout.errors import InvalidTrainingFile, JobPaused, ModelNotFound
+from heldout.pipeline.training import CurvePoint
+from heldout.processes import disk
+from heldout.processes.job import DbWatch, Pace
+from heldout.records import Event, Job, JobStatus, now
+from heldout.settings import Settings
+from heldout.store.blobs import FileBlobs
+from heldout.store.db import open_db
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> DbWatch:
+    """The watch of a running job."""
+    settings = Settings(data_dir=tmp_path)
+    job = Job(model="m", base_model="m", training_file="file-a", status=JobStatus.RUNNING, handle="process")
+    db = open_db(settings.database)
+    db.add_job(job)
+    return DbWatch(job, settings, db, FileBlobs(tmp_path / "blobs"))
+
+
+def ask_to_pause(watch: DbWatch) -> None:
+    watch.db.pause_job(watch.job.id, True, Event(job_id=watch.job.id, message="please"))
+
+
+def last_message(watch: DbWatch) -> str:
+    return watch.db.list_events(watch.job.id, after=None, limit=1)[0][0].message
+
+
+def test_a_pause_is_noticed_where_nothing_is_half_done_and_not_in_between(watch: DbWatch) -> None:
+    watch.progress("train", 40, 100)
+    ask_to_pause(watch)
+    watch.message("in the middle of a step")
+    time.sleep(0.6)
+    with pytest.raises(JobPaused):
+        watch.progress("train", 41, 100)
+
+
+@pytest.mark.parametrize(
+    ("stage", "pause", "told"),
+    [
+        ("train", JobPaused(41), "Paused at step 41; resume continues from there"),
+        ("train", JobPaused(), "Paused at step 41 of 100; resume continues from the last checkpoint before it"),
+        ("zero-shot prompt", JobPaused(), "Paused at 'zero-shot prompt' (41 of 100); resume starts the scoring again"),
+    ],
+)
+def test_a_job_that_comes_to_rest_says_where_it_will_go_on(
+    watch: DbWatch, stage: str, pause: JobPaused, told: str
+) -> None:
+    watch.progress(stage, 41, 100)
+    watch.rest(pause)
+    assert last_message(watch).startswith(told)
+    assert watch.db.get_job(watch.job.id).status is JobStatus.QUEUED
+
+
+def test_the_time_before_training_does_not_count_as_steps(watch: DbWatch) -> None:
+    watch.progress("zero-shot prompt", 1, 2)
+    time.sleep(0.4)
+    watch.progress("zero-shot prompt", 2, 2)
+    time.sleep(1.6)
+    for step in range(1, 12):
+        valid_loss = 1.0 if step == 11 else None
+        watch.metrics(CurvePoint(step=step, train_loss=1.0, train_accuracy=0.5, valid_loss=valid_loss), 111)
+        time.sleep(0.02)
+    left = watch.db.get_job(watch.job.id).estimated_finish - now()
+    assert 1 <= left <= 8, "100 steps of 0.02 s and a bit, and the evaluation; not (2 s + 0.2 s) / 11 a step"
+
+
+def test_a_resumed_job_is_estimated_by_the_steps_it_took_itself() -> None:
+    pace = Pace()
+    for step in (501, 502, 503):
+        pace.step(step)
+        time.sleep(0.05)
+    left = pace.seconds_left(600)
+    assert left is not None
+    assert 97 * 0.05 <= left <= 97 * 0.1
+    pace.step(1)
+    assert pace.seconds_left(600) is None, "training began anew"
+
+
+def test_a_full_disk_is_recognised_whoever_met_it() -> None:
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+        assert disk.is_full(error)
+        wrapped = ModelNotFound("cannot be loaded")
+        wrapped.__cause__ = error
+        assert disk.is_full(wrapped)
+    assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
+    assert not disk.is_full(InvalidTrainingFile("line 3: 'No space left on device' is no label")), "a ticket's text"
