@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile
-from heldout.pipeline.checks.groups import prompt_fingerprint, shown_prompts
+from heldout.pipeline.checks.groups import fingerprint, prompt_fingerprint, shown_prompts
 from heldout.pipeline.dataset import read_dataset
-from heldout.pipeline.split import allocate, part_sizes, split_dataset
+from heldout.pipeline.split import allocate, is_small, part_sizes, split_dataset, split_into_folds
 from heldout.pipeline.types import Dataset, Example, Finding, Split
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -282,3 +282,124 @@ def test_real_tasks_are_split_without_losing_a_row(folder: Path):
     assert_disjoint(split)
     n = len(split.train) + len(split.valid) + len(split.holdout) + len(removed(findings, train.name))
     assert n == len(train)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("given", [False, True])
+def test_every_row_of_random_data_is_held_out_in_one_fold_and_nothing_of_it_is_trained_on_there(seed: int, given: bool):
+    rng = random.Random(seed)
+    train = dataset(*random_rows(rng, rng.randrange(20, 300), rng.choice((60, 200, 1000))))
+    valid = dataset(*random_rows(rng, 30, 1000), ["only in valid", "label 1"], name="valid") if given else None
+    folds, findings = split_into_folds(train, valid, seed=seed)
+    for split in folds.splits:
+        assert_disjoint(split)
+        assert lines(split.holdout) == sorted(lines(split.holdout)), "the file's order"
+        if not given:
+            # A fold loses nothing but rows that are in it already.
+            parts = (*split.train, *split.valid, *split.holdout)
+            assert len(set(lines(parts))) == len(parts)
+            assert {fingerprint(row.messages) for row in parts} == {fingerprint(row.messages) for row in train.examples}
+        else:
+            assert split.valid == folds.whole.valid
+    held = [line for split in folds.splits for line in lines(split.holdout)]
+    left_out = set(removed(findings, train.name))
+    assert len(held) == len(set(held)), "no row is answered twice"
+    assert set(held) | left_out == set(lines(train.examples))
+    assert not set(held) & left_out
+    assert folds.groups == len({prompt_fingerprint(row.prompt) for row in train.examples if row.line in held})
+    assert folds.whole.train == train.examples
+    assert folds.whole.holdout == ()
+
+
+def test_the_folds_do_not_depend_on_the_process():
+    program = (
+        "from heldout.pipeline.split import split_into_folds; from heldout.pipeline.types import *\n"
+        "def row(n): return ({'role': 'user', 'content': f'q{n}'},"
+        " {'role': 'assistant', 'content': f'label {n % 3}'})\n"
+        "rows = tuple(Example(messages=row(n), weights=(0, 1), line=n) for n in range(30))\n"
+        "folds, _ = split_into_folds(Dataset(name='a', examples=rows), None, seed=7)\n"
+        "print([[row.line for row in part] for one in folds.splits[:2] for part in (one.holdout, one.valid)])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    # Pinned: a job that is resumed must find the folds it finished.
+    first = "[2, 6, 16, 21, 25, 26], [3, 7, 8, 9, 17, 18, 19, 20, 27, 28]"
+    second = "[5, 11, 18, 19, 24, 28], [1, 6, 9, 15, 17, 20, 21, 22, 26, 27]"
+    assert outputs == {f"[{first}, {second}]\n"}
+
+
+def test_another_seed_makes_other_folds():
+    train = numbered(100)
+    first, again, other = (split_into_folds(train, None, seed=seed)[0] for seed in (1, 1, 2))
+    assert first == again
+    assert first.splits[0].holdout != other.splits[0].holdout
+
+
+def test_folds_are_equally_large_and_keep_the_shares_of_labels():
+    rows = [[f"q{n}", "common"] for n in range(60)] + [[f"r{n}", "rare"] for n in range(15)] + [["s", "single"]]
+    folds, _ = split_into_folds(dataset(*rows), None, seed=0)
+    assert sorted(len(split.holdout) for split in folds.splits) == [15, 15, 15, 15, 16]
+    for split in folds.splits:
+        held = Counter(row.target for row in split.holdout)
+        assert (held["common"], held["rare"]) == (12, 3)
+        # 15 % of what is left, at least 10.
+        assert Counter(row.target for row in split.valid) == {"common": 8, "rare": 2}
+
+
+def test_the_rows_of_a_conversation_are_held_out_together():
+    rows = [[f"topic {n}", "a", "more", "b"][:length] for n in range(50) for length in (2, 4)]
+    folds, findings = split_into_folds(dataset(*rows), None, seed=0)
+    assert findings == ()
+    assert sum(len(split.holdout) for split in folds.splits) == 100
+    for split in folds.splits:
+        assert_disjoint(split)
+        topics = Counter(row.messages[0]["content"] for row in split.holdout)
+        assert set(topics.values()) == {2}
+
+
+def test_an_opening_that_all_conversations_share_is_trained_on_and_not_scored():
+    # Holding it out would mean training on nothing.
+    rows = [["hello", "hi"], *([f"hello{'.' * (n % 3)}", "hi", f"question {n}", "a"] for n in range(60))]
+    folds, findings = split_into_folds(dataset(*rows), None, seed=0)
+    assert [(finding.code, finding.lines) for finding in findings] == [("never_held_out", (1,))]
+    assert folds.groups == 60
+    for split in folds.splits:
+        assert_disjoint(split)
+        assert 1 in lines(split.train)
+
+
+def test_a_given_validation_file_stops_every_fold_less_what_it_gives_away():
+    valid = dataset(["Question 3?", "x"], ["new", "x"], ["question 7", "x", "more", "y"], name="v")
+    folds, findings = split_into_folds(numbered(40), valid, seed=0)
+    assert {tuple(lines(split.valid)) for split in folds.splits} == {(2,)}
+    assert [(len(split.train), len(split.holdout)) for split in folds.splits] == [(32, 8)] * 5
+    assert lines(folds.whole.valid) == [2]
+    assert removed(findings, "v") == [1, 3]
+    with pytest.raises(InvalidValidationFile, match="v has no row"):
+        split_into_folds(numbered(40), numbered(20, name="v"), seed=0)
+
+
+@pytest.mark.parametrize("n", range(5, 60))
+def test_folds_of_a_small_file_keep_half_of_the_rest_for_training(n: int):
+    folds, _ = split_into_folds(numbered(n), None, seed=0)
+    for split in folds.splits:
+        assert_disjoint(split)
+        assert len(split.train) >= len(split.valid)
+
+
+def test_fewer_prompts_than_folds_are_refused_in_a_sentence():
+    with pytest.raises(InvalidTrainingFile, match=r"20 rows with 4 different prompts: too few"):
+        split_into_folds(dataset(*[[f"question {n % 4}", "x"] for n in range(20)]), None, seed=0)
+
+
+@pytest.mark.parametrize(("n", "small"), [(299, True), (300, False)])
+def test_a_file_is_small_by_its_distinct_prompts(n: int, small: bool):
+    assert is_small(dataset(*[[f"question {i % n}", "x"] for i in range(400)])) is small

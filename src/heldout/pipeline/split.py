@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile
 from heldout.pipeline.checks.groups import (
@@ -20,11 +22,14 @@ from heldout.pipeline.checks.groups import (
 from heldout.pipeline.checks.parts import name_lines
 from heldout.pipeline.types import Dataset, Example, Finding, Split
 
-#: Below this many distinct prompts a single split says little; cross-fitting is to replace it there.
+#: Below this many distinct prompts a holdout of their own says little: cross-fitting uses every row twice.
 SMALL = 300
 LARGE = 1000
+FOLDS = 5
 
 _Examples = tuple[Example, ...]
+_Unit = tuple[str, ...]  # groups that are held out together
+_T = TypeVar("_T", str, _Unit)
 
 
 def split_dataset(
@@ -53,27 +58,96 @@ def split_dataset(
         if not holdout_rows:
             raise InvalidHoldoutFile(_nothing_left(holdout, "holdout", train))
 
-    valid_rows = drawn.valid
-    if valid is not None:
-        judged = {_asked(row) for row in holdout_rows}
-        valid_rows = _leave_out(
-            valid,
-            lambda row: _asked(row) in taught or not judged.isdisjoint(shown_prompts(row)),
-            f"their prompts are in {train.name} or the holdout",
-            findings,
-        )
-        if not valid_rows:
-            raise InvalidValidationFile(_nothing_left(valid, "validation", train))
+    if valid is None:
+        valid_rows = _once(drawn.valid, train.name, findings)
+    else:
+        valid_rows = _valid_beside(train, valid, judged={_asked(row) for row in holdout_rows}, findings=findings)
 
     split = Split(
         train=drawn.train,
-        valid=_once(valid_rows, (train if valid is None else valid).name, findings),
+        valid=valid_rows,
         holdout=_once(holdout_rows, (train if holdout is None else holdout).name, findings),
         seed=seed,
         groups=len(group_by_prompt(train.examples)),
         sources=_sources(train, valid, holdout),
     )
     return split, tuple(findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folds:
+    """One small training file for cross-fitting.
+
+    The holdouts of `splits` are disjoint and together the whole file, less repeated rows and those of the
+    finding `never_held_out`; no split trains on or stops by a prompt of its own holdout. `whole` has all
+    rows to train on, the given validation rows or none, and no holdout.
+    """
+
+    splits: tuple[Split, ...]
+    whole: Split
+
+    @property
+    def groups(self) -> int:
+        """Distinct prompts that are held out once."""
+        return len({_asked(row) for split in self.splits for row in split.holdout})
+
+
+def is_small(train: Dataset) -> bool:
+    """True when a holdout split off this file would say little."""
+    return len(group_by_prompt(train.examples)) < SMALL
+
+
+def split_into_folds(train: Dataset, valid: Dataset | None, *, seed: int) -> tuple[Folds, tuple[Finding, ...]]:
+    """The splits for cross-fitting, and what was left out of them.
+
+    Rows with the same prompt stay together, and so do rows of which one answers the other's prompt in an
+    earlier turn. Labels keep their shares in every fold. Of what a fold does not hold out, 15 % (at least
+    10 prompts, at most half) are valid, or else `valid` is: the given file less what leaks. Same files and
+    seed, same folds.
+
+    Raises InvalidTrainingFile when there are fewer prompts than folds, InvalidValidationFile when all of
+    `valid` leaks.
+    """
+    groups = group_by_prompt(train.examples)
+    units = _inseparable(groups, most=math.ceil(len(groups) / FOLDS))
+    if len(units) < FOLDS:
+        raise InvalidTrainingFile(_too_small(train, len(groups), holdout=True, valid=valid is None))
+    findings = list(_never_held_out(train, {group for unit in units for group in unit}))
+    once = {row.line for row in _once(train.examples, train.name, findings)}
+    valid_rows: _Examples = ()
+    if valid is not None:
+        valid_rows = _valid_beside(train, valid, judged=set(groups), findings=findings)
+
+    are_labels = count_labels(train.examples) is not None
+
+    def stratum_of(unit: _Unit) -> str:
+        return fold(groups[unit[0]][0].target) if are_labels else ""
+
+    rng = random.Random(f"{seed}/folds")
+
+    def split(held_units: Sequence[_Unit]) -> Split:
+        rest = [unit for unit in units if unit not in held_units]
+        rng.shuffle(rest)
+        n_valid = part_sizes(len(rest), holdout=False, valid=valid is None)[1]
+        held = {group for unit in held_units for group in unit}
+        validating = {group for unit in _pick(rest, n_valid, stratum_of) for group in unit}
+        return Split(
+            train=_in_order(train, lambda group: group not in held | validating),
+            valid=valid_rows or _distinct(_in_order(train, lambda group: group in validating)),
+            holdout=tuple(row for row in _in_order(train, lambda group: group in held) if row.line in once),
+            seed=seed,
+            groups=len(groups),
+            sources=_sources(train, valid, None),
+        )
+
+    splits = tuple(split(held_units) for held_units in _deal(units, stratum_of, rng))
+    sources = {
+        "train": f"training file {train.name}",
+        "valid": "none" if valid is None else f"validation file {valid.name}",
+        "holdout": f"none: every row of {train.name} is answered by the one of {FOLDS} models that never saw it",
+    }
+    whole = Split(train=train.examples, valid=valid_rows, holdout=(), seed=seed, groups=len(groups), sources=sources)
+    return Folds(splits=splits, whole=whole), tuple(findings)
 
 
 def part_sizes(n: int, *, holdout: bool, valid: bool) -> tuple[int, int]:
@@ -130,8 +204,8 @@ def _draw(train: Dataset, *, holdout: bool, valid: bool, rng: random.Random) -> 
     )
 
 
-def _pick(order: Sequence[str], k: int, stratum_of: Callable[[str], str]) -> frozenset[str]:
-    """The first k groups in this order that keep the strata's shares."""
+def _pick(order: Sequence[_T], k: int, stratum_of: Callable[[_T], str]) -> frozenset[_T]:
+    """The first k groups (or units of groups) in this order that keep the strata's shares."""
     sizes = Counter(stratum_of(group) for group in order)
     if sum(sizes.values()) - len(sizes) < k:  # too many rare labels for shares
         return frozenset(order[:k])
@@ -181,6 +255,87 @@ def _without_known_prompts(
         held, validating = held - known, validating - known
 
 
+def _inseparable(groups: Mapping[str, list[Example]], *, most: int) -> list[_Unit]:
+    """The groups in units that can be held out: no row outside a unit answers a prompt of it.
+
+    A unit that grew above `most` groups loses the one that most other groups answer (an opening that all
+    conversations share, say): that one is in no unit, and so are those that its own rows answer.
+    """
+    answers = {group: set(all_shown_prompts(rows)) & groups.keys() for group, rows in groups.items()}
+    answered_by = Counter(shown for group in groups for shown in answers[group])
+    free = dict.fromkeys(groups)  # a set in the file's order
+    while True:
+        units = _connected(free, answers)
+        biggest = max(units, key=len, default=())
+        if len(biggest) <= most:
+            return units
+        leaving = [max(biggest, key=lambda group: answered_by[group])]
+        while leaving:
+            group = leaving.pop()
+            del free[group]
+            leaving += [shown for shown in answers[group] if shown in free and shown not in leaving]
+
+
+def _connected(groups: Mapping[str, None], answers: Mapping[str, set[str]]) -> list[_Unit]:
+    """The groups in sets that no answer joins to another set, all in the file's order."""
+    unit_of = {group: [group] for group in groups}
+    for group in groups:
+        for shown in answers[group] & groups.keys():
+            one, other = unit_of[group], unit_of[shown]
+            if one is not other:
+                one += other
+                unit_of.update(dict.fromkeys(other, one))
+    place = {group: i for i, group in enumerate(groups)}
+    units = {id(unit): tuple(sorted(unit, key=place.__getitem__)) for unit in unit_of.values()}
+    return sorted(units.values(), key=lambda unit: place[unit[0]])
+
+
+def _deal(units: Sequence[_Unit], stratum_of: Callable[[_Unit], str], rng: random.Random) -> list[list[_Unit]]:
+    """The units dealt to FOLDS folds of nearly equal size, each stratum evenly."""
+    order = list(units)
+    rng.shuffle(order)
+    order.sort(key=len, reverse=True)
+    folds: list[list[_Unit]] = [[] for _ in range(FOLDS)]
+    sizes = [0] * FOLDS
+    of_stratum = [Counter[str]() for _ in range(FOLDS)]
+    for unit in order:
+        stratum = stratum_of(unit)
+        least = min(range(FOLDS), key=lambda k: (of_stratum[k][stratum], sizes[k]))
+        folds[least].append(unit)
+        sizes[least] += len(unit)
+        of_stratum[least][stratum] += len(unit)
+    return folds
+
+
+def _never_held_out(train: Dataset, held_once: set[str]) -> Iterator[Finding]:
+    lines = tuple(row.line for row in train.examples if _asked(row) not in held_once)
+    if lines:
+        yield Finding(
+            code="never_held_out",
+            severity="note",
+            message=(
+                f"{len(lines)} of {len(train)} rows of {train.name} are trained on but not scored: too many other "
+                f"rows answer their prompts in an earlier turn to hold them all out together ({name_lines(lines)})."
+            ),
+            file=train.name,
+            lines=lines,
+        )
+
+
+def _valid_beside(train: Dataset, valid: Dataset, *, judged: set[str], findings: list[Finding]) -> _Examples:
+    """The rows of a given validation file that neither train nor the judged prompts give away."""
+    taught = all_shown_prompts(train.examples)
+    rows = _leave_out(
+        valid,
+        lambda row: _asked(row) in taught or not judged.isdisjoint(shown_prompts(row)),
+        f"their prompts are in {train.name} or the holdout",
+        findings,
+    )
+    if not rows:
+        raise InvalidValidationFile(_nothing_left(valid, "validation", train))
+    return _once(rows, valid.name, findings)
+
+
 def _in_order(dataset: Dataset, chosen: Callable[[str], bool]) -> _Examples:
     return tuple(example for example in dataset.examples if chosen(_asked(example)))
 
@@ -211,10 +366,8 @@ def _leave_out(dataset: Dataset, leaks: Callable[[Example], bool], why: str, fin
 
 def _once(examples: _Examples, name: str, findings: list[Finding]) -> _Examples:
     """The examples less exact repetitions: one question must not be counted as two pieces of evidence."""
-    first: dict[str, Example] = {}
-    for example in examples:
-        first.setdefault(fingerprint(example.messages), example)
-    kept = {example.line for example in first.values()}
+    distinct = _distinct(examples)
+    kept = {example.line for example in distinct}
     lines = tuple(example.line for example in examples if example.line not in kept)
     if lines:
         findings.append(
@@ -222,13 +375,21 @@ def _once(examples: _Examples, name: str, findings: list[Finding]) -> _Examples:
                 code="duplicate_removed",
                 severity="note",
                 message=(
-                    f"{len(lines)} repeated rows of {name} are left out, so that each counts once in scoring "
+                    f"{len(lines)} repeated rows of {name} are left out of scoring, so that each counts once there "
                     f"({name_lines(lines)})."
                 ),
                 file=name,
                 lines=lines,
             )
         )
+    return distinct
+
+
+def _distinct(examples: _Examples) -> _Examples:
+    """The first of each exact repetition."""
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(fingerprint(example.messages), example)
     return tuple(first.values())
 
 
