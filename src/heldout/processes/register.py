@@ -52,7 +52,15 @@ def add_file(db: Db, blobs: Blobs, path: Path, *, filename: str, purpose: str) -
 
 
 def put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
-    """Store an adapter's two files, and nothing else of a checkpoint's folder."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        with (folder / name).open("rb") as content:
-            blobs.put(f"{prefix}/{name}", content)
+    """Store an adapter's two files, and nothing else of a checkpoint's folder: both, or none that is new."""
+    before = set(blobs.keys(prefix))
+    put: list[str] = []
+    try:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            with (folder / name).open("rb") as content:
+                blobs.put(f"{prefix}/{name}", content)
+            put.append(f"{prefix}/{name}")
+    except BaseException:
+        for key in set(put) - before:
+            blobs.delete(key)
+        raise

@@ -25,14 +25,19 @@ def save(root: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimiz
     folder = root / f"step-{step:06d}"
     temporary = root / f".writing-{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    trainee.peft.save_pretrained(temporary)
-    save_file(_optimizer_tensors(trainee, optimizer), temporary / OPTIMIZER)
-    sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir()) if path.is_file()}
-    (temporary / STATE).write_text(json.dumps({**state, "step": step, "sha256": sums}))
-    for path in temporary.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+    try:
+        temporary.mkdir(parents=True)
+        trainee.peft.save_pretrained(temporary)
+        save_file(_optimizer_tensors(trainee, optimizer), temporary / OPTIMIZER)
+        sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir()) if path.is_file()}
+        (temporary / STATE).write_text(json.dumps({**state, "step": step, "sha256": sums}))
+        for path in temporary.iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    except BaseException:
+        # On a full disk the failure itself needs a little room to be noted.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder
@@ -82,8 +87,12 @@ def publish(folder: Path, target: Path) -> Path:
     """Copy a checkpoint's adapter, and nothing else, to `target` in the standard PEFT layout."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for name in (ADAPTER, "adapter_config.json"):
-        shutil.copy2(folder / name, target / name)
+    try:
+        for name in (ADAPTER, "adapter_config.json"):
+            shutil.copy2(folder / name, target / name)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     return target
 
 
