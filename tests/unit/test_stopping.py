@@ -107,6 +107,10 @@ def test_a_single_validation_example_is_enough_to_stop_by() -> None:
             break
     assert stopping.best_step == 2
     assert stopping.reason.startswith("validation loss has not")
+    falling = EarlyStopping(patience=2, steps_per_epoch=1)
+    for step in range(1, 20):
+        falling.update(step, [1 / step])
+        assert falling.reason == ""
 
 
 def test_without_validation_examples_the_last_step_is_kept() -> None:
@@ -187,13 +191,13 @@ def test_the_best_is_the_lowest_mean_and_its_checkpoints_are_still_there_at_the_
         assert stopping.best_step == best
         assert stopping.neighbours() == [step for step in (best - 1, best, best + 1) if 1 <= step <= 24]
         assert stopping.top_step == max(scores, key=lambda step: scores[step])
-        assert saved >= {*stopping.neighbours(), stopping.top_step, 24}
+        assert saved >= {*stopping.neighbours(), stopping.top_step, 21, 22, 23, 24}
         assert len(saved) <= 8
 
 
 def test_a_restored_stopping_decides_the_same_to_the_bit() -> None:
     dice = random.Random(5)
-    means = [0.3 + 0.6 * math.exp(-k / 3) + dice.gauss(0, 0.02) for k in range(30)]
+    means = [0.3 + 0.6 * math.exp(-k / 3) + dice.gauss(0, 0.02) for k in range(30)] + [0.9, 0.9]
     whole = EarlyStopping(patience=5, steps_per_epoch=3)
     pieces = EarlyStopping(patience=5, steps_per_epoch=3)
     for step, mean in enumerate(means, start=1):
@@ -204,6 +208,7 @@ def test_a_restored_stopping_decides_the_same_to_the_bit() -> None:
         pieces = EarlyStopping(patience=5, steps_per_epoch=3)
         pieces.restore(json.loads(stored))
         assert pieces == whole
+    assert "validation loss rose" in whole.reason
 
 
 def test_losses_of_other_examples_or_an_earlier_step_are_refused() -> None:
@@ -316,10 +321,11 @@ def test_odd_batches_and_short_bumps_are_no_spike() -> None:
 
 
 def test_a_start_that_gets_worse_starts_again_from_the_beginning() -> None:
-    _, alarm = guarded([3.0 + 0.2 * math.sin(k) + 0.15 * max(0, k - 8) for k in range(60)], every=5)
+    guard, alarm = guarded([3.0 + 0.2 * math.sin(k) + 0.15 * max(0, k - 8) for k in range(60)], every=5)
     assert alarm is not None
     assert alarm.restart_from == 0
     assert "rose from 3.1 to 4.7 by step 25: starting again from the beginning" in alarm.sentence
+    assert guard == Guard(2e-3, restarts=1, restarted_from=0)
 
 
 def test_a_restored_guard_decides_the_same_to_the_bit() -> None:

@@ -113,7 +113,7 @@ def _is_better(one: Candidate, best: Candidate, bar: float) -> bool:
         return False  # never trained as it is: it has to hold on both counts
     gain, error = _paired(one, best)
     # A single example that differs gives a gain of exactly one error; rounding must not decide that.
-    return gain > 1e-12 and gain > bar * error * (1 + 1e-9)
+    return gain > bar * error * (1 + 1e-9)
 
 
 def _paired(one: Candidate, best: Candidate) -> tuple[float, float]:
