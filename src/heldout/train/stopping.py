@@ -88,8 +88,7 @@ class EarlyStopping:
             self.top_step, self.top_score = step, score
         if is_best := self.best is None or now.mean < self.best.mean:
             self.best = now
-        by_example = zip(*(one.losses for one in self.recent), strict=True)
-        smoothed = _evaluation(step, [statistics.median(losses) for losses in by_example])
+        smoothed = self._smoothed()
         if self.progress is None or self._is_progress(smoothed, self.progress):
             self.progress = smoothed
         self.reason = self._why_stop(now)
@@ -143,6 +142,10 @@ class EarlyStopping:
             )
         if self.steps and step <= self.steps[-1]:
             raise ValueError(f"step {step} is evaluated after step {self.steps[-1]}; restore the state of a checkpoint")
+
+    def _smoothed(self) -> Evaluation:
+        by_example = zip(*(one.losses for one in self.recent), strict=True)
+        return _evaluation(self.recent[-1].step, [statistics.median(losses) for losses in by_example])
 
     def _is_progress(self, now: Evaluation, before: Evaluation) -> bool:
         gain, error = paired(before.losses, now.losses)
