@@ -269,7 +269,7 @@ def test_tune_does_not_overwrite_a_finished_job(tuned: Tuned, tiny_model: Path) 
 
 def begun_and_taken_up(model: Path, folder: Path, **second: Any) -> list[dict[str, Any]]:
     """Tune, be killed at step 9, and tune again in the same folder; each time's numbers, as planned."""
-    file = colour_files(folder)["train"]
+    files = colour_files(folder)
     plans: list[dict[str, Any]] = []
 
     class Planned(Recording):
@@ -278,7 +278,8 @@ def begun_and_taken_up(model: Path, folder: Path, **second: Any) -> list[dict[st
 
     def tune(watch: Recording, **options: Any) -> None:
         settings = Settings(data_dir=folder, precision="float32")
-        heldout.tune(file, model=str(model), out=folder / "out", watch=watch, settings=settings, **options)
+        options = {"model": str(model), "out": folder / "out", "watch": watch, "settings": settings, **options}
+        heldout.tune(files["train"], holdout=files["holdout"], **options)
 
     with pytest.raises(KeyboardInterrupt):
         tune(Planned(interrupt_at=9), n_epochs=2)
@@ -302,7 +303,8 @@ def test_shots_that_do_not_fit_the_context_are_left_out(tiny_model: Path, tmp_pa
     for row in rows:
         row["messages"][1]["content"] += " size" * 110  # type: ignore[index]
     result = heldout.tune(
-        write_rows(tmp_path / "long.jsonl", rows),
+        write_rows(tmp_path / "long.jsonl", rows[:60]),
+        holdout=write_rows(tmp_path / "holdout.jsonl", rows[60:]),
         model=str(tiny_model),
         out=tmp_path / "out",
         settings=Settings(data_dir=tmp_path, precision="float32"),

@@ -287,11 +287,13 @@ def test_a_verdict_other_than_ship_exits_with_3_when_ship_is_required(finished: 
 
 
 def test_without_that_a_finished_job_exits_with_0(
-    here: Callable[..., Run], colours: dict[str, Path], tiny_model: Path
+    here: Callable[..., Run], colours: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    done = here("tune", colours["train"], "--model", tiny_model, "--out", "out", "--set", "n_epochs=1", "--seed", "1")
+    few = write_rows(tmp_path / "few.jsonl", [colour_row(i) for i in range(2000, 2020)])
+    files = (colours["train"], "--holdout", few)
+    done = here("tune", *files, "--model", tiny_model, "--out", "out", "--set", "n_epochs=1", "--seed", "1")
     assert done.code == 0
-    assert "Verdict: inconclusive" in done.out, "20 rows are held out of 80"
+    assert "Verdict: inconclusive" in done.out, "20 rows are held out"
     assert "tfidf-logistic" in done.out
     assert "out/report.html" in done.out
 

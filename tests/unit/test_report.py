@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from heldout.pipeline import report
+from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import make_plan
@@ -162,6 +163,38 @@ def test_a_report_without_findings_says_so(outcome: Outcome) -> None:
     clean = replace(outcome, findings=())
     assert report.markdown(clean).rstrip().endswith("None.")
     assert "<li>None.</li>" in report.page(clean)
+
+
+def test_a_report_of_a_cross_fitted_job_says_who_was_measured_and_shows_the_folds(outcome: Outcome) -> None:
+    scores = rung("tuned", right(20, 18)).scores
+    fold = Fold(
+        number=1,
+        train=64,
+        valid=16,
+        best_step=12,
+        best_epoch=1.5,
+        last_step=24,
+        valid_loss=0.125,
+        stopped="stopped",
+        seconds=1.0,
+        scores=scores,
+    )
+    found = CrossFit(folds=tuple(replace(fold, number=number) for number in range(1, 6)), groups=100)
+    measured_nothing = replace(outcome.adapter, curve=tuple(replace(point, valid_loss=None) for point in CURVE))
+    whole = replace(outcome.split, valid=(), holdout=())
+    crossfitted = replace(outcome, crossfit=found, adapter=measured_nothing, split=whole)
+    text, html = report.markdown(crossfitted), report.page(crossfitted)
+    for form in (text, html):
+        assert "trained on 80 examples, judged on 100 examples, each answered by the one of 5 models" in form
+        assert "the served model was trained on all rows and was itself not measured" in form
+        assert "on the holdout" not in form
+        assert "nobody trained on" not in form
+        assert "validation loss" in form, "of the folds"
+    assert "| 3 | 64 | 16 | 20 | 12 (1.5) | 0.1250 | 90.0% |" in text
+    assert "<td class=n>12 (1.5)</td>" in html
+    assert html.count("validation loss") == 1, "no line in the picture, no label"
+    assert crossfitted.as_dict()["crossfit"]["folds"][4]["best_epoch"] == 1.5
+    assert outcome.as_dict()["crossfit"] is None
 
 
 def test_the_result_file_has_the_documented_columns_and_blanks(written: Path) -> None:

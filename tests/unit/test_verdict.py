@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.verdict import Verdict, decide
 from tests.unit.conftest import right, rung
@@ -94,6 +95,42 @@ def test_the_cheapest_rung_that_is_as_good_is_the_first_of_the_ladder() -> None:
     assert any("tfidf-logistic is cheaper and as good: 94.8% against 95.0%" in reason for reason in verdict.reasons)
     assert judge(right(400, 380), ladder[0], ladder[2], ladder[3]).cheapest_as_good == "zero-shot"
     assert judge(right(400, 380), ladder[0]).cheapest_as_good == "tuned"
+
+
+def crossfitted(groups: int) -> CrossFit:
+    """Five folds that answered rows of this many distinct prompts."""
+    fold = Fold(
+        number=1,
+        train=40,
+        valid=10,
+        best_step=5,
+        best_epoch=1.0,
+        last_step=5,
+        valid_loss=None,
+        stopped="",
+        seconds=1.0,
+        scores=rung("tuned", right(10, 5)).scores,
+    )
+    return CrossFit(folds=(fold,) * 5, groups=groups)
+
+
+@pytest.mark.parametrize(("groups", "outcome"), [(29, "inconclusive"), (30, "ship")])
+def test_by_cross_fitting_evidence_is_counted_in_distinct_prompts(groups: int, outcome: str) -> None:
+    tuned = rung("tuned", right(60, 60), kind="tuned")
+    verdict = decide([rung("zero-shot", right(60, 0))], tuned, crossfitted(groups))
+    assert verdict.outcome == outcome
+    assert ("29 distinct prompts are too few for a verdict" in verdict.reasons[0]) == (groups == 29)
+    assert (verdict.numbers["groups"], verdict.numbers["folds"], verdict.numbers["n_holdout"]) == (groups, 5, 60)
+
+
+def test_a_verdict_by_cross_fitting_says_that_the_served_model_was_not_measured() -> None:
+    tuned = rung("tuned", right(60, 50), kind="tuned")
+    verdict = decide([rung("zero-shot", right(60, 20))], tuned, crossfitted(60))
+    assert verdict.reasons[0].startswith("on 60 out-of-fold answers of 5 models the tuned model scores 83.3%")
+    assert "the served model was trained on all rows and was itself not measured" in verdict.reasons[1]
+    assert not any("holdout" in reason for reason in verdict.reasons)
+    plain = judge(right(60, 50), rung("zero-shot", right(60, 20)))
+    assert not any("fold" in reason for reason in plain.reasons)
 
 
 CASES = {

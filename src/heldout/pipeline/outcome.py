@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Adapter
@@ -25,6 +26,7 @@ class Outcome:
     findings: tuple[Finding, ...]
     base_model: str
     seconds: float
+    crossfit: CrossFit | None = None  # where the scores come from, when there was no holdout
 
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report; docs/report.md describes every key."""
@@ -43,6 +45,7 @@ class Outcome:
                 "seed": self.split.seed,
                 "sources": self.split.sources,
             },
+            "crossfit": self.crossfit.as_dict() if self.crossfit else None,
             "findings": [finding.as_dict() for finding in self.findings],
             "plan": self.plan.as_dict(),
             "training": {

@@ -9,10 +9,13 @@ import json
 from pathlib import Path
 
 from heldout.pipeline import charts
+from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.training import CurvePoint
+from heldout.pipeline.training import Adapter, CurvePoint
 
 JSON, MARKDOWN, HTML, METRICS = "report.json", "report.md", "report.html", "metrics.csv"
+
+FOLD_COLUMNS = ("fold", "trained on", "stopped by", "answered", "best step (epochs)", "validation loss", "score")
 
 _HEADLINES = {
     "ship": "Ship it",
@@ -52,7 +55,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         f"The cheapest rung that is as good as the tuned model: **{verdict.cheapest_as_good}**.",
         "",
-        "## Who answers how well on the holdout",
+        f"## {_question(outcome)}",
         "",
         "| rung | score | 95 % interval | prompt tokens | what it is |",
         "|---|--:|--:|--:|---|",
@@ -64,6 +67,7 @@ def markdown(outcome: Outcome) -> str:
             f"| {rung.name} | {rung.scores.mean:.1%} | {low:.1%} to {high:.1%} | {tokens} | {_cell(rung.description)} |"
         )
     lines += [
+        *(_folds(outcome.crossfit) if outcome.crossfit else []),
         "",
         "## Training",
         "",
@@ -71,14 +75,7 @@ def markdown(outcome: Outcome) -> str:
         f"{adapter.trained_tokens:,} tokens, {adapter.examples_per_second:.1f} examples a second, peak memory "
         f"{adapter.peak_memory_bytes / 2**30:.2f} GiB, {adapter.seconds:.0f} s.",
         "",
-        "| step | training loss | validation loss |",
-        "|--:|--:|--:|",
-        *(
-            f"| {point.step}{' (kept)' if point.step == adapter.best_step else ''} | {point.train_loss:.4f} | "
-            f"{point.valid_loss:.4f} |"
-            for point in adapter.curve
-            if point.valid_loss is not None
-        ),
+        *_validations(adapter),
         "",
         "## Plan",
         "",
@@ -126,10 +123,11 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 <p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
 <p>The cheapest rung that is as good as the tuned model: <b>{html.escape(verdict.cheapest_as_good)}</b>.</p>
-<h2>Who answers how well on the holdout</h2>
+<h2>{_question(outcome)}</h2>
 {charts.intervals((*outcome.rungs, outcome.tuned))}
-<small>Points are means, bars 95&nbsp;% intervals, on {len(outcome.split.holdout)} examples nobody trained on.</small>
+<small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
 <ul>{rungs}</ul>
+{_folds_table(outcome.crossfit) if outcome.crossfit else ""}
 <h2>Training</h2>
 {charts.losses(adapter.curve, adapter.best_step)}
 <p>{html.escape(adapter.stopped[:1].upper() + adapter.stopped[1:])}.
@@ -141,12 +139,81 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 """
 
 
+def _question(outcome: Outcome) -> str:
+    return f"Who answers how well {'out of fold' if outcome.crossfit else 'on the holdout'}"
+
+
 def _parts(outcome: Outcome) -> str:
     split = outcome.split
+    stopped = f"stopped by {len(split.valid)}, " if split.valid else ""
+    return f"trained on {len(split.train)} examples, {stopped}judged on {_judged_on(outcome)}"
+
+
+def _judged_on(outcome: Outcome) -> str:
+    if outcome.crossfit is None:
+        return f"{len(outcome.split.holdout)} examples nobody trained on"
     return (
-        f"trained on {len(split.train)} examples, stopped by {len(split.valid)}, judged on "
-        f"{len(split.holdout)} that nobody trained on"
+        f"{len(outcome.tuned.scores.per_example)} examples, each answered by the one of "
+        f"{len(outcome.crossfit.folds)} models that never saw it"
     )
+
+
+def _validations(adapter: Adapter) -> list[str]:
+    """The table of validation losses, if there were validations."""
+    measured = [point for point in adapter.curve if point.valid_loss is not None]
+    if not measured:
+        return []
+    return [
+        "| step | training loss | validation loss |",
+        "|--:|--:|--:|",
+        *(
+            f"| {point.step}{' (kept)' if point.step == adapter.best_step else ''} | {point.train_loss:.4f} | "
+            f"{point.valid_loss:.4f} |"
+            for point in measured
+        ),
+    ]
+
+
+def _folds(crossfit: CrossFit) -> list[str]:
+    """The table of the folds."""
+    rows = [" | ".join(cells) for cells in _fold_cells(crossfit)]
+    return [
+        "",
+        "## Folds",
+        "",
+        f"{crossfit.sentence[:1].upper()}{crossfit.sentence[1:]}.",
+        "",
+        f"| {' | '.join(FOLD_COLUMNS)} |",
+        f"|{'--:|' * len(FOLD_COLUMNS)}",
+        *(f"| {row} |" for row in rows),
+    ]
+
+
+def _folds_table(crossfit: CrossFit) -> str:
+    """The same as HTML."""
+    head = "".join(f"<td class=n>{column}</td>" for column in FOLD_COLUMNS)
+    rows = "".join(
+        f"<tr>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>" for cells in _fold_cells(crossfit)
+    )
+    return (
+        f"<h2>Folds</h2><p>{html.escape(crossfit.sentence[:1].upper() + crossfit.sentence[1:])}.</p>"
+        f"<table><tr>{head}</tr>{rows}</table>"
+    )
+
+
+def _fold_cells(crossfit: CrossFit) -> list[list[str]]:
+    return [
+        [
+            str(fold.number),
+            str(fold.train),
+            str(fold.valid),
+            str(len(fold.scores.per_example)),
+            f"{fold.best_step} ({fold.best_epoch:.1f})",
+            "" if fold.valid_loss is None else f"{fold.valid_loss:.4f}",
+            f"{fold.scores.mean:.1%}",
+        ]
+        for fold in crossfit.folds
+    ]
 
 
 def _value(value: object) -> str:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
-from heldout.pipeline import ladder, report
+from heldout.pipeline import crossfit, ladder, report
 from heldout.pipeline.checks import Parts, check
+from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
-from heldout.pipeline.evaluate.scores import score_model
+from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.plan import make_plan
-from heldout.pipeline.split import split_dataset
+from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.split import SMALL, Folds, is_small, split_dataset, split_into_folds
 from heldout.pipeline.training import Adapter, Trainer
 from heldout.pipeline.types import Dataset, Finding, Split
 from heldout.pipeline.verdict import decide
@@ -61,44 +62,166 @@ class Tools:
     watch: Watch
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A tuned model, proven to be served as it was trained, and the scores to judge it by."""
+
+    split: Split  # of the model that is served
+    left_out: tuple[Finding, ...]
+    rungs: tuple[Rung, ...]
+    plan: TrainPlan
+    adapter: Adapter
+    tuned: Rung
+    crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
+
+
 def run_job(request: Request, tools: Tools) -> Outcome:
-    """Check, split, score the cheaper rungs, plan, train, prove, evaluate, judge, report."""
+    """Check, make a model and measure it, judge, report."""
     started = time.monotonic()
     parts, findings = check_files(request)
     refuse_errors(request, findings)
+    tell_findings(findings, tools.watch)
+
+    few = parts.holdout is None and is_small(parts.train)
+    made = (make_by_crossfit if few else make_by_holdout)(request, parts, tools)
+
+    verdict = decide(made.rungs, made.tuned, made.crossfit)
+    outcome = Outcome(
+        verdict=verdict,
+        rungs=made.rungs,
+        tuned=made.tuned,
+        adapter=made.adapter,
+        plan=made.plan,
+        split=made.split,
+        findings=(*findings, *made.left_out),
+        base_model=request.base_model,
+        seconds=time.monotonic() - started,
+        crossfit=made.crossfit,
+    )
+    report.write(outcome, request.directory)
+    tools.watch.message(f"Verdict: {verdict.outcome}. {verdict.reasons[0]}", data={"outcome": verdict.outcome})
+    return outcome
+
+
+def make_by_holdout(request: Request, parts: Parts, tools: Tools) -> Made:
+    """Split, score the cheaper rungs, plan, train, prove, evaluate."""
     split, left_out = split_dataset(parts.train, parts.valid, parts.holdout, seed=request.seed)
     metric = choose_metric([example.target for example in split.train])
-    tell_split(split, metric, (*findings, *left_out), tools.watch)
+    tell_findings(left_out, tools.watch)
+    tell_split(split, metric, tools.watch)
 
     max_tokens = answer_room(tools.engine, request.base_model, split)
     plan = make_plan(request.hyperparameters, split, tools.trainer.facts(request.base_model), seed=request.seed)
     tools.watch.planned(plan)
     rungs = ladder.climb(split, metric, tools.engine, request.base_model, max_tokens=max_tokens, watch=tools.watch)
-    tell_ladder(rungs, tools.watch)
+    tell_rungs(rungs, "the holdout", tools.watch)
 
+    adapter = train(plan, split, request, tools, directory=request.directory)
+    prove_serving(adapter, request.base_model, tools)
+    tuned = Rung(
+        name="tuned",
+        kind="tuned",
+        description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
+        scores=score_tuned(adapter, split, metric, request.base_model, max_tokens, tools),
+    )
+    return Made(split=split, left_out=left_out, rungs=rungs, plan=plan, adapter=adapter, tuned=tuned)
+
+
+def make_by_crossfit(request: Request, parts: Parts, tools: Tools) -> Made:
+    """Every fold goes through the stages of `make_by_holdout`, and the answers of all folds are put together.
+    Then the model that is served is trained on all rows and proven."""
+    folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed)
+    metric = choose_metric([example.target for example in parts.train.examples])
+    tell_findings(left_out, tools.watch)
+    tell_folds(folds, metric, tools.watch)
+
+    facts = tools.trainer.facts(request.base_model)
+    plans = [make_plan(request.hyperparameters, split, facts, seed=request.seed) for split in folds.splits]
+    tools.watch.planned(plans[0])  # the others differ by a row or two
+    rungs = climb_folds(folds, metric, request, tools)
+    tell_rungs(rungs, "the rows, out of fold", tools.watch)
+
+    fitted = fit_folds(folds, plans, metric, request, tools)
+    tuned = crossfit.pool_tuned(fitted)
+    tell_rungs([tuned], "the rows, out of fold", tools.watch)
+
+    plan = crossfit.final_plan(request.hyperparameters, folds.whole, facts, fitted, seed=request.seed)
+    tools.watch.message(f"The model to serve is trained on all {len(folds.whole.train)} rows")
+    tools.watch.planned(plan)
+    adapter = train(plan, folds.whole, request, tools, directory=request.directory)
+    prove_serving(adapter, request.base_model, tools)
+    found = CrossFit(folds=fitted, groups=folds.groups)
+    tools.watch.message(f"Mind that {found.sentence}")
+    return Made(
+        split=folds.whole, left_out=left_out, rungs=rungs, plan=plan, adapter=adapter, tuned=tuned, crossfit=found
+    )
+
+
+def climb_folds(folds: Folds, metric: Metric, request: Request, tools: Tools) -> tuple[Rung, ...]:
+    """The cheaper rungs on the rows that the tuned models will answer. What is chosen or fitted is so in each
+    fold by that fold's train and valid alone."""
+    ladders = []
+    for number, split in enumerate(folds.splits, start=1):
+        directory = request.directory / f"fold-{number}"
+        rungs = crossfit.read_ladder(directory, split, metric)
+        if rungs is None:
+            rungs = ladder.climb(
+                split,
+                metric,
+                tools.engine,
+                request.base_model,
+                max_tokens=answer_room(tools.engine, request.base_model, split),
+                watch=FoldWatch(tools.watch, number, len(folds.splits)),
+            )
+            crossfit.write_ladder(directory, split, rungs)
+        ladders.append(rungs)
+    return crossfit.pool_rungs(ladders, tools.watch)
+
+
+def fit_folds(
+    folds: Folds, plans: Sequence[TrainPlan], metric: Metric, request: Request, tools: Tools
+) -> tuple[Fold, ...]:
+    """Train a model in every fold and let it answer the rows it never saw. What a fold found is on disk before
+    its model is deleted, so a job that is taken up repeats no finished fold."""
+    fitted = []
+    for number, (split, plan) in enumerate(zip(folds.splits, plans, strict=True), start=1):
+        directory = request.directory / f"fold-{number}"
+        watch = FoldWatch(tools.watch, number, len(folds.splits))
+        in_fold = replace(tools, watch=watch)
+        fold = crossfit.read_fold(directory, split, metric)
+        if fold is None:
+            watch.message(
+                f"{len(split.train)} rows to train on, {len(split.valid)} to stop by, {len(split.holdout)} to answer"
+            )
+            adapter = train(plan, split, request, in_fold, directory=directory)
+            max_tokens = answer_room(tools.engine, request.base_model, split)
+            scores = score_tuned(adapter, split, metric, request.base_model, max_tokens, in_fold)
+            fold = crossfit.make_fold(number, split, plan, adapter, scores)
+            crossfit.write_fold(directory, split, fold)
+            watch.kept()
+        crossfit.discard_models(directory)
+        watch.message(
+            f"the best step was {fold.best_step} ({fold.best_epoch:.2g} epochs); {fold.scores.mean:.1%} "
+            f"{metric.name} on {len(split.holdout)} rows it never saw",
+            data=fold.as_dict(),
+        )
+        fitted.append(fold)
+    return tuple(fitted)
+
+
+def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, directory: Path) -> Adapter:
+    """Train in `directory`: the job's own, or a fold's below it."""
     tools.engine.close()  # training needs the memory
     adapter = tools.trainer.train(
-        plan, split, base_model=request.base_model, directory=request.directory, watch=tools.watch
+        plan,
+        split,
+        base_model=request.base_model,
+        directory=directory,
+        watch=tools.watch,
+        cache=request.directory / "activations",
     )
     tools.watch.message(f"Training ended: {adapter.stopped}")
-    prove_serving(adapter, request.base_model, tools)
-
-    tuned = score_tuned(adapter, split, metric, request.base_model, max_tokens, tools)
-    verdict = decide(rungs, tuned)
-    outcome = Outcome(
-        verdict=verdict,
-        rungs=rungs,
-        tuned=tuned,
-        adapter=adapter,
-        plan=plan,
-        split=split,
-        findings=(*findings, *left_out),
-        base_model=request.base_model,
-        seconds=time.monotonic() - started,
-    )
-    report.write(outcome, request.directory)
-    tools.watch.message(f"Verdict: {verdict.outcome}. {verdict.reasons[0]}", data={"outcome": verdict.outcome})
-    return outcome
+    return adapter
 
 
 def check_files(request: Request) -> tuple[Parts, tuple[Finding, ...]]:
@@ -154,9 +277,11 @@ def prove_serving(adapter: Adapter, base_model: str, tools: Tools) -> None:
     )
 
 
-def score_tuned(adapter: Adapter, split: Split, metric: Metric, base_model: str, max_tokens: int, tools: Tools) -> Rung:
+def score_tuned(
+    adapter: Adapter, split: Split, metric: Metric, base_model: str, max_tokens: int, tools: Tools
+) -> Scores:
     """The tuned model on the holdout: the one look."""
-    scores = score_model(
+    return score_model(
         tools.engine,
         ModelRef(base_model=base_model, adapter=str(adapter.directory)),
         split.holdout,
@@ -164,31 +289,47 @@ def score_tuned(adapter: Adapter, split: Split, metric: Metric, base_model: str,
         max_tokens=max_tokens,
         progress=lambda done, total: tools.watch.progress("tuned model", done, total),
     )
-    return Rung(
-        name="tuned",
-        kind="tuned",
-        description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
-        scores=scores,
-    )
 
 
-def tell_split(split: Split, metric: Metric, findings: Sequence[Finding], watch: Watch) -> None:
-    """The first lines of a job's story."""
+def tell_findings(findings: Sequence[Finding], watch: Watch) -> None:
+    """What the checks or the split saw."""
     for finding in findings:
         level = "warn" if finding.severity == "warning" else "info"
         watch.message(f"{finding.file}: {finding.message}", level=level, data=finding.as_dict())
+
+
+def tell_split(split: Split, metric: Metric, watch: Watch) -> None:
+    """What the rows are for."""
     watch.message(
         f"{len(split.train)} examples to train on, {len(split.valid)} to stop by, {len(split.holdout)} held out "
         f"for the verdict; answers are scored by {metric.name}"
     )
 
 
-def tell_ladder(rungs: Sequence[Rung], watch: Watch) -> None:
-    """What the user would have without training."""
+def tell_folds(folds: Folds, metric: Metric, watch: Watch) -> None:
+    """What the rows are for, what that costs, and how to avoid it."""
+    n, whole = len(folds.splits), folds.whole
+    watch.message(
+        f"Cross-fitting: {whole.groups} distinct prompts are too few for a holdout of their own (fewer than "
+        f"{SMALL}) and no holdout file was given. {n + 1} trainings instead of 1: {n} models, each scored on the "
+        f"rows it never saw, and the one that is served, on all {len(whole.train)} rows. "
+        "Give a holdout file (x_holdout_file, --holdout) to train once.",
+        data={"folds": n, "trainings": n + 1, "groups": whole.groups},
+    )
+    scored = sum(len(split.holdout) for split in folds.splits)
+    first = folds.splits[0]
+    watch.message(
+        f"{scored} examples to answer, each by the model that never saw it; in each of {n} folds about "
+        f"{len(first.train)} to train on and {len(first.valid)} to stop by; answers are scored by {metric.name}"
+    )
+
+
+def tell_rungs(rungs: Sequence[Rung], where: str, watch: Watch) -> None:
+    """How well each answers."""
     for rung in rungs:
         low, high = rung.scores.interval
         watch.message(
-            f"{rung.name}: {rung.scores.mean:.1%} {rung.scores.metric} on the holdout "
+            f"{rung.name}: {rung.scores.mean:.1%} {rung.scores.metric} on {where} "
             f"(95 % interval {low:.1%} to {high:.1%})",
             data=rung.as_dict(),
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.statistics import AS_GOOD, Comparison, compare
 from heldout.pipeline.ladder import Rung
 
@@ -38,8 +39,9 @@ class Verdict:
         }
 
 
-def decide(rungs: Sequence[Rung], tuned: Rung) -> Verdict:
-    """Compare the tuned model with every rung below it, on the same holdout examples.
+def decide(rungs: Sequence[Rung], tuned: Rung, crossfit: CrossFit | None = None) -> Verdict:
+    """Compare the tuned model with every rung below it, on the same examples: those of a holdout, or, by
+    cross-fitting, those that the models of `crossfit` never saw.
 
     The outcome is about the best prompt (or a constant answer, if that is better): what the user would
     have without training. A classical model that is surely better than the tuned one overrules it.
@@ -49,9 +51,12 @@ def decide(rungs: Sequence[Rung], tuned: Rung) -> Verdict:
     comparison = against[baseline.name]
     better = [rung for rung in rungs if rung.kind == "classical" and 1 - against[rung.name].p_better >= SURE]
     as_good = next((rung for rung in rungs if _as_good(against[rung.name])), tuned)
-    outcome, reasons = _outcome(tuned, baseline, comparison, better)
+    basis = _basis(comparison.n, crossfit)
+    outcome, reasons = _outcome(tuned, baseline, comparison, better, basis)
     if as_good is not tuned:
         reasons.append(_cheaper(as_good, tuned, against[as_good.name]))
+    if crossfit:
+        reasons.insert(1, crossfit.sentence)
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),
@@ -59,6 +64,7 @@ def decide(rungs: Sequence[Rung], tuned: Rung) -> Verdict:
         cheapest_as_good=as_good.name,
         numbers={
             "n_holdout": comparison.n,
+            **({"folds": len(crossfit.folds), "groups": crossfit.groups} if crossfit else {}),
             "tuned": tuned.scores.mean,
             "baseline": baseline.scores.mean,
             **comparison.as_dict(),
@@ -76,20 +82,39 @@ def _as_good(comparison: Comparison) -> bool:
     return comparison.interval[1] <= AS_GOOD
 
 
-def _outcome(tuned: Rung, baseline: Rung, comparison: Comparison, better: Sequence[Rung]) -> tuple[str, list[str]]:
+class _Basis(NamedTuple):
+    """Whose answers are judged: in words, and how many pieces of evidence they are."""
+
+    answers: str
+    these: str
+    pieces: int
+    unit: str
+
+
+def _basis(n: int, crossfit: CrossFit | None) -> _Basis:
+    if crossfit is None:
+        return _Basis("holdout examples", "this holdout", n, "holdout examples")
+    # Rows with the same prompt are one piece of evidence: they were held out together.
+    answers = f"out-of-fold answers of {len(crossfit.folds)} models"
+    return _Basis(answers, "these answers", crossfit.groups, "distinct prompts")
+
+
+def _outcome(
+    tuned: Rung, baseline: Rung, comparison: Comparison, better: Sequence[Rung], basis: _Basis
+) -> tuple[str, list[str]]:
     low, high = comparison.interval
     facts = (
-        f"on {comparison.n} holdout examples the tuned model scores {tuned.scores.mean:.1%} "
+        f"on {comparison.n} {basis.answers} the tuned model scores {tuned.scores.mean:.1%} "
         f"({tuned.scores.metric}), the best baseline ({baseline.name}) {baseline.scores.mean:.1%}: "
         f"{_points(comparison.difference)} points, 95 % interval {_points(low)} to {_points(high)}"
     )
     sure = f"the probability that it is better at all is {_probability(comparison.p_better)}"
     visible = (
-        f"the smallest difference this holdout could have shown is {comparison.smallest_detectable:.1%} (80 % power)"
+        f"the smallest difference {basis.these} could have shown is {comparison.smallest_detectable:.1%} (80 % power)"
     )
-    if comparison.n < MINIMUM:
+    if basis.pieces < MINIMUM:
         return INCONCLUSIVE, [
-            f"{comparison.n} holdout examples are too few for a verdict; {MINIMUM} are the minimum",
+            f"{basis.pieces} {basis.unit} are too few for a verdict; {MINIMUM} are the minimum",
             facts,
             visible,
         ]

@@ -1,0 +1,237 @@
+"""A small file without a holdout: five folds and the model to serve, trained and answered for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
+from heldout.engine.local import LocalEngine
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.outcome import Outcome
+from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.run import Request, Source, Tools, run_job
+from heldout.pipeline.training import Adapter
+from heldout.pipeline.types import Split
+from heldout.pipeline.watch import Watch
+from heldout.train.checkpoint import ADAPTER
+from heldout.train.trainer import TorchTrainer
+from tests.conftest import colour_row, write_rows
+from tests.torch.conftest import LEARNING, TOOLS, Recording
+
+ROWS = 40
+FOLDERS = [f"fold-{number}" for number in range(1, 6)]
+
+
+class NotingTrainer(TorchTrainer):
+    """The trainer, with a note of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(**TOOLS)
+        self.given: list[tuple[str, Split, TrainPlan, Path | None]] = []  # folder, split, plan, cache
+
+    def train(
+        self,
+        plan: TrainPlan,
+        split: Split,
+        *,
+        base_model: str,
+        directory: Path,
+        watch: Watch,
+        cache: Path | None = None,
+    ) -> Adapter:
+        self.given.append((directory.name, split, plan, cache))
+        return super().train(plan, split, base_model=base_model, directory=directory, watch=watch, cache=cache)
+
+
+class NotingEngine(LocalEngine):
+    """The engine, with a note of what each adapter was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(**TOOLS)
+        self.asked: list[tuple[str, str]] = []  # folder of the adapter, question
+
+    def chat(
+        self,
+        model: ModelRef,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling = Sampling(),
+        progress: Progress | None = None,
+    ) -> list[Reply]:
+        if model.adapter:
+            folder = Path(model.adapter).parent.name
+            self.asked += [(folder, str(messages[-1]["content"])) for messages in conversations]
+        return super().chat(model, conversations, sampling, progress)
+
+
+class Killing(Recording):
+    """A watch that kills the job when a stage begins."""
+
+    def __init__(self, stage: str = "") -> None:
+        super().__init__()
+        self.stage = stage
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage == self.stage:
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished job with what was seen of it."""
+
+    outcome: Outcome
+    trainer: NotingTrainer
+    engine: NotingEngine
+    watch: Recording
+
+
+def run(model: Path, folder: Path, watch: Recording, valid: Path | None = None) -> Done:
+    """A job on the 40 rows of `rows.jsonl` beside `folder`; a killed one goes on."""
+    folder.mkdir(exist_ok=True)
+    trainer, engine = NotingTrainer(), NotingEngine()
+    outcome = run_job(
+        Request(
+            base_model=str(model),
+            training=source(folder.parent / "rows.jsonl"),
+            validation=source(valid) if valid else None,
+            seed=2,
+            hyperparameters=Hyperparameters(n_epochs=2, learning_rate=LEARNING.learning_rate),
+            directory=folder,
+        ),
+        Tools(engine=engine, trainer=trainer, watch=watch),
+    )
+    return Done(outcome, trainer, engine, watch)
+
+
+def source(path: Path) -> Source:
+    return Source(name=path.name, open=lambda: path.open("rb"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("crossfit")
+    write_rows(folder / "rows.jsonl", [colour_row(i) for i in range(ROWS)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(tiny_model: Path, root: Path) -> Done:
+    return run(tiny_model, root / "out", Recording())
+
+
+def test_every_row_is_answered_once_by_a_model_that_never_saw_it(done: Done) -> None:
+    questions = [str(colour_row(i)["messages"][1]["content"]) for i in range(ROWS)]  # type: ignore[index]
+    assert sorted(question for _, question in done.engine.asked) == sorted(questions)
+    assert [folder for folder, _, _, _ in done.trainer.given] == [*FOLDERS, "out"]
+    for folder, split, _, _ in done.trainer.given[:5]:
+        seen = {str(row.messages[1]["content"]) for row in (*split.train, *split.valid)}
+        answered = {question for asked, question in done.engine.asked if asked == folder}
+        assert len(answered) == 8
+        assert seen == set(questions) - answered
+
+
+def test_the_rungs_are_judged_on_the_same_rows(done: Done) -> None:
+    rungs = {one.name: one for one in done.outcome.rungs}
+    assert list(rungs) == ["constant", "tfidf-logistic", "zero-shot", "few-shot"]
+    assert {len(one.scores.per_example) for one in (*rungs.values(), done.outcome.tuned)} == {ROWS}
+    # The word in the text is the label: a right score says that answers and rows are in the same order.
+    assert rungs["tfidf-logistic"].scores.mean == 1.0
+    assert done.outcome.verdict.numbers["n_holdout"] == ROWS
+
+
+def test_the_served_model_learns_from_all_rows_for_as_long_as_the_folds_needed(done: Done) -> None:
+    _, split, plan, _ = done.trainer.given[-1]
+    assert (len(split.train), split.valid, split.holdout) == (ROWS, (), ())
+    crossfit = done.outcome.crossfit
+    assert crossfit is not None
+    median = sorted(fold.best_epoch for fold in crossfit.folds)[2]
+    assert plan.total_steps == round(5 * median)
+    adapter = done.outcome.adapter
+    assert adapter.directory.name == "adapter"
+    assert (adapter.best_step, adapter.last_step) == (plan.total_steps, plan.total_steps)
+    assert done.outcome.plan == plan
+    assert any("gives the trainer's log-probabilities on 8 answers" in text for text in done.watch.messages)
+
+
+def test_steps_and_checkpoints_are_told_of_the_served_model_only(done: Done) -> None:
+    steps = [what for kind, what in done.watch.story if kind == "metrics"]
+    assert steps == list(range(1, done.outcome.plan.total_steps + 1))
+    assert [what for kind, what in done.watch.story if kind == "checkpoint"] == [5, 10][: len(steps) // 5]
+    begins = next(i for i, (kind, _) in enumerate(done.watch.story) if kind == "metrics")
+    last_fold = max(i for i, (_, what) in enumerate(done.watch.story) if str(what).startswith("fold 5 of 5"))
+    assert last_fold < begins
+
+
+def test_the_story_tells_the_cost_in_advance_and_what_was_measured_at_the_end(done: Done) -> None:
+    messages = done.watch.messages
+    assert messages[1].startswith("Cross-fitting: 40 distinct prompts are too few for a holdout of their own")
+    assert "6 trainings instead of 1" in messages[1]
+    assert "Give a holdout file" in messages[1]
+    assert any(text.startswith("fold 2 of 5: the best step was ") for text in messages)
+    assert "out-of-fold answers of 5 models" in messages[-2]
+    assert messages[-1].startswith("Verdict: ")
+
+
+def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, root: Path) -> None:
+    assert {cache for _, _, _, cache in done.trainer.given} == {root / "out" / "activations"}
+    for folder in FOLDERS:
+        assert sorted(path.name for path in (root / "out" / folder).iterdir()) == ["fold.json", "ladder.json"]
+    report = json.loads((root / "out" / "report.json").read_text())
+    assert [one["fold"] for one in report["crossfit"]["folds"]] == [1, 2, 3, 4, 5]
+    assert report["data"] | {"sources": {}} == {
+        "train": ROWS,
+        "valid": 0,
+        "holdout": 0,
+        "groups": ROWS,
+        "seed": 2,
+        "sources": {},
+    }
+
+
+def test_a_job_killed_again_and_again_repeats_no_finished_fold_and_ends_the_same(
+    tiny_model: Path, root: Path, done: Done
+) -> None:
+    folder = root / "killed"
+    for stage in ("fold 4 of 5: zero-shot prompt", "fold 2 of 5: train", "fold 3 of 5: tuned model", "train"):
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model, folder, Killing(stage))
+        finished = [name for name in FOLDERS if (folder / name / "fold.json").exists()]
+        assert finished == {"fold 4": [], "fold 2": FOLDERS[:1], "fold 3": FOLDERS[:2], "train": FOLDERS}[stage[:6]]
+    again = run(tiny_model, folder, Recording())
+    assert [name for name, _, _, _ in again.trainer.given] == ["killed"], "the folds are read, not trained"
+    assert again.engine.asked == []
+    assert not any("shot prompt" in text for text in again.watch.messages)
+    assert again.outcome.verdict == done.outcome.verdict
+    assert again.outcome.rungs == done.outcome.rungs
+    assert again.outcome.tuned == done.outcome.tuned
+    weights = [(one.outcome.adapter.directory / ADAPTER).read_bytes() for one in (again, done)]
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture(scope="module")
+def with_valid(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """29 rows, and 13 to stop by of which one is in the training file as well."""
+    folder = tmp_path_factory.mktemp("with-valid")
+    write_rows(folder / "rows.jsonl", [colour_row(i) for i in range(29)])
+    valid = write_rows(folder / "valid.jsonl", [colour_row(i) for i in (3, *range(1000, 1012))])
+    return run(tiny_model, folder / "out", Recording(), valid)
+
+
+def test_a_given_validation_file_stops_every_training(with_valid: Done) -> None:
+    sizes = [(len(split.train), len(split.valid)) for _, split, _, _ in with_valid.trainer.given]
+    assert sorted(sizes) == [(23, 12)] * 4 + [(24, 12), (29, 12)]
+    assert with_valid.outcome.plan.n_epochs == 2
+    assert with_valid.outcome.plan.early_stopping
+    best = with_valid.outcome.adapter.best_step
+    assert all(point.valid_loss for point in with_valid.outcome.adapter.curve if point.step == best)
+
+
+def test_below_thirty_prompts_the_verdict_is_inconclusive(with_valid: Done) -> None:
+    verdict = with_valid.outcome.verdict
+    assert verdict.outcome == "inconclusive"
+    assert verdict.reasons[0] == "29 distinct prompts are too few for a verdict; 30 are the minimum"
