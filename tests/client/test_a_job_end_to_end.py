@@ -23,10 +23,10 @@ BASE = "gpt-4o-mini-2024-07-18"
 
 
 class Served:
-    """A running `heldout serve` and a client for it."""
+    """A running `heldout serve` and a client for it; `settings` are `HELDOUT_…` variables."""
 
-    def __init__(self, data_dir: Path, model: Path) -> None:
-        self.data_dir, self.model = data_dir, model
+    def __init__(self, data_dir: Path, model: Path, **settings: str) -> None:
+        self.data_dir, self.model, self.settings = data_dir, model, settings
         self.start()
 
     def start(self) -> None:
@@ -34,6 +34,7 @@ class Served:
             "HELDOUT_DATA_DIR": str(self.data_dir),
             "HELDOUT_MODEL_ALIASES": json.dumps({BASE: str(self.model)}),
             "HELDOUT_PRECISION": "float32",
+            **self.settings,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "heldout", "serve", "--port", "0"],
@@ -204,8 +205,8 @@ def test_nine_examples_fail_with_openais_code_and_sentence(served: Served, tmp_p
     assert job.error.message == "Training file has 9 example(s), but must have at least 10 examples"
 
 
-def long_job(served: Served, colours: dict[str, Path]) -> str:
-    """A job that trains for a long time."""
+def long_job(served: Served, colours: dict[str, Path], n_epochs: int = 50) -> str:
+    """A job that trains for a long time, or as long as is said."""
     return served.client.fine_tuning.jobs.create(
         training_file=served.upload(colours["train"]),
         validation_file=served.upload(colours["valid"]),
@@ -214,7 +215,7 @@ def long_job(served: Served, colours: dict[str, Path]) -> str:
         extra_body={"x_holdout_file": served.upload(colours["holdout"])},
         method={
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 50, "early_stopping": False}},  # type: ignore[typeddict-unknown-key]
+            "supervised": {"hyperparameters": {"n_epochs": n_epochs, "early_stopping": False}},  # type: ignore[typeddict-unknown-key]
         },
     ).id
 
@@ -266,6 +267,119 @@ def test_a_killed_server_loses_no_file_job_or_event_and_the_job_goes_on(
     assert {file.id for file in served.client.files.list()} >= files
     assert served.story(job_id)[: len(before)] == before
     assert served.wait(job_id).status == "succeeded", served.story(job_id)
+
+
+def rows(served: Served, job: Any) -> list[int]:
+    """The steps in a finished job's CSV."""
+    table = served.client.files.content(job.result_files[0]).text.splitlines()
+    return [int(row.split(",")[0]) for row in table[1:]]
+
+
+def is_paused(job: Any) -> bool:
+    return job.x_pause == "paused"
+
+
+def test_a_paused_job_frees_its_slot_survives_a_restart_and_goes_on_from_its_checkpoint(
+    served: Served, colours: dict[str, Path]
+) -> None:
+    jobs = served.client.fine_tuning.jobs
+    job_id = long_job(served, colours, n_epochs=30)
+    served.wait(job_id, has_reached(served, "Checkpoint created at step 20"))
+    assert jobs.pause(job_id).status == "running"
+    job = served.wait(job_id, is_paused)
+    assert (job.status, job.x_pause, job.estimated_finish) == ("queued", "paused", None)
+    assert not served.job_processes()
+    assert re.match(r"Paused at step \d+", served.story(job_id)[-1])
+
+    other = jobs.create(
+        training_file=served.upload(colours["train"]), model=BASE, hyperparameters={"n_epochs": 1}, seed=1
+    )
+    assert served.wait(other.id).status == "succeeded", served.story(other.id)
+    assert is_paused(jobs.retrieve(job_id))
+
+    served.close()
+    served.start()
+    jobs = served.client.fine_tuning.jobs
+    time.sleep(2)  # several looks of the worker
+    assert is_paused(jobs.retrieve(job_id))
+    assert jobs.resume(job_id).x_pause is None
+    job = served.wait(job_id)
+    assert job.status == "succeeded", served.story(job_id)
+    story = served.story(job_id)
+    at = story.index("Fine-tuning job resumed")
+    assert story[at + 1] == "Fine-tuning job goes on"
+    (resumed,) = [text for text in story[at:] if text.startswith("Training continues from the checkpoint of step")]
+    assert int(resumed.rsplit(" ", 1)[-1]) >= 20
+    assert sum(text == "Fine-tuning job started" for text in story) == 1
+    assert not any("unexpectedly" in text for text in story)
+    assert rows(served, job) == list(range(1, 301))
+
+
+@pytest.mark.parametrize("stage", ["Created", "Files validated", "Fine-tuning job started"])
+def test_a_job_can_be_paused_before_it_trains(served: Served, colours: dict[str, Path], stage: str) -> None:
+    jobs = served.client.fine_tuning.jobs
+    job_id = long_job(served, colours, n_epochs=2)
+    served.wait(job_id, has_reached(served, stage))
+    jobs.pause(job_id)
+    job = served.wait(job_id, is_paused)
+    assert (job.status, job.x_pause) == ("queued", "paused"), served.story(job_id)
+    assert not served.job_processes()
+    assert "Files validated, moving job to queued state" in served.story(job_id)
+    assert not any(text.startswith("Step") for text in served.story(job_id))
+    jobs.resume(job_id)
+    assert served.wait(job_id).status == "succeeded", served.story(job_id)
+
+
+def test_a_pause_at_any_moment_costs_no_attempt_and_a_kill_in_between_is_survived(
+    served: Served, colours: dict[str, Path]
+) -> None:
+    jobs = served.client.fine_tuning.jobs
+    job_id = long_job(served, colours, n_epochs=2)
+    for moment in (0.0, 0.4, 0.8, 1.6):  # more often than a job may die
+        served.wait(job_id, lambda _: bool(served.job_processes()))
+        time.sleep(moment)
+        jobs.pause(job_id)
+        if moment == 0.4:
+            for process in served.job_processes():
+                process.kill()
+        job = served.wait(job_id, is_paused)
+        assert (job.status, job.x_pause) == ("queued", "paused"), served.story(job_id)
+        jobs.resume(job_id)
+    assert served.wait(job_id).status == "succeeded", served.story(job_id)
+
+
+def test_a_paused_job_is_cancelled_at_once(served: Served, colours: dict[str, Path]) -> None:
+    jobs = served.client.fine_tuning.jobs
+    job_id = long_job(served, colours)
+    served.wait(job_id, has_reached(served, "Step 12/"))
+    jobs.pause(job_id)
+    served.wait(job_id, is_paused)
+    assert jobs.cancel(job_id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="has status 'cancelled' and can no longer be resumed"):
+        jobs.resume(job_id)
+    time.sleep(1)
+    assert not served.job_processes()
+
+
+def test_the_server_answers_while_a_job_trains_and_the_job_says_what_it_computes_with(
+    tmp_path: Path, tiny_model: Path, colours: dict[str, Path]
+) -> None:
+    served = Served(tmp_path / "data", tiny_model, HELDOUT_THREADS="2", HELDOUT_NICE="3", HELDOUT_INFERENCE_THREADS="1")
+    try:
+        job_id = long_job(served, colours)
+        served.wait(job_id, has_reached(served, "Step 12/"))
+        (process,) = served.job_processes()
+        niceness = process.nice()
+        asked = colour_row(3001)["messages"][:2]  # type: ignore[index]
+        answer = served.client.chat.completions.create(model=BASE, messages=asked, max_tokens=5)
+        assert answer.usage.completion_tokens >= 1
+        assert served.client.fine_tuning.jobs.retrieve(job_id).status == "running"
+        assert niceness == min(19, os.nice(0) + 3)
+        assert f"Computing with 2 threads at nice level {niceness}" in served.story(job_id)
+        assert any(re.match(r"Training .* 2 threads$", text) for text in served.story(job_id))
+        served.client.fine_tuning.jobs.cancel(job_id)
+    finally:
+        served.close()
 
 
 def test_a_job_that_dies_again_and_again_fails_with_the_tail_of_its_log(

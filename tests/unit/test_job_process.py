@@ -12,6 +12,7 @@ from heldout.errors import InvalidTrainingFile, JobPaused, ModelNotFound
 from heldout.pipeline.training import CurvePoint
 from heldout.processes import disk
 from heldout.processes.job import DbWatch, Pace
+from heldout.processes.register import put_adapter
 from heldout.records import Event, Job, JobStatus, now
 from heldout.settings import Settings
 from heldout.store.blobs import FileBlobs
@@ -99,3 +100,18 @@ def test_a_full_disk_is_recognised_whoever_met_it() -> None:
         assert disk.is_full(wrapped)
     assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
     assert not disk.is_full(InvalidTrainingFile("line 3: 'No space left on device' is no label")), "a ticket's text"
+
+
+def test_an_adapter_goes_to_the_blobs_whole_or_not_at_all_and_an_earlier_one_stays(tmp_path: Path) -> None:
+    blobs, folder = FileBlobs(tmp_path / "blobs"), tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    with pytest.raises(FileNotFoundError):
+        put_adapter(blobs, "adapters/new", folder)
+    assert list(blobs.keys("adapters/new")) == []
+    (folder / "adapter_config.json").write_bytes(b"{}")
+    put_adapter(blobs, "adapters/old", folder)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        put_adapter(blobs, "adapters/old", folder)
+    assert len(list(blobs.keys("adapters/old"))) == 2

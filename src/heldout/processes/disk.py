@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
 
 from heldout.errors import UserError
 from heldout.settings import Settings
@@ -34,8 +33,8 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def sentence(error: BaseException | None, settings: Settings, job_id: str) -> str:
-    """What was full, where, and what to do. Without an error: of the places a job writes to, the fullest."""
-    place = _place(error) or _database(error, settings) or _fullest(settings, job_id)
+    """What was full, where, and what to do. Where the error does not say: the fullest of a job's places."""
+    place = _place(error) or _fullest(settings, job_id)
     usage = shutil.disk_usage(place)
     return (
         f"The disk is full: the job could not write to {place}. Now that its unfinished files are removed, "
@@ -50,13 +49,10 @@ def _place(error: BaseException | None) -> Path | None:
     return _existing(Path(name)) if isinstance(name, str) and Path(name).is_absolute() else None
 
 
-def _database(error: BaseException | None, settings: Settings) -> Path | None:
-    file = make_url(settings.database).database
-    return _existing(Path(file)) if isinstance(error, OperationalError) and file and Path(file).is_absolute() else None
-
-
 def _fullest(settings: Settings, job_id: str) -> Path:
     places = [settings.work(job_id), settings.cache, Path(tempfile.gettempdir())]
+    if (database := make_url(settings.database).database) and settings.database.startswith("sqlite:"):
+        places.append(Path(database).absolute())
     if settings.blobs.startswith("file:"):
         places.append(Path(settings.blobs.removeprefix("file:").removeprefix("//")).absolute())
     return min((_existing(place) for place in places), key=lambda place: shutil.disk_usage(place).free)

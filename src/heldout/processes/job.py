@@ -98,10 +98,11 @@ def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
 
 def run(watch: DbWatch) -> None:
     """Run the job to its end and register what it made."""
-    from heldout.processes.tools import local_tools
-
     job, settings, db = watch.job, watch.settings, watch.db
     watch.raise_if_paused()
+    # torch and transformers come in here: a job that was paused meanwhile does not wait for them.
+    from heldout.processes.tools import local_tools
+
     goes_on = job.started_at is not None
     started = Event(job_id=job.id, message="Fine-tuning job goes on" if goes_on else "Fine-tuning job started")
     if not db.move_job(job.id, JobStatus.RUNNING, started, started_at=job.started_at or now()):
