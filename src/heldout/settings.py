@@ -15,6 +15,9 @@ from heldout.errors import InvalidValue
 #: The bundled chat model: 135M parameters, instruct-tuned, Apache-2.0.
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+#: The bundled sentence encoder, for classifiers: 22M parameters, Apache-2.0, in an MIT-licensed package.
+DEFAULT_ENCODER = "all-minilm-l6-v2"
+
 #: Names that existing scripts ask for, and what they get here unless the operator says otherwise.
 #: The fine-tuned model keeps the name that was asked for, so a script that parses it goes on working.
 HOSTED_NAMES = (

@@ -73,15 +73,17 @@ def test_a_conversation_shows_the_prompt_of_every_answer_it_teaches():
     assert shown_prompts(masked) == {prompt_fingerprint(long.prompt)}
 
 
-def test_answers_are_labels_when_they_are_few_and_each_is_frequent():
+def test_answers_are_labels_when_there_are_many_rows_for_each():
     def labelled(n_labels: int, times: int) -> Dataset:
         return dataset(*((f"q{i}", f"label {i % n_labels}") for i in range(n_labels * times)))
 
     assert count_labels(labelled(2, 3).examples) == {"label 0": 3, "label 1": 3}
-    assert count_labels(labelled(50, 3).examples)
-    assert count_labels(labelled(51, 3).examples) is None
+    assert count_labels(labelled(77, 7).examples)
+    assert count_labels(labelled(1000, 3).examples)
     assert count_labels(labelled(10, 2).examples) is None
     assert count_labels(labelled(1, 9).examples) is None
+    often_the_same = dataset(*((f"q{i}", "I do not know." if i < 90 else f"answer {i}") for i in range(100)))
+    assert count_labels(often_the_same.examples) is None
 
 
 def test_lines_are_named_in_words():

@@ -26,6 +26,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenChoice:
+    """What was answered at one place, and what else could have been. A classifier's whole answer is one."""
+
+    text: str
+    log_prob: float  # natural logarithm
+    top: tuple[tuple[str, float], ...]  # (text, log-probability), likeliest first, `text` among them
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """One answer. `finish_reason` is "stop", or "length" when `max_tokens` cut it."""
 
@@ -33,6 +42,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    tokens: tuple[TokenChoice, ...] = ()  # empty where log-probabilities are not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +53,13 @@ class Piece:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    tokens: tuple[TokenChoice, ...] = ()  # of `text`; empty where log-probabilities are not known
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
-    """A model an engine can load: a base model's name, and the folder of a PEFT adapter on top of it."""
+    """A model an engine can load: a base model's name, and the folder of what was trained on top of it (a
+    PEFT adapter, or a classifier on an encoder)."""
 
     base_model: str
     adapter: str | None = None
@@ -70,7 +82,7 @@ class Engine(Protocol):
         """One reply for each conversation, in order.
 
         Raises ModelNotFound, ContextLengthExceeded, or InvalidValue when the model's chat template
-        cannot render a conversation.
+        cannot render a conversation, or the model is an encoder that was not trained to answer.
         """
         ...
 
@@ -85,7 +97,12 @@ class Engine(Protocol):
         ...
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text is to this model."""
+        """How many tokens each text is to this model; an encoder's special tokens around it are counted."""
+        ...
+
+    def embed(self, encoder: str, texts: Sequence[str], progress: Progress | None = None) -> list[list[float]]:
+        """A vector of length 1 for each text, as an encoder sees it untrained. Raises ContextLengthExceeded, or
+        InvalidValue when the model is no encoder."""
         ...
 
     def close(self) -> None:
@@ -101,6 +118,7 @@ class ChatRequest:
     messages: list[Message]
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
+    log_probs: bool = False  # an answer without them is an error then
 
 
 class ChatService(Protocol):

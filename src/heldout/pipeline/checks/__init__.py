@@ -5,6 +5,8 @@ A new check is a function `Parts -> Iterable[Finding]` in the file of its family
 
 from __future__ import annotations
 
+from heldout.engine.catalogue import ENCODER
+from heldout.pipeline.checks.classes import find_no_labels
 from heldout.pipeline.checks.duplicates import find_conflicting_answers, find_exact_duplicates
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks
@@ -12,7 +14,7 @@ from heldout.pipeline.checks.parts import Check, Parts
 from heldout.pipeline.checks.size import find_too_few_examples
 from heldout.pipeline.types import Finding
 
-__all__ = ["CHECKS", "Check", "Parts", "check"]
+__all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "Parts", "check"]
 
 CHECKS: tuple[Check, ...] = (
     find_too_few_examples,
@@ -23,7 +25,14 @@ CHECKS: tuple[Check, ...] = (
     find_class_imbalance,
 )
 
+#: For base models that are encoders, after the others.
+ENCODER_CHECKS: tuple[Check, ...] = (find_no_labels,)
 
-def check(datasets: Parts) -> tuple[Finding, ...]:
-    """Everything the checks see, in the order of CHECKS. An "error" means that the job must not start."""
-    return tuple(finding for one in CHECKS for finding in one(datasets))
+
+def check(datasets: Parts, kind: str | None = None) -> tuple[Finding, ...]:
+    """Everything the checks see, in their order. An "error" means that the job must not start.
+
+    `kind` is the base model's (catalogue.CHAT or ENCODER), None where it is not known yet.
+    """
+    checks = CHECKS + ENCODER_CHECKS if kind == ENCODER else CHECKS
+    return tuple(finding for one in checks for finding in one(datasets))

@@ -6,13 +6,13 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from heldout.engine.base import Message
 from heldout.pipeline.types import Example
 
-MAX_LABELS = 50
+#: On average; and most labels occur more than once.
 MIN_EXAMPLES_PER_LABEL = 3
 
 _CLOSING_MARKS = re.compile(r"[\s.?!…。？！]+$")
@@ -74,11 +74,19 @@ def group_by_prompt(examples: Iterable[Example]) -> dict[str, list[Example]]:
 
 
 def count_labels(examples: Sequence[Example]) -> Counter[str] | None:
-    """How often each answer occurs, if the answers look like labels: few, and each often; else None."""
+    """How often each answer occurs, if the answers look like labels; else None."""
     counts = Counter(fold(example.target) for example in examples)
-    if 2 <= len(counts) <= MAX_LABELS and len(examples) >= MIN_EXAMPLES_PER_LABEL * len(counts):
-        return counts
-    return None
+    return counts if are_labels(counts) else None
+
+
+def are_labels(counts: Mapping[str, int]) -> bool:
+    """True when answers that occur so often look like labels: many rows for each, however many labels.
+
+    A few answers that are given all the time do not make labels of a thousand that are given once.
+    """
+    once = sum(count == 1 for count in counts.values())
+    enough = sum(counts.values()) >= MIN_EXAMPLES_PER_LABEL * len(counts)
+    return len(counts) >= 2 and enough and 2 * once <= len(counts)
 
 
 def _encoded_prompt(message: Message) -> bytes:
