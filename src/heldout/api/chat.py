@@ -25,11 +25,11 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 def create_chat_completion(body: wire.ChatCompletion, request: Request, chat: ChatDep) -> Response:
-    asked = body.to_request()
+    asked, log_probs = body.to_request(), wire.LogProbs(body)
     if body.stream:
-        chunks = wire.Chunks(body.model, include_usage=body.include_usage)
+        chunks = wire.Chunks(body.model, log_probs, include_usage=body.include_usage)
         return _stream(chunks, asked, chat, request.state.request_id)
-    return JSONResponse(wire.completion(body.model, chat.chat(asked)))
+    return JSONResponse(wire.completion(body.model, chat.chat(asked), log_probs))
 
 
 def _stream(chunks: wire.Chunks, asked: ChatRequest, chat: ChatService, request_id: str) -> Response:
@@ -46,7 +46,7 @@ def _events(chunks: wire.Chunks, pieces: Iterator[Piece]) -> Iterator[str]:
     last = Piece()
     for last in pieces:
         if last.text:
-            yield chunks.text(last.text)
+            yield chunks.text(last)
     yield chunks.finish(last)
 
 

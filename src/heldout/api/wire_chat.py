@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field, StrictInt
 
 from heldout.api.wire import Body
-from heldout.engine.base import ChatRequest, Message, Piece, Reply, Sampling
+from heldout.engine.base import ChatRequest, Message, Piece, Reply, Sampling, TokenChoice
 from heldout.errors import InvalidValue
 from heldout.records import new_id, now
 
@@ -53,7 +53,7 @@ class ChatCompletion(Body):
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
     frequency_penalty: float | None = None
@@ -79,12 +79,15 @@ class ChatCompletion(Body):
                 stop=tuple(text for text in self.stop if text),
             ),
             n=self.n or 1,
+            log_probs=bool(self.logprobs),
         )
 
     def _refuse_unsupported(self) -> None:
-        for name in ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio"):
+        for name in ("tools", "functions", "logit_bias", "audio"):
             if getattr(self, name):
                 raise _unsupported(name, f"'{name}' is not supported by this version.")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidValue("top_logprobs needs logprobs to be true.", param="top_logprobs")
         for name in ("frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 raise _unsupported(name, f"'{name}' must be 0 in this version.")
@@ -132,27 +135,52 @@ def _unsupported(name: str, message: str) -> InvalidValue:
     return InvalidValue(message, code="unsupported_value", param=name)
 
 
-def completion(model: str, replies: Sequence[Reply]) -> dict[str, Any]:
+def completion(model: str, replies: Sequence[Reply], log_probs: LogProbs) -> dict[str, Any]:
     """The whole answer. The prompt is counted once, however many replies it got."""
     return {
         **_head(model, "chat.completion"),
-        "choices": [_choice(index, reply) for index, reply in enumerate(replies)],
+        "choices": [_choice(index, reply, log_probs) for index, reply in enumerate(replies)],
         "usage": _usage(replies[0].prompt_tokens, sum(reply.completion_tokens for reply in replies)),
     }
+
+
+class LogProbs:
+    """Puts log-probabilities on the wire, if they were asked for."""
+
+    def __init__(self, body: ChatCompletion) -> None:
+        self.wanted, self.top = bool(body.logprobs), body.top_logprobs or 0
+
+    def of(self, tokens: Sequence[TokenChoice]) -> dict[str, Any] | None:
+        """Raises InvalidValue when they were asked for and are not known."""
+        if not self.wanted:
+            return None
+        if not tokens:
+            raise no_log_probs()
+        entries = [{**_scored(one.text, one.log_prob), "top_logprobs": self._top(one)} for one in tokens]
+        return {"content": entries, "refusal": None}
+
+    def _top(self, one: TokenChoice) -> list[dict[str, Any]]:
+        return [_scored(text, log_prob) for text, log_prob in one.top[: self.top]]
+
+
+def no_log_probs() -> InvalidValue:
+    """The model generates text, and this version does not tell its tokens' log-probabilities."""
+    return _unsupported("logprobs", "'logprobs' is supported for classifiers only (a model fine-tuned on an encoder).")
 
 
 class Chunks:
     """The chunks of one streamed answer: same `id`, `created` and `model` throughout."""
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
+    def __init__(self, model: str, log_probs: LogProbs, *, include_usage: bool) -> None:
         self.head = _head(model, "chat.completion.chunk")
+        self.log_probs = log_probs
         self.include_usage = include_usage
 
     def start(self) -> str:
         return self._chunk({"role": "assistant", "content": ""})
 
-    def text(self, text: str) -> str:
-        return self._chunk({"content": text})
+    def text(self, piece: Piece) -> str:
+        return self._chunk({"content": piece.text}, log_probs=self.log_probs.of(piece.tokens))
 
     def finish(self, last: Piece) -> str:
         """The finish reason, the counts if they were asked for, and the end mark."""
@@ -162,8 +190,10 @@ class Chunks:
             end += data({**self.head, "choices": [], "usage": usage})
         return end + "data: [DONE]\n\n"
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, delta: dict[str, str], finish_reason: str | None = None, log_probs: dict[str, Any] | None = None
+    ) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
         usage = {"usage": None} if self.include_usage else {}
         return data({**self.head, "choices": [choice], **usage})
 
@@ -184,13 +214,17 @@ def _head(model: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _choice(index: int, reply: Reply) -> dict[str, Any]:
+def _choice(index: int, reply: Reply, log_probs: LogProbs) -> dict[str, Any]:
     return {
         "index": index,
         "message": {"role": "assistant", "content": reply.text, "refusal": None},
         "finish_reason": reply.finish_reason,
-        "logprobs": None,
+        "logprobs": log_probs.of(reply.tokens),
     }
+
+
+def _scored(text: str, log_prob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": log_prob, "bytes": list(text.encode("utf-8", "surrogatepass"))}
 
 
 def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:

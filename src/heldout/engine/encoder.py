@@ -21,15 +21,13 @@ from torch.nn.functional import linear, normalize
 from transformers import AutoModel, AutoTokenizer
 
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, TokenChoice
-from heldout.engine.labels import Labels, text_of
+from heldout.engine.labels import CLASSIFIER, Labels, text_of
 from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 
 #: Padded tokens of one forward pass without gradients.
 BATCH_TOKENS = 4096
 #: Trained classifiers kept loaded on top of one encoder.
 LOADED_CLASSIFIERS = 8
-#: In `adapter_config.json`, under "heldout": what tells a classifier from a PEFT adapter.
-CLASSIFIER = "classifier"
 
 
 class Encoder:

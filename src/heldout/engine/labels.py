@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from heldout.engine.base import Message
@@ -75,6 +76,16 @@ class Labels:
             names=tuple(names),
             answers=tuple(spellings[name].most_common(1)[0][0] for name in names),
         )
+
+
+#: In `adapter_config.json`, under "heldout": what tells a classifier from a PEFT adapter.
+CLASSIFIER = "classifier"
+
+
+def is_classifier(folder: Path) -> bool:
+    """True when what was trained in this folder is a classifier on an encoder."""
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return config.get("heldout") == CLASSIFIER
 
 
 def varies_in_system(prompts: Iterable[Sequence[Message]]) -> bool:

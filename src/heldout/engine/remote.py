@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from heldout.engine.base import ChatRequest, Piece, Reply
+from heldout.engine.base import ChatRequest, Piece, Reply, TokenChoice
 from heldout.errors import ContextLengthExceeded, EngineUnavailable, ModelNotFound, UserError
 
 _BY_CODE: dict[str, type[UserError]] = {
@@ -84,6 +84,9 @@ def _body(request: ChatRequest) -> dict[str, Any]:
         "max_tokens": sampling.max_tokens,
         "seed": sampling.seed,
         "stop": list(sampling.stop) or None,
+        "logprobs": request.log_probs or None,
+        # All that the wire allows: whoever asked for fewer is shown fewer.
+        "top_logprobs": 20 if request.log_probs else None,
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -97,6 +100,18 @@ def _reply(choice: dict[str, Any], usage: dict[str, Any], n: int) -> Reply:
         finish_reason=choice["finish_reason"],
         prompt_tokens=usage.get("prompt_tokens", 0),
         completion_tokens=total // n + (total % n if first else 0),
+        tokens=_tokens(choice),
+    )
+
+
+def _tokens(choice: dict[str, Any]) -> tuple[TokenChoice, ...]:
+    return tuple(
+        TokenChoice(
+            text=one["token"],
+            log_prob=one["logprob"],
+            top=tuple((other["token"], other["logprob"]) for other in one.get("top_logprobs") or []),
+        )
+        for one in (choice.get("logprobs") or {}).get("content") or []
     )
 
 
@@ -108,7 +123,7 @@ def _pieces(lines: Iterator[str]) -> Iterator[Piece]:
         for choice in chunk.get("choices", []):
             finish_reason = choice.get("finish_reason") or finish_reason
             if text := choice["delta"].get("content"):
-                yield Piece(text=text)
+                yield Piece(text=text, tokens=_tokens(choice))
     if finish_reason is None:
         raise EngineUnavailable("The inference process stopped in the middle of an answer.")
     yield Piece(

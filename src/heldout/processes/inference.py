@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import uvicorn
 
 from heldout.api.app import create_chat_app
-from heldout.engine import catalogue
+from heldout.api.wire_chat import no_log_probs
+from heldout.engine import catalogue, labels
 from heldout.engine.base import ChatRequest, Engine, ModelRef, Piece, Reply
 from heldout.errors import ModelNotFound, NotFound
 from heldout.settings import DEFAULT_MODEL, Settings, read_settings
@@ -32,6 +34,7 @@ class LocalChat:
     def chat(self, request: ChatRequest) -> list[Reply]:
         """See ChatService.chat."""
         sampling = request.sampling
+        _refuse_log_probs(request, self._find(request.model))
         if request.n > 1 and sampling.seed is not None:
             # One seed for all would give n times the same answer.
             return [
@@ -44,6 +47,7 @@ class LocalChat:
 
     def stream(self, request: ChatRequest) -> Iterator[Piece]:
         """See ChatService.stream."""
+        _refuse_log_probs(request, self._find(request.model))
         return self.engine.stream(self._find(request.model), request.messages, request.sampling)
 
     def _find(self, name: str) -> ModelRef:
@@ -57,6 +61,12 @@ class LocalChat:
         except NotFound as missing:
             raise RuntimeError(f"the adapter of {name} is gone: {missing}") from missing
         return ModelRef(base_model=model.base_model, adapter=str(folder))
+
+
+def _refuse_log_probs(request: ChatRequest, model: ModelRef) -> None:
+    """Before an answer is generated that cannot be given."""
+    if request.log_probs and not (model.adapter and labels.is_classifier(Path(model.adapter))):
+        raise no_log_probs()
 
 
 def main(argv: list[str] | None = None) -> int:
