@@ -100,7 +100,7 @@ class Engine(Protocol):
         """How many tokens each text is to this model; an encoder's special tokens around it are counted."""
         ...
 
-    def embed(self, encoder: str, texts: Sequence[str], progress: Progress | None = None) -> list[list[float]]:
+    def embed(self, encoder: str, texts: Sequence[str]) -> list[list[float]]:
         """A vector of length 1 for each text, as an encoder sees it untrained. Raises ContextLengthExceeded, or
         InvalidValue when the model is no encoder."""
         ...

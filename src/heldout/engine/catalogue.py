@@ -65,6 +65,14 @@ def kind_of(folder: Path) -> str:
     return ENCODER if is_encoder else CHAT
 
 
+def known_kind(base_model: str, aliases: dict[str, str]) -> str | None:
+    """CHAT or ENCODER; None for a hub id, whose files may not be here yet. Raises ModelNotFound."""
+    source = resolve(base_model, aliases, allow_paths=True)
+    if source.gguf:
+        return CHAT
+    return kind_of(source.directory) if source.directory else None
+
+
 def resolve(name: str, aliases: dict[str, str], *, allow_paths: bool = False) -> Source:
     """What `name` means here. Raises ModelNotFound naming everything that was tried.
 

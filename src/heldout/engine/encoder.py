@@ -209,11 +209,11 @@ class LoadedEncoder:
             for row, messages in zip(found, conversations, strict=True)
         ]
 
-    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> list[list[float]]:
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """See Engine.embed."""
         ids = self.encoder.tokenize(texts)
         _refuse_long(ids, self.encoder.context)
-        vectors: list[list[float]] = normalize(self.encoder.all_vectors(ids, progress=progress), dim=-1).tolist()
+        vectors: list[list[float]] = normalize(self.encoder.all_vectors(ids), dim=-1).tolist()
         return vectors
 
     def classifier(self, model: ModelRef) -> Classifier:

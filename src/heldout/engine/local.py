@@ -178,13 +178,13 @@ class LocalEngine:
             tokenizer = self._base(base_model).template.tokenizer
         return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
 
-    def embed(self, encoder: str, texts: Sequence[str], progress: Progress | None = None) -> list[list[float]]:
+    def embed(self, encoder: str, texts: Sequence[str]) -> list[list[float]]:
         """See Engine.embed."""
         with self._lock:
             loaded = self._encoder_called(encoder)
             if loaded is None:
                 raise InvalidValue(f"{encoder} is a chat model, not an encoder", param="model")
-            return loaded.embed(texts, progress)
+            return loaded.embed(texts)
 
     def close(self) -> None:
         """See Engine.close."""

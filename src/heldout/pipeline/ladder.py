@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heldout.engine.base import Engine, ModelRef
+from heldout.engine.labels import text_of, varies_in_system
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers, score_model
@@ -23,14 +24,16 @@ from heldout.pipeline.watch import Watch
 CHOOSERS = 24
 SHOT_COUNTS = (4, 8)
 ORDERS = 2
+#: Inverse strength of the penalty on vectors of length 1; 10 to 100 were alike (docs/experiments.md).
+FROZEN_C = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One way to get answers, cheapest first in the ladder.
 
-    kind: constant (needs no model) · classical (needs no language model) · prompt (the base model as it
-    is) · tuned.
+    kind: constant (needs no model) · classical (a linear model on counts of words, or on the vectors of an
+    encoder as it is) · prompt (the base model as it is) · tuned.
     """
 
     name: str
@@ -49,13 +52,36 @@ class Rung:
 
 
 def climb(
-    split: Split, metric: Metric, engine: Engine, base_model: str, *, max_tokens: int, watch: Watch
+    split: Split,
+    metric: Metric,
+    engine: Engine,
+    base_model: str | None,
+    *,
+    encoder: str | None = None,
+    max_tokens: int,
+    watch: Watch,
 ) -> tuple[Rung, ...]:
-    """Score every rung below a tuned model on the holdout."""
+    """Score every rung below a tuned model on the holdout.
+
+    Args:
+        base_model: the chat model to be prompted; None when there is none.
+        encoder: the encoder of the frozen rung; None leaves that rung out.
+    """
     rungs = [constant_rung(split, metric)]
     if metric.form == "label":
         watch.message("Scoring TF-IDF + logistic regression")
         rungs.append(classical_rung(split, metric))
+        if encoder:
+            rungs += frozen_rung(split, metric, engine, encoder, watch)
+    if base_model:
+        rungs += prompt_rungs(split, metric, engine, base_model, max_tokens=max_tokens, watch=watch)
+    return tuple(rungs)
+
+
+def prompt_rungs(
+    split: Split, metric: Metric, engine: Engine, base_model: str, *, max_tokens: int, watch: Watch
+) -> list[Rung]:
+    """The base model with the prompt as it is, and behind the best shots."""
     model = ModelRef(base_model=base_model)
 
     def ask(examples: Sequence[Example], shots: Sequence[Example], stage: str) -> Scores:
@@ -76,14 +102,14 @@ def climb(
             watch.message(f"A prompt with {len(shots)} shots is left out: {error}", level="warn")
             return None
 
-    rungs.append(
+    rungs = [
         Rung(
             name="zero-shot",
             kind="prompt",
             description="the base model with the prompt as it is",
             scores=ask(split.holdout, (), "zero-shot prompt"),
         )
-    )
+    ]
     choosers = _spread(split.valid, CHOOSERS, split.seed)
     best: tuple[float, tuple[Example, ...]] = (-1.0, ())
     for shots in candidate_shots(split, metric):
@@ -105,7 +131,7 @@ def climb(
                 scores=scores,
             )
         )
-    return tuple(rungs)
+    return rungs
 
 
 def constant_rung(split: Split, metric: Metric) -> Rung:
@@ -141,6 +167,37 @@ def classical_rung(split: Split, metric: Metric) -> Rung:
         description="TF-IDF of words and word pairs + logistic regression: milliseconds, no language model",
         scores=score_answers(metric, split.holdout, answers),
     )
+
+
+def frozen_rung(split: Split, metric: Metric, engine: Engine, encoder: str, watch: Watch) -> list[Rung]:
+    """An encoder as it is with logistic regression on its vectors, trained on train alone. Nothing, when a text
+    is longer than the encoder reads."""
+    from sklearn.linear_model import LogisticRegression
+
+    with_system = varies_in_system([example.prompt for example in split.train])
+
+    def vectors(examples: Sequence[Example]) -> list[list[float]]:
+        texts = [text_of(example.prompt, with_system=with_system) for example in examples]
+        return engine.embed(encoder, texts)
+
+    watch.message(f"Scoring the frozen encoder {encoder} + logistic regression")
+    try:
+        seen, asked = vectors(split.train), vectors(split.holdout)
+    except ContextLengthExceeded as error:
+        watch.message(f"The frozen encoder is left out: {error}", level="warn")
+        return []
+    targets = [example.target for example in split.train]
+    if len(set(targets)) < 2:
+        return []
+    model = LogisticRegression(C=FROZEN_C, max_iter=1000).fit(seen, targets)
+    return [
+        Rung(
+            name="frozen-encoder",
+            kind="classical",
+            description=f"{encoder} as it is + logistic regression on its vectors: seconds, nothing of it is trained",
+            scores=score_answers(metric, split.holdout, [str(answer) for answer in model.predict(asked)]),
+        )
+    ]
 
 
 def candidate_shots(split: Split, metric: Metric) -> list[tuple[Example, ...]]:

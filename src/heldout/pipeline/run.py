@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
 from heldout.pipeline import crossfit, ladder, report
 from heldout.pipeline.checks import Parts, check
+from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
@@ -22,7 +24,7 @@ from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.split import SMALL, Folds, is_small, split_dataset, split_into_folds
-from heldout.pipeline.training import Adapter, Trainer
+from heldout.pipeline.training import Adapter, ModelFacts, Trainer
 from heldout.pipeline.types import Dataset, Finding, Split
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Watch
@@ -78,12 +80,14 @@ class Made:
 def run_job(request: Request, tools: Tools) -> Outcome:
     """Check, make a model and measure it, judge, report."""
     started = time.monotonic()
-    parts, findings = check_files(request)
+    facts = tools.trainer.facts(request.base_model)
+    parts, findings = check_files(request, facts.kind)
+    findings += check_lengths(parts, request, facts, tools.engine)
     refuse_errors(request, findings)
     tell_findings(findings, tools.watch)
 
     few = parts.holdout is None and is_small(parts.train)
-    made = (make_by_crossfit if few else make_by_holdout)(request, parts, tools)
+    made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
     verdict = decide(made.rungs, made.tuned, made.crossfit)
     outcome = Outcome(
@@ -103,17 +107,17 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     return outcome
 
 
-def make_by_holdout(request: Request, parts: Parts, tools: Tools) -> Made:
+def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
     """Split, score the cheaper rungs, plan, train, prove, evaluate."""
     split, left_out = split_dataset(parts.train, parts.valid, parts.holdout, seed=request.seed)
-    metric = choose_metric([example.target for example in split.train])
+    metric = choose_metric([example.target for example in parts.train.examples])
     tell_findings(left_out, tools.watch)
     tell_split(split, metric, tools.watch)
 
     max_tokens = answer_room(tools.engine, request.base_model, split)
-    plan = make_plan(request.hyperparameters, split, tools.trainer.facts(request.base_model), seed=request.seed)
+    plan = make_plan(request.hyperparameters, split, facts, seed=request.seed)
     tools.watch.planned(plan)
-    rungs = ladder.climb(split, metric, tools.engine, request.base_model, max_tokens=max_tokens, watch=tools.watch)
+    rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
     tell_rungs(rungs, "the holdout", tools.watch)
 
     adapter = train(plan, split, request, tools, directory=request.directory)
@@ -127,7 +131,7 @@ def make_by_holdout(request: Request, parts: Parts, tools: Tools) -> Made:
     return Made(split=split, left_out=left_out, rungs=rungs, plan=plan, adapter=adapter, tuned=tuned)
 
 
-def make_by_crossfit(request: Request, parts: Parts, tools: Tools) -> Made:
+def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
     """Every fold goes through the stages of `make_by_holdout`, and the answers of all folds are put together.
     Then the model that is served is trained on all rows and proven."""
     folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed)
@@ -135,10 +139,9 @@ def make_by_crossfit(request: Request, parts: Parts, tools: Tools) -> Made:
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)
 
-    facts = tools.trainer.facts(request.base_model)
     plans = [make_plan(request.hyperparameters, split, facts, seed=request.seed) for split in folds.splits]
     tools.watch.planned(plans[0])  # the others differ by a row or two
-    rungs = climb_folds(folds, metric, request, tools)
+    rungs = climb_folds(folds, metric, request, facts, tools)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
 
     fitted = fit_folds(folds, plans, metric, request, tools)
@@ -157,7 +160,23 @@ def make_by_crossfit(request: Request, parts: Parts, tools: Tools) -> Made:
     )
 
 
-def climb_folds(folds: Folds, metric: Metric, request: Request, tools: Tools) -> tuple[Rung, ...]:
+def climb(
+    split: Split, metric: Metric, request: Request, facts: ModelFacts, tools: Tools, *, max_tokens: int
+) -> tuple[Rung, ...]:
+    """The cheaper rungs that this base model leaves room for: an encoder cannot be prompted."""
+    is_encoder = facts.kind == catalogue.ENCODER
+    return ladder.climb(
+        split,
+        metric,
+        tools.engine,
+        None if is_encoder else request.base_model,
+        encoder=request.base_model if is_encoder else catalogue.bundled_encoder(),
+        max_tokens=max_tokens,
+        watch=tools.watch,
+    )
+
+
+def climb_folds(folds: Folds, metric: Metric, request: Request, facts: ModelFacts, tools: Tools) -> tuple[Rung, ...]:
     """The cheaper rungs on the rows that the tuned models will answer. What is chosen or fitted is so in each
     fold by that fold's train and valid alone."""
     ladders = []
@@ -165,14 +184,9 @@ def climb_folds(folds: Folds, metric: Metric, request: Request, tools: Tools) ->
         directory = request.directory / f"fold-{number}"
         rungs = crossfit.read_ladder(directory, split, metric)
         if rungs is None:
-            rungs = ladder.climb(
-                split,
-                metric,
-                tools.engine,
-                request.base_model,
-                max_tokens=answer_room(tools.engine, request.base_model, split),
-                watch=FoldWatch(tools.watch, number, len(folds.splits)),
-            )
+            max_tokens = answer_room(tools.engine, request.base_model, split)
+            in_fold = replace(tools, watch=FoldWatch(tools.watch, number, len(folds.splits)))
+            rungs = climb(split, metric, request, facts, in_fold, max_tokens=max_tokens)
             crossfit.write_ladder(directory, split, rungs)
         ladders.append(rungs)
     return crossfit.pool_rungs(ladders, tools.watch)
@@ -224,14 +238,23 @@ def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, dire
     return adapter
 
 
-def check_files(request: Request) -> tuple[Parts, tuple[Finding, ...]]:
-    """Read every file and look at all of them together; every problem is in the findings."""
+def check_files(request: Request, kind: str | None = None) -> tuple[Parts, tuple[Finding, ...]]:
+    """Read every file and look at all of them together; every problem is in the findings. `kind` is the base
+    model's, None where it is not known yet."""
     train, findings = _read(request.training)
     valid, valid_findings = _read(request.validation) if request.validation else (None, ())
     holdout, holdout_findings = _read(request.holdout) if request.holdout else (None, ())
     assert train is not None
     parts = Parts(train=train, valid=valid, holdout=holdout)
-    return parts, (*findings, *valid_findings, *holdout_findings, *check(parts))
+    return parts, (*findings, *valid_findings, *holdout_findings, *check(parts, kind))
+
+
+def check_lengths(parts: Parts, request: Request, facts: ModelFacts, engine: Engine) -> tuple[Finding, ...]:
+    """Texts that an encoder would have to cut. (Whether a chat model's examples fit, its template decides.)"""
+    if facts.kind != catalogue.ENCODER:
+        return ()
+    limit = min(facts.context, request.hyperparameters.max_length or facts.context)
+    return tuple(find_too_long(parts, lambda texts: engine.count_tokens(request.base_model, texts), limit))
 
 
 def refuse_errors(request: Request, findings: Sequence[Finding]) -> None:

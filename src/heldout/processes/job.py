@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heldout.engine import catalogue
 from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job
@@ -86,7 +87,8 @@ def _work(job: Job, settings: Settings, db: Db, blobs: Blobs, *, check: bool) ->
 def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
     """Look at the files; the job becomes `queued`, or fails with every problem named."""
     request = _request(job, settings, db, blobs)
-    _, findings = check_files(request)
+    kind = catalogue.known_kind(job.base_model, settings.model_aliases)
+    _, findings = check_files(request, kind)
     db.update_job(job.id, attempts=0)
     for file_id in filter(None, (job.training_file, job.validation_file, job.holdout_file)):
         name = _name(db, job, file_id)
