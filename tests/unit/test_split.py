@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,21 @@ def test_an_opening_that_all_conversations_share_is_trained_on_and_not_scored():
     for split in folds.splits:
         assert_disjoint(split)
         assert 1 in lines(split.train)
+
+
+def test_what_an_unscored_row_answers_in_an_earlier_turn_is_not_scored_either():
+    # The others do not learn (weight 0) the answer to "hello", so that "hello" alone could be held out.
+    def row(turns: list[str], weights: tuple[int, ...], line: int) -> Example:
+        return replace(conversation(turns, line), weights=weights)
+
+    opening = ["hello", "hi", "what do you sell", "pots"]
+    others = [row([*opening, f"question {n}", "a"], (0, 0, 0, 1, 0, 1), n) for n in range(3, 63)]
+    rows = (conversation(["hello", "hi"], 1), conversation(opening, 2), *others)
+    folds, findings = split_into_folds(Dataset(name="train.jsonl", examples=rows), None, seed=0)
+    assert removed(findings, "train.jsonl") == [1, 2]
+    for split in folds.splits:
+        assert_disjoint(split)
+        assert {1, 2} <= set(lines(split.train))
 
 
 def test_a_given_validation_file_stops_every_fold_less_what_it_gives_away():
