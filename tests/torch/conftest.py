@@ -16,7 +16,7 @@ from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import sft
-from heldout.train.sft import Trainee
+from heldout.train.sft import ChatTrainee
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row
 
@@ -42,6 +42,8 @@ PLAN = TrainPlan(
     prompt_loss_weight=0.0,
     replay_ratio=0.0,
     max_length=512,
+    micro_tokens=2048,
+    checkpointing=False,
     early_stopping=True,
     patience=4,
     min_delta=0.0,
@@ -66,12 +68,12 @@ def examples(numbers: range) -> tuple[Example, ...]:
 
 
 @pytest.fixture
-def trainee(tiny_model: Path, plan: Callable[..., TrainPlan]) -> Trainee:
+def trainee(tiny_model: Path, plan: Callable[..., TrainPlan]) -> ChatTrainee:
     """The tiny model with an adapter whose B is not zero, so that every gradient path matters."""
     return stirred(sft.build_model(plan(), tiny_model, torch.float32))
 
 
-def stirred(trainee: Trainee) -> Trainee:
+def stirred(trainee: ChatTrainee) -> ChatTrainee:
     """Fill the adapter's zeros with small numbers."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -80,7 +82,7 @@ def stirred(trainee: Trainee) -> Trainee:
     return trainee
 
 
-def gradients(trainee: Trainee) -> torch.Tensor:
+def gradients(trainee: ChatTrainee) -> torch.Tensor:
     """All adapter gradients in one vector; they are cleared."""
     flat = torch.cat([p.grad.flatten() for p in trainee.parameters.values() if p.grad is not None])
     for parameter in trainee.parameters.values():
@@ -93,7 +95,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def plain_loss(trainee: Trainee, tokens: Any) -> torch.Tensor:
+def plain_loss(trainee: ChatTrainee, tokens: Any) -> torch.Tensor:
     """One example the way transformers computes it: alone, causal attention, labels shifted by one;
     the sum over supervised tokens."""
     model = trainee.peft.get_base_model()

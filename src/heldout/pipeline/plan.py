@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from heldout.engine.catalogue import ENCODER
 from heldout.errors import InvalidValue
 from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
 
 if TYPE_CHECKING:
     from heldout.pipeline.training import ModelFacts
     from heldout.pipeline.types import Split
+
+
+#: Packed tokens of a micro-batch where memory is no concern: more are not faster.
+MICRO_TOKENS = 2048
 
 
 class Choice(NamedTuple):
@@ -46,6 +52,8 @@ class TrainPlan:
     prompt_loss_weight: float  # weight of a prompt's token in the loss; an answer's is 1
     replay_ratio: float  # general examples added to train, as a share of it
     max_length: int  # tokens; a longer example is an error, never cut
+    micro_tokens: int  # packed tokens that are computed at once; a step of more is cut into several
+    checkpointing: bool  # layers keep their input only and are computed again in the backward pass
     early_stopping: bool
     patience: int  # validations without improvement before training stops
     # A validation counts as an improvement when its mean loss per example is lower by more than
@@ -67,47 +75,56 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
 
     Raises InvalidValue when the model has too few layers for what was asked.
     """
-    n, n_valid = len(split.train), len(split.valid)
-    batch = _asked(asked.batch_size, lambda: _batch_size(n))
-    if batch.value > n:
-        batch = Choice(n, f"{batch.value} was asked for, but there are only {n} examples")
-    epochs = _epochs(asked, n)
-    steps_per_epoch = math.ceil(n / batch.value)
-    total = steps_per_epoch * epochs.value
-    choices = {
-        "n_epochs": epochs,
-        "batch_size": batch,
-        "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
-        "eval_every": _eval_every(steps_per_epoch, n, n_valid),
-        "max_length": _asked(
-            asked.max_length,
-            lambda: Choice(min(facts.context, 4096), "auto: the model's context, at most 4096"),
-        ),
-        **_rate(asked, facts.hidden_size, batch.value, total),
-        **_adapter(asked, facts.layers),
-        **_regularisation(asked, n),
-        **_stopping(asked),
-        "seed": Choice(seed, "set in the request or drawn with the job"),
-    }
+    if facts.kind == ENCODER:
+        from heldout.pipeline.encoder_plan import encoder_choices  # it builds on this file
+
+        choices = encoder_choices(asked, split, facts)
+    else:
+        choices = _chat_choices(asked, split, facts)
+    choices["seed"] = Choice(seed, "set in the request or drawn with the job")
     return TrainPlan(
         **{name: choice.value for name, choice in choices.items()},
         reasons={name: choice.reason for name, choice in choices.items()},
     )
 
 
+def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> dict[str, Choice]:
+    n, n_valid = len(split.train), len(split.valid)
+    batch = batch_within(asked_or(asked.batch_size, lambda: _batch_size(n)), n)
+    epochs = _epochs(asked, n)
+    steps_per_epoch = math.ceil(n / batch.value)
+    total = steps_per_epoch * epochs.value
+    return {
+        "n_epochs": epochs,
+        "batch_size": batch,
+        "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
+        "eval_every": _eval_every(steps_per_epoch, n, n_valid),
+        "max_length": asked_or(
+            asked.max_length,
+            lambda: Choice(min(facts.context, 4096), "auto: the model's context, at most 4096"),
+        ),
+        "micro_tokens": Choice(MICRO_TOKENS, "fits in memory"),
+        "checkpointing": Choice(False, "not needed: a third more work for less memory"),
+        **_rate(asked, facts.hidden_size, batch.value, total),
+        **_adapter(asked, facts.layers),
+        **_regularisation(asked, n),
+        **stopping(asked),
+    }
+
+
 def _rate(asked: Hyperparameters, hidden_size: int, batch_size: int, total_steps: int) -> dict[str, Choice]:
-    multiplier = _asked(asked.learning_rate_multiplier, lambda: Choice(1.0, "auto: the base rate as it is"))
+    multiplier = asked_or(asked.learning_rate_multiplier, lambda: Choice(1.0, "auto: the base rate as it is"))
     base = _base_rate(hidden_size, batch_size)
-    rate = _asked(
+    rate = asked_or(
         asked.learning_rate, lambda: Choice(base.value * multiplier.value, f"{base.reason}, times the multiplier")
     )
     if asked.lr_search == "light":
         rate = Choice(rate.value, f"{rate.reason}; the middle one of three that are tried")
-    warmup = _asked(asked.warmup_ratio, lambda: Choice(0.06, "auto: a short one"))
+    warmup = asked_or(asked.warmup_ratio, lambda: Choice(0.06, "auto: a short one"))
     return {
         "learning_rate_multiplier": multiplier,
         "learning_rate": rate,
-        "lr_search": _asked(
+        "lr_search": asked_or(
             asked.lr_search, lambda: Choice("off", "auto: trying rates costs most of a second run and fits validation")
         ),
         "warmup_ratio": warmup,
@@ -115,18 +132,18 @@ def _rate(asked: Hyperparameters, hidden_size: int, batch_size: int, total_steps
             min(total_steps, max(5, round(warmup.value * total_steps))) if warmup.value else 0,
             f"{warmup.value:.0%} of the steps, at least 5; then linear to 0" if warmup.value else "no warm-up",
         ),
-        "max_grad_norm": _asked(asked.max_grad_norm, lambda: Choice(1.0, "auto")),
+        "max_grad_norm": asked_or(asked.max_grad_norm, lambda: Choice(1.0, "auto")),
     }
 
 
 def _adapter(asked: Hyperparameters, layers: int) -> dict[str, Choice]:
-    rank = _asked(asked.lora_r, lambda: Choice(16, "auto: capacity is not the limit at this size"))
+    rank = asked_or(asked.lora_r, lambda: Choice(16, "auto: capacity is not the limit at this size"))
     return {
         "lora_r": rank,
-        "lora_alpha": _asked(
+        "lora_alpha": asked_or(
             asked.lora_alpha, lambda: Choice(2.0 * rank.value, "auto: twice lora_r, so the rate carries over")
         ),
-        "target_modules": _asked(
+        "target_modules": asked_or(
             asked.target_modules,
             lambda: Choice(("all-linear",), "auto: attention alone is worse, even with as many parameters"),
         ),
@@ -136,41 +153,50 @@ def _adapter(asked: Hyperparameters, layers: int) -> dict[str, Choice]:
 
 def _regularisation(asked: Hyperparameters, n: int) -> dict[str, Choice]:
     return {
-        "lora_dropout": _asked(asked.lora_dropout, lambda: _dropout(n)),
-        "weight_decay": _asked(asked.weight_decay, lambda: Choice(0.0, "auto: sweeps choose 0 for LoRA")),
-        "label_smoothing": _asked(
+        "lora_dropout": asked_or(asked.lora_dropout, lambda: _dropout(n)),
+        "weight_decay": asked_or(asked.weight_decay, lambda: Choice(0.0, "auto: sweeps choose 0 for LoRA")),
+        "label_smoothing": asked_or(
             asked.label_smoothing, lambda: Choice(0.0, "auto: off; nothing shows that it helps a language model")
         ),
-        "neftune_noise_alpha": _asked(
+        "neftune_noise_alpha": asked_or(
             asked.neftune_noise_alpha,
             lambda: Choice(0.0, "auto: off; where it was measured it changed the style, not the facts"),
         ),
-        "prompt_loss_weight": _asked(
+        "prompt_loss_weight": asked_or(
             asked.prompt_loss_weight,
             lambda: Choice(0.0, "auto: answers only; learning prompts helped with long prompts and short answers"),
         ),
-        "replay_ratio": _asked(
+        "replay_ratio": asked_or(
             asked.replay_ratio, lambda: Choice(0.0, "auto: off until general examples are shown to help")
         ),
     }
 
 
-def _stopping(asked: Hyperparameters) -> dict[str, Choice]:
+def stopping(asked: Hyperparameters) -> dict[str, Choice]:
+    """When training stops: the same for every kind of model."""
     given = asked.min_delta is not None
     return {
-        "early_stopping": _asked(asked.early_stopping, lambda: Choice(True, "auto: validation ends training")),
-        "patience": _asked(
+        "early_stopping": asked_or(asked.early_stopping, lambda: Choice(True, "auto: validation ends training")),
+        "patience": asked_or(
             asked.patience, lambda: Choice(4, "auto: validations without improvement, and at least one epoch")
         ),
-        "min_delta": _asked(asked.min_delta, lambda: Choice(0.0, "auto: min_delta_errors decides")),
+        "min_delta": asked_or(asked.min_delta, lambda: Choice(0.0, "auto: min_delta_errors decides")),
         "min_delta_errors": Choice(0.0, "min_delta was set in the request and decides alone")
         if given
         else Choice(0.5, "auto: half the standard error of the paired difference, so that noise is no improvement"),
     }
 
 
-def _asked(requested: Any, otherwise: Any) -> Choice:
+def asked_or(requested: Any, otherwise: Callable[[], Choice]) -> Choice:
+    """What was asked for, or else the plan's own choice."""
     return otherwise() if requested is None else Choice(requested, "set in the request")
+
+
+def batch_within(batch: Choice, n: int) -> Choice:
+    """A batch has at most all examples."""
+    if batch.value <= n:
+        return batch
+    return Choice(n, f"{batch.value} was asked for, but there are only {n} examples")
 
 
 def _epochs(asked: Hyperparameters, n: int) -> Choice:

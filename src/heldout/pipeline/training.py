@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from heldout.engine.base import Message
 from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.selection import Selection
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Watch
 
@@ -67,7 +68,9 @@ class Adapter:
     seconds: float  # the whole training phase
     peak_memory_bytes: int  # of this process during training
     precision: str  # of the products: "float32" or "bfloat16"
+    learning_rate: float  # the peak rate at the end; below the plan's if training had to start again
     stopped: str  # why training ended, in words
+    selection: Selection  # which checkpoint was taken, and why
     proofs: tuple[Proof, ...]
 
 

@@ -1,81 +1,300 @@
-"""Attention for packed micro-batches: the common prefix once, then every example's own tokens.
+"""Attention for packed micro-batches: every token looks at its own path through the prefix tree.
 
-A packed sequence is `prefix | own tokens of example 1 | own tokens of example 2 | …`. Tokens of the
-prefix attend causally to the prefix; tokens of an example attend to the whole prefix and causally to
-their own example, never to another one. Positions restart after the prefix (`Layout.position_ids`), so
-the result equals running every example alone.
+A packed sequence is a prefix tree written down depth first (train/packing.py). A token attends causally to
+its own segment and to all of the segments above it, never to a sibling. Positions count along the path
+(`Layout.position_ids`), so the result equals running every example alone.
+
+Queries are taken in groups: a shared segment is a group of its own, the segments that belong to one
+example each are padded to rows of one group, bucketed by length. The scores of a group have a column for
+every position above it and then one for every slot of its own.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-IMPLEMENTATION = "heldout_shared_prefix"
+IMPLEMENTATION = "heldout_prefix_tree"
 
 #: Attention weights of one layer that may be kept for the backward pass, in numbers (16 MiB).
 KEPT_SCORES = 1 << 22
+#: Rows of one group differ in length at most by this factor, or by a few tokens.
+SPREAD, FEW = 1.5, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A stretch of the packed sequence whose tokens have the same examples below them."""
+
+    start: int
+    end: int
+    offset: int  # tokens above it on its path
+    ancestors: tuple[int, ...]  # indices of the segments above it, from the root
+    own: bool  # belongs to one example alone
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+class Above(NamedTuple):
+    """Keys [start, end) of the packed sequence are columns [column, …) for rows [first, last) of a group."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+    column: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Queries that are computed together: B rows of S slots with M columns of keys above them."""
+
+    start: int  # of the packed tokens, where the group is one unpadded row
+    gather: torch.Tensor  # [B * S] packed positions, padding filled with a position of the group's first row
+    scatter: torch.Tensor  # [n] the slots that are real, in the order of `packed`
+    packed: torch.Tensor  # [n] packed positions of the real slots
+    rows: int
+    slots: int
+    above: tuple[Above, ...]
+    columns: int  # M
+    hidden: torch.Tensor  # [B, 1, M + S or fewer] or [0]: True at columns above that a row may not see
+    padded: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where each token of one packed sequence belongs.
+    """Where each of the L tokens of one packed sequence belongs."""
 
-    Sizes: P prefix tokens, B examples, S = the longest example's own tokens, L = P + all own tokens.
-    """
-
-    prefix: int
     position_ids: torch.Tensor  # [1, L]
-    gather: torch.Tensor  # [B * S] packed positions of own tokens, padded with position 0
-    scatter: torch.Tensor  # [L - P] where the packed own tokens lie in [B * S]
-    own: torch.Tensor  # [B, S] True where a token is real
-    mask: torch.Tensor  # [B, 1, S, P + S] True where a query may look
+    groups: tuple[Group, ...]
+    segments: tuple[Segment, ...]
 
     @staticmethod
-    def of(prefix: int, lengths: list[int]) -> Layout:
-        """The layout of one packed sequence.
-
-        Args:
-            prefix: tokens shared by all examples (may be 0).
-            lengths: number of own tokens of each example, all at least 1.
-        """
-        longest = max(lengths)
-        steps = torch.arange(longest)
-        own = steps[None, :] < torch.tensor(lengths)[:, None]
-        starts = prefix + torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        gather = torch.where(own, starts[:, None] + steps[None, :], 0)
-        positions = [torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in lengths)]
-        # A padded query looks at the prefix and at padding before it: never at nothing (softmax of
-        # nothing is NaN), and its output is dropped.
-        causal = steps[:, None] >= steps[None, :]
-        mask = F.pad(causal, (prefix, 0), value=True).expand(len(lengths), 1, longest, prefix + longest)
-        return Layout(
-            prefix=prefix,
-            position_ids=torch.cat(positions)[None],
-            gather=gather.flatten(),
-            scatter=own.flatten().nonzero()[:, 0],
-            own=own,
-            mask=mask.contiguous(),
-        )
+    def of(segments: list[Segment]) -> Layout:
+        """The layout of one packed sequence."""
+        positions = [torch.arange(one.offset, one.offset + len(one)) for one in segments]
+        groups = [_group([one], segments) for one in segments if not one.own]
+        groups += [_group(bucket, segments) for bucket in _buckets([one for one in segments if one.own])]
+        return Layout(position_ids=torch.cat(positions)[None], groups=tuple(groups), segments=tuple(segments))
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
+        if self.position_ids.device == device:
+            return self
+
+        def moved(group: Group) -> Group:
+            return replace(
+                group,
+                gather=group.gather.to(device),
+                scatter=group.scatter.to(device),
+                packed=group.packed.to(device),
+                hidden=group.hidden.to(device),
+            )
+
         return Layout(
-            prefix=self.prefix,
             position_ids=self.position_ids.to(device),
-            gather=self.gather.to(device),
-            scatter=self.scatter.to(device),
-            own=self.own.to(device),
-            mask=self.mask.to(device),
+            groups=tuple(moved(group) for group in self.groups),
+            segments=self.segments,
         )
 
+    def scores(self) -> int:
+        """Attention weights of one head."""
+        return sum(group.rows * group.slots * (group.columns + group.slots) for group in self.groups)
 
-def shared_prefix_attention(
+
+def _buckets(segments: list[Segment]) -> list[list[Segment]]:
+    """Segments of similar length together, each bucket in packed order."""
+    buckets: list[list[Segment]] = []
+    for one in sorted(segments, key=len):
+        if buckets and len(one) <= max(SPREAD * len(buckets[-1][0]), len(buckets[-1][0]) + FEW):
+            buckets[-1].append(one)
+        else:
+            buckets.append([one])
+    return [sorted(bucket, key=lambda one: one.start) for bucket in buckets]
+
+
+def _group(rows: list[Segment], segments: list[Segment]) -> Group:
+    slots = max(map(len, rows))
+    steps = torch.arange(slots)
+    starts = torch.tensor([one.start for one in rows])
+    real = steps[None, :] < torch.tensor([len(one) for one in rows])[:, None]
+    positions = starts[:, None] + steps[None, :]
+    columns = max(one.offset for one in rows)
+    hidden = torch.zeros(0)
+    if any(one.offset < columns for one in rows):
+        hidden = torch.arange(columns)[None, None, :] >= torch.tensor([one.offset for one in rows])[:, None, None]
+    above = []
+    for index in sorted({i for one in rows for i in one.ancestors}):
+        # Rows below one segment lie side by side: packed order is depth first.
+        below = [row for row, one in enumerate(rows) if index in one.ancestors]
+        key = segments[index]
+        above.append(Above(below[0], below[-1] + 1, key.start, key.end, key.offset))
+    return Group(
+        start=rows[0].start,
+        gather=torch.where(real, positions, rows[0].start).flatten(),
+        scatter=real.flatten().nonzero()[:, 0],
+        packed=positions[real],
+        rows=len(rows),
+        slots=slots,
+        above=tuple(above),
+        columns=columns,
+        hidden=hidden,
+        padded=not bool(real.all()),
+    )
+
+
+class Kept(NamedTuple):
+    """What the backward pass of one group needs. K kv_heads, B rows, n = slots x queries per key head."""
+
+    q: torch.Tensor  # [K, B, n, d]
+    k: torch.Tensor  # [K, B, S, d]
+    v: torch.Tensor  # [K, B, S, d]
+    weights: torch.Tensor  # [K, B, n, M + S]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
+) -> tuple[torch.Tensor, list[Kept]]:
+    """Attention by plain products; what the backward pass needs is kept.
+
+    Heads that share keys are rows of one product, so keys are never repeated, and what is shared is never
+    copied for an example.
+
+    Args:
+        q: [L, H, d]; k, v: [L, K, d].
+
+    Returns:
+        [L, H, d], and one Kept for each group of the layout.
+    """
+    length, heads, width = q.shape
+    kv_heads = k.shape[1]
+    out = q.new_empty(length, heads, width)
+    kept = []
+    for group in layout.groups:
+        q_own = _queries(q, group, kv_heads)
+        k_own, v_own = _keys(k, group), _keys(v, group)
+        scores = q.new_empty(kv_heads, group.rows, q_own.shape[2], group.columns + group.slots)
+        if len(group.hidden):
+            scores[..., : group.columns] = 0  # what no segment fills is hidden below; it must not be NaN
+        for one in group.above:
+            flat = q_own[:, one.first : one.last].reshape(kv_heads, -1, width)
+            part = scores[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
+            part.copy_(torch.bmm(flat, _stretch(k, one).transpose(1, 2)).view(part.shape))
+        own = scores[..., group.columns :]
+        own.copy_(torch.matmul(q_own, k_own.transpose(2, 3)))
+        by_slot = own.view(kv_heads, group.rows, group.slots, -1, group.slots)
+        by_slot.masked_fill_(_future(group.slots, q.device)[:, None, :], -math.inf)
+        if len(group.hidden):
+            scores[..., : group.columns].masked_fill_(group.hidden, -math.inf)
+        weights = torch.softmax(scores.mul_(scale), dim=-1, dtype=torch.float32).to(q.dtype)
+        result = torch.matmul(weights[..., group.columns :], v_own)
+        for one in group.above:
+            part = weights[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
+            product = torch.bmm(part.reshape(kv_heads, -1, part.shape[-1]), _stretch(v, one))
+            result[:, one.first : one.last] += product.view(kv_heads, one.last - one.first, -1, width)
+        _put(out, result, group)
+        kept.append(Kept(q_own, k_own, v_own, weights))
+    return out, kept
+
+
+def attend_backward(
+    grad: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Kept], layout: Layout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q [L, H, d], k and v [L, K, d], given that of `attend`'s result [L, H, d]."""
+    width, kv_heads = k.shape[2], k.shape[1]
+    # Every position is some group's own once and is written there; what is added to it comes from groups
+    # further down the tree, which come later.
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (grad, k, v))
+    for group, (q_own, k_own, v_own, weights) in zip(layout.groups, kept, strict=True):
+        g_own = _queries(grad, group, kv_heads)
+        d_weights = torch.empty_like(weights)
+        d_weights[..., group.columns :] = torch.matmul(g_own, v_own.transpose(2, 3))
+        if len(group.hidden):
+            d_weights[..., : group.columns] = 0
+        for one in group.above:
+            flat = g_own[:, one.first : one.last].reshape(kv_heads, -1, width)
+            part = d_weights[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
+            part.copy_(torch.bmm(flat, _stretch(v, one).transpose(1, 2)).view(part.shape))
+        d_scores = _softmax_backward(weights, d_weights, scale)
+        if group.padded:  # a padded query was gathered from a real position, and its gradient too
+            real = torch.zeros(group.rows * group.slots, dtype=weights.dtype, device=weights.device)
+            real[group.scatter] = 1
+            shape = (1, group.rows, group.slots, 1, 1)
+            by_slot = (kv_heads, group.rows, group.slots, -1, weights.shape[-1])
+            d_scores = (d_scores.view(by_slot) * real.view(shape)).view_as(d_scores)
+            weights = (weights.view(by_slot) * real.view(shape)).view_as(weights)
+        own = d_scores[..., group.columns :]
+        d_q_own = torch.matmul(own, k_own)
+        _put(d_k, torch.matmul(own.transpose(2, 3), q_own), group)
+        _put(d_v, torch.matmul(weights[..., group.columns :].transpose(2, 3), g_own), group)
+        for one in group.above:
+            rows, columns = slice(one.first, one.last), slice(one.column, one.column + one.end - one.start)
+            s_part = d_scores[:, rows, :, columns].reshape(kv_heads, -1, one.end - one.start)
+            w_part = weights[:, rows, :, columns].reshape(kv_heads, -1, one.end - one.start)
+            d_q_own[:, rows] += torch.bmm(s_part, _stretch(k, one)).view(kv_heads, one.last - one.first, -1, width)
+            flat_q = q_own[:, rows].reshape(kv_heads, -1, width)
+            flat_g = g_own[:, rows].reshape(kv_heads, -1, width)
+            d_k[one.start : one.end] += torch.bmm(s_part.transpose(1, 2), flat_q).transpose(0, 1)
+            d_v[one.start : one.end] += torch.bmm(w_part.transpose(1, 2), flat_g).transpose(0, 1)
+        _put(d_q, d_q_own, group)
+    return d_q, d_k, d_v
+
+
+def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
+    """The same by torch's fused attention, which computes large score matrices again block by block in its
+    backward pass instead of keeping them. Differentiable by autograd; on a GPU one call with a mask."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+
+    def repeat(x: torch.Tensor) -> torch.Tensor:  # [n, K, d] -> [1, H, n, d]
+        x = x.transpose(0, 1)
+        return (x if heads == kv_heads else x.repeat_interleave(heads // kv_heads, dim=0))[None]
+
+    if q.device.type != "cpu":
+        everything = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], repeat(k), repeat(v), attn_mask=_mask(layout).to(q.device), scale=scale
+        )
+        return everything[0].transpose(0, 1)
+    pieces = []
+    for one in layout.segments:
+        path = [*(layout.segments[i] for i in one.ancestors), one]
+        keys = torch.cat([k[part.start : part.end] for part in path])
+        values = torch.cat([v[part.start : part.end] for part in path])
+        queries = q[one.start : one.end].transpose(0, 1)[None]
+        causal = torch.ones(len(one), len(keys), dtype=torch.bool).tril_(len(keys) - len(one))
+        attended = F.scaled_dot_product_attention(queries, repeat(keys), repeat(values), attn_mask=causal, scale=scale)
+        pieces.append(attended[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def keeps_scores(q: torch.Tensor, layout: Layout) -> bool:
+    """True when a layer's attention weights are small enough to be kept for the backward pass."""
+    return q.device.type == "cpu" and q.shape[1] * layout.scores() <= KEPT_SCORES
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
+    ) -> torch.Tensor:
+        out, kept = attend(q, k, v, layout, scale)
+        ctx.save_for_backward(k, v, *(tensor for one in kept for tensor in one))
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        k, v, *saved = ctx.saved_tensors
+        kept = [Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
+        return (*attend_backward(grad.contiguous(), k, v, kept, ctx.layout, ctx.scale), None, None)
+
+
+def prefix_tree_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -100,161 +319,66 @@ def shared_prefix_attention(
         raise ValueError("this model does not hand extra arguments to its attention; it cannot be packed")
     if dropout:
         raise ValueError("attention dropout is not supported in packed training")
-    (batch, longest), prefix = layout.own.shape, layout.prefix
-    if sliding_window is not None and prefix + longest > sliding_window:
-        raise ValueError(f"examples of {prefix + longest} tokens exceed the sliding window of {sliding_window}")
+    longest = int(layout.position_ids.max()) + 1
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(f"examples of {longest} tokens exceed the sliding window of {sliding_window}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = query.shape[1] * (batch * longest * (prefix + longest) + prefix * prefix)
-    # Small scores are kept for the backward pass; large ones are computed again block by block.
-    if query.device.type == "cpu" and query.dtype == torch.float32 and scores <= KEPT_SCORES:
-        return _Attention.apply(query[0], key[0], value[0], layout, scale)[None], None
-    return _flash(query, key, value, layout, scale), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if keeps_scores(q, layout):
+        return _Attention.apply(q, k, v, layout, scale)[None], None
+    return attend_anew(q, k, v, layout, scale)[None], None
 
 
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """By torch's own fused attention, twice: the prefix, and all examples over prefix and themselves."""
-    (batch, longest), prefix = layout.own.shape, layout.prefix
-    groups = query.shape[1] // key.shape[1]
-
-    def own(x: torch.Tensor) -> torch.Tensor:  # [1, h, L, d] -> [B, h, S, d]
-        _, heads, _, width = x.shape
-        return x[0].index_select(1, layout.gather).view(heads, batch, longest, width).transpose(0, 1)
-
-    def repeat(x: torch.Tensor) -> torch.Tensor:  # kv_heads -> heads
-        return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-    def with_prefix(x: torch.Tensor) -> torch.Tensor:  # [B, h, P + S, d]
-        return repeat(torch.cat([x[:, :, :prefix].expand(batch, -1, -1, -1), own(x)], dim=2))
-
-    attended = F.scaled_dot_product_attention(
-        own(query), with_prefix(key), with_prefix(value), attn_mask=layout.mask, scale=scale
-    )
-    packed = attended.transpose(1, 2)[layout.own]  # [L - P, heads, head_dim], in packed order
-    if prefix:
-        head = F.scaled_dot_product_attention(
-            query[:, :, :prefix],
-            repeat(key[:, :, :prefix]),
-            repeat(value[:, :, :prefix]),
-            is_causal=True,
-            scale=scale,
-        )
-        packed = torch.cat([head[0].transpose(0, 1), packed])
-    return packed[None]
+def _queries(q: torch.Tensor, group: Group, kv_heads: int) -> torch.Tensor:
+    """[L, H, d] -> [K, B, S x H / K, d]; a slot's heads of one key head lie side by side."""
+    width = q.shape[2]
+    by_key = q.reshape(q.shape[0], kv_heads, -1).transpose(0, 1)
+    return _taken(by_key, group).view(kv_heads, group.rows, -1, width)
 
 
-class _Attention(torch.autograd.Function):
-    """The same by plain products, with a backward of our own.
-
-    Left to autograd, every slice and gather of a layer comes back as a tensor of zeros to be filled and
-    added; that cost as much as the products. Heads that share keys are rows of one product, so keys are
-    never repeated, and the prefix is never copied for an example.
-
-    Sizes: H heads, K kv_heads, G = H / K, d head_dim; otherwise as in Layout.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
-    ) -> torch.Tensor:
-        (heads, _, width), kv_heads = q.shape, k.shape[0]
-        sizes = _Sizes(layout, heads, kv_heads, width)
-        p = layout.prefix
-        q_own, k_own, v_own = sizes.rows(q, layout), sizes.rows(k, layout), sizes.rows(v, layout)
-        k_pre, v_pre = k[:, :p].contiguous(), v[:, :p].contiguous()
-        scores = q.new_empty(kv_heads, sizes.batch, sizes.group * sizes.longest, p + sizes.longest)
-        if p:
-            scores[..., :p] = torch.bmm(sizes.flat(q_own), k_pre.transpose(1, 2)).view(scores[..., :p].shape)
-        scores[..., p:] = torch.matmul(q_own, k_own.transpose(2, 3))
-        by_query = scores.view(kv_heads, sizes.batch, sizes.group, sizes.longest, -1)
-        by_query[..., p:].masked_fill_(_future(sizes.longest, q.device), -math.inf)
-        weights = torch.softmax(scores.mul_(scale), dim=-1)
-        out_own = torch.matmul(weights[..., p:], v_own)
-        if p:
-            w_pre = weights[..., :p].reshape(kv_heads, -1, p)
-            out_own += torch.bmm(w_pre, v_pre).view_as(out_own)
-        out = q.new_empty(q.shape[1], heads, width)
-        out[p:] = sizes.packed(out_own, layout).transpose(0, 1)
-        w_head = q.new_empty(0)
-        if p:
-            q_pre = q[:, :p].reshape(kv_heads, sizes.group * p, width)
-            head = torch.bmm(q_pre, k_pre.transpose(1, 2)).mul_(scale)
-            head.view(kv_heads, sizes.group, p, p).masked_fill_(_future(p, q.device), -math.inf)
-            w_head = torch.softmax(head, dim=-1)
-            out[:p] = torch.bmm(w_head, v_pre).view(heads, p, width).transpose(0, 1)
-            ctx.save_for_backward(q_own, k_own, v_own, weights, k_pre, v_pre, q_pre, w_head)
-        else:
-            ctx.save_for_backward(q_own, k_own, v_own, weights)
-        ctx.sizes, ctx.layout, ctx.scale = sizes, layout, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        q_own, k_own, v_own, weights, *prefix = ctx.saved_tensors
-        sizes, layout, scale = ctx.sizes, ctx.layout, ctx.scale
-        p, kv_heads = layout.prefix, sizes.kv_heads
-        by_head = grad.transpose(0, 1)  # [H, L, d]
-        g_own = sizes.rows(by_head, layout)
-        d_weights = torch.empty_like(weights)
-        d_weights[..., p:] = torch.matmul(g_own, v_own.transpose(2, 3))
-        if p:
-            k_pre, v_pre, q_pre, w_head = prefix
-            g_flat = sizes.flat(g_own)
-            d_weights[..., :p] = torch.bmm(g_flat, v_pre.transpose(1, 2)).view(d_weights[..., :p].shape)
-        d_scores = _softmax_backward(weights, d_weights, scale)
-        # A padded query was gathered from position 0 and its gradient too: neither may count.
-        if sizes.padded:
-            real = layout.own[None, :, None, :, None]
-            shape = (kv_heads, sizes.batch, sizes.group, sizes.longest, -1)
-            d_scores = (d_scores.view(shape) * real).view_as(d_scores)
-            weights = (weights.view(shape) * real).view_as(weights)
-        d_q = torch.matmul(d_scores[..., p:], k_own)
-        d_k = torch.matmul(d_scores[..., p:].transpose(2, 3), q_own)
-        d_v = torch.matmul(weights[..., p:].transpose(2, 3), g_own)
-        if not p:
-            return (*(sizes.packed(one, layout) for one in (d_q, d_k, d_v)), None, None)
-        s_pre = d_scores[..., :p].reshape(kv_heads, -1, p)
-        w_pre = weights[..., :p].reshape(kv_heads, -1, p)
-        d_q += torch.bmm(s_pre, k_pre).view_as(d_q)
-        g_pre = by_head[:, :p].reshape(kv_heads, sizes.group * p, sizes.width)
-        s_head = _softmax_backward(w_head, torch.bmm(g_pre, v_pre.transpose(1, 2)), scale)
-        d_k_pre = torch.bmm(s_pre.transpose(1, 2), sizes.flat(q_own)).baddbmm_(s_head.transpose(1, 2), q_pre)
-        d_v_pre = torch.bmm(w_pre.transpose(1, 2), g_flat).baddbmm_(w_head.transpose(1, 2), g_pre)
-        d_q_pre = torch.bmm(s_head, k_pre).view(sizes.heads, p, sizes.width)
-        return (
-            torch.cat([d_q_pre, sizes.packed(d_q, layout)], dim=1),
-            torch.cat([d_k_pre, sizes.packed(d_k, layout)], dim=1),
-            torch.cat([d_v_pre, sizes.packed(d_v, layout)], dim=1),
-            None,
-            None,
-        )
+def _keys(k: torch.Tensor, group: Group) -> torch.Tensor:
+    """[L, K, d] -> [K, B, S, d]."""
+    return _taken(k.transpose(0, 1), group).view(k.shape[1], group.rows, group.slots, -1)
 
 
-class _Sizes:
-    """The shapes of one call, and the two moves between packed tokens and rows of examples."""
+def _taken(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """[K, L, w] -> [K, B * S, w], contiguous."""
+    if group.rows == 1:
+        return x[:, group.start : group.start + group.slots].contiguous()
+    return x.index_select(1, group.gather)
 
-    def __init__(self, layout: Layout, heads: int, kv_heads: int, width: int) -> None:
-        self.batch, self.longest = layout.own.shape
-        self.heads, self.kv_heads, self.width = heads, kv_heads, width
-        self.group = heads // kv_heads
-        self.padded = len(layout.scatter) < self.batch * self.longest
 
-    def rows(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """[h, L, d] -> [K, B, (h / K)·S, d], padding filled with whatever lies at position 0."""
-        rows = x.index_select(1, layout.gather).view(self.kv_heads, -1, self.batch, self.longest, self.width)
-        return rows.transpose(1, 2).reshape(self.kv_heads, self.batch, -1, self.width)
+def _put(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
+    """Write [K, B, S x g, d] to the group's positions of `out` [L, K x g, d], padding dropped."""
+    kv_heads = x.shape[0]
+    flat = x.reshape(kv_heads, group.rows * group.slots, -1)
+    target = out.view(out.shape[0], kv_heads, -1)
+    if group.rows == 1:
+        target[group.start : group.start + group.slots] = flat.transpose(0, 1)
+        return
+    if group.padded:
+        flat = flat.index_select(1, group.scatter)
+    target.index_copy_(0, group.packed, flat.transpose(0, 1))
 
-    def packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """[K, B, g·S, d] -> [K·g, L - P, d], padding dropped."""
-        rows = x.reshape(self.kv_heads, self.batch, -1, self.longest, self.width).transpose(1, 2)
-        return rows.reshape(-1, self.batch * self.longest, self.width).index_select(1, layout.scatter)
 
-    def flat(self, x: torch.Tensor) -> torch.Tensor:
-        """[K, B, n, d] -> [K, B·n, d]."""
-        return x.reshape(self.kv_heads, -1, self.width)
+def _stretch(x: torch.Tensor, one: Above) -> torch.Tensor:
+    """[L, K, d] -> [K, n, d]: the keys or values of a segment above."""
+    return x[one.start : one.end].transpose(0, 1)
 
 
 def _future(n: int, device: torch.device) -> torch.Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
+
+
+def _mask(layout: Layout) -> torch.Tensor:
+    """[L, L]: True where a token may look."""
+    length = layout.segments[-1].end
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for one in layout.segments:
+        for above in one.ancestors:
+            mask[one.start : one.end, layout.segments[above].start : layout.segments[above].end] = True
+        mask[one.start : one.end, one.start : one.end] = torch.ones(len(one), len(one), dtype=torch.bool).tril_()
+    return mask
 
 
 def _softmax_backward(weights: torch.Tensor, grad: torch.Tensor, scale: float) -> torch.Tensor:
@@ -263,4 +387,4 @@ def _softmax_backward(weights: torch.Tensor, grad: torch.Tensor, scale: float) -
     return grad.sub_(dot).mul_(weights).mul_(scale)
 
 
-AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)
+AttentionInterface.register(IMPLEMENTATION, prefix_tree_attention)

@@ -1,36 +1,127 @@
-"""Checkpoints on disk: written whole or not at all, read back only when their checksum holds."""
+"""Checkpoints on disk: written whole or not at all, read back only when their checksums hold."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from heldout.train.sft import Trainee
+from heldout.errors import InvalidState
+from heldout.train.method import Trainee
 
 ADAPTER = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
 
-def save(root: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+def save(root: Path, step: int, trainee: Trainee[Any], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
     """Write the checkpoint of `step` below `root`; a reader sees all of it or nothing."""
     folder = root / f"step-{step:06d}"
-    temporary = root / f".writing-{step:06d}"
+    with _written_whole(folder) as temporary:
+        trainee.save(temporary)
+        save_file(_optimizer_tensors(trainee, optimizer), temporary / OPTIMIZER)
+        _write_state(temporary, state)
+    return folder
+
+
+def read(root: Path, step: int) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of `step` and its state. Raises InvalidState when it is missing or damaged."""
+    folder = root / f"step-{step:06d}"
+    try:
+        stored = json.loads((folder / STATE).read_text())
+        state: dict[str, Any] = stored["state"]
+        sound = stored["sha256_of_state"] == _digest(state) and all(
+            _checksum(folder / name) == wanted for name, wanted in stored["sha256"].items()
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidState(f"the checkpoint of step {step} cannot be read: {error}") from error
+    if not sound:
+        raise InvalidState(f"the checkpoint of step {step} is damaged: its checksums do not hold")
+    return folder, state
+
+
+def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest sound checkpoint and its state; a damaged one is passed over."""
+    for step in reversed(steps(root)):
+        with contextlib.suppress(InvalidState):
+            return read(root, step)
+    return None
+
+
+def steps(root: Path, among: Iterable[int] | None = None) -> list[int]:
+    """Steps that have a checkpoint, ascending; of these steps only, if some are given."""
+    found = sorted(int(folder.name.removeprefix("step-")) for folder in root.glob("step-*"))
+    wanted = None if among is None else set(among)
+    return [step for step in found if wanted is None or step in wanted]
+
+
+def rewind(root: Path, step: int, state: dict[str, Any]) -> None:
+    """Make the checkpoint of `step` the newest, with this state. Killed half way, the next process finds the
+    later checkpoints whole and comes to the same decision again."""
+    folder = root / f"step-{step:06d}"
+    _write_state(folder, state)
+    for later in steps(root):
+        if later > step:
+            shutil.rmtree(root / f"step-{later:06d}")
+
+
+def restore(folder: Path, trainee: Trainee[Any], optimizer: torch.optim.Optimizer) -> None:
+    """Put adapter and optimizer back as they were."""
+    trainee.load(folder)
+    tensors = load_file(folder / OPTIMIZER)
+    optimizer.state.clear()
+    for name, parameter in trainee.parameters.items():
+        if f"{name}.step" in tensors:  # the checkpoint of step 0 has no state yet
+            optimizer.state[parameter] = {
+                "step": tensors[f"{name}.step"],
+                "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device),
+                "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device),
+            }
+
+
+def prune(root: Path, keep: set[int]) -> None:
+    """Delete all checkpoints but those of these steps."""
+    for step in steps(root):
+        if step not in keep:
+            shutil.rmtree(root / f"step-{step:06d}")
+
+
+def average(folders: Sequence[Path], target: Path) -> Path:
+    """Write the mean of these checkpoints' adapters to `target`: of every tensor, A and B each by itself."""
+    with _written_whole(target) as temporary:
+        several = [load_file(folder / ADAPTER) for folder in folders]
+        mean = {name: torch.stack([one[name].float() for one in several]).mean(0) for name in several[0]}
+        typed = {name: tensor.to(several[0][name].dtype) for name, tensor in mean.items()}
+        save_file(typed, temporary / ADAPTER, metadata={"format": "pt"})
+        shutil.copy2(folders[0] / CONFIG, temporary / CONFIG)
+    return target
+
+
+def publish(folder: Path, target: Path) -> Path:
+    """Copy a checkpoint's adapter, and nothing else, to `target`."""
+    with _written_whole(target) as temporary:
+        for name in (ADAPTER, CONFIG):
+            shutil.copy2(folder / name, temporary / name)
+    return target
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when everything in it is on the disk."""
+    temporary = folder.parent / f".writing-{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        trainee.peft.save_pretrained(temporary)
-        save_file(_optimizer_tensors(trainee, optimizer), temporary / OPTIMIZER)
-        sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir()) if path.is_file()}
-        (temporary / STATE).write_text(json.dumps({**state, "step": step, "sha256": sums}))
+        yield temporary
         for path in temporary.iterdir():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -40,69 +131,32 @@ def save(root: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimiz
         raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    return folder
 
 
-def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest sound checkpoint and its state; a damaged one is passed over."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        try:
-            state = json.loads((folder / STATE).read_text())
-            if all(_checksum(folder / name) == wanted for name, wanted in state["sha256"].items()):
-                return folder, state
-        except (OSError, ValueError, KeyError):
-            continue
-    return None
-
-
-def restore(folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
-    """Put adapter and optimizer back as they were."""
-    load_adapter(folder, trainee)
-    tensors = load_file(folder / OPTIMIZER)
-    for name, parameter in trainee.parameters.items():
-        optimizer.state[parameter] = {
-            "step": tensors[f"{name}.step"],
-            "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device),
-            "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device),
-        }
-
-
-def load_adapter(folder: Path, trainee: Trainee) -> None:
-    """Put the adapter's weights of a checkpoint into the model."""
-    tensors = load_file(folder / ADAPTER)
-    with torch.no_grad():
-        for name, parameter in trainee.parameters.items():
-            # PEFT leaves the adapter's own name ("default") out of the file.
-            parameter.copy_(tensors[name.replace(".default.", ".")])
-
-
-def prune(root: Path, keep: set[int]) -> None:
-    """Delete all checkpoints but those of these steps."""
-    for folder in root.glob("step-*"):
-        if int(folder.name.removeprefix("step-")) not in keep:
-            shutil.rmtree(folder)
-
-
-def publish(folder: Path, target: Path) -> Path:
-    """Copy a checkpoint's adapter, and nothing else, to `target` in the standard PEFT layout."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != STATE}
+    temporary = folder / f".{STATE}"
     try:
-        for name in (ADAPTER, "adapter_config.json"):
-            shutil.copy2(folder / name, target / name)
+        with temporary.open("w") as file:
+            json.dump({"state": state, "sha256_of_state": _digest(state), "sha256": sums}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / STATE)
     except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return target
 
 
-def _optimizer_tensors(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in trainee.parameters.items():
-            for key, value in optimizer.state[parameter].items():
-                yield f"{name}.{key}", value.contiguous()
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
-    return dict(tensors())
+
+def _optimizer_tensors(trainee: Trainee[Any], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in trainee.parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _checksum(path: Path) -> str:

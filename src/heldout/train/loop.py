@@ -1,4 +1,4 @@
-"""The training loop, in time order: step, report, validate, save, stop."""
+"""The training loop, in time order: step, guard, validate, report, save, stop. The same for every kind of model."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from heldout.engine.template import Tokens
-from heldout.errors import InvalidTrainingFile
+from heldout.errors import InvalidTrainingFile, JobPaused
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Watch
-from heldout.train import checkpoint, sft
-from heldout.train.packing import micro_batches
-from heldout.train.sft import Trainee
+from heldout.train import checkpoint
+from heldout.train.guard import Alarm, Guard
+from heldout.train.method import Trainee
 from heldout.train.stopping import EarlyStopping
 
-#: Packed tokens of one validation pack: no backward, so more fits than in training.
-VALID_TOKENS = 4096
+Row = TypeVar("Row")
 
 
 @dataclass
 class Course:
-    """What a training run has done so far; saved with every checkpoint."""
+    """What a training run has done so far; all of it is saved with every checkpoint."""
 
+    stopping: EarlyStopping
+    guard: Guard
     step: int = 0
     trained_tokens: int = 0
     examples: int = 0
@@ -37,62 +37,114 @@ class Course:
     seconds: float = 0.0  # spent in all
     stopped: str = ""
     curve: list[CurvePoint] = field(default_factory=list)
+    answered: dict[int, list[bool]] = field(default_factory=dict)  # step -> valid examples that were all right
+
+    @staticmethod
+    def of(plan: TrainPlan, examples: int) -> Course:
+        """A run that has not begun."""
+        steps_per_epoch = math.ceil(examples / plan.batch_size)
+        return Course(
+            EarlyStopping(plan.patience, steps_per_epoch, plan.min_delta, plan.min_delta_errors),
+            Guard(plan.learning_rate),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed job needs to go on the same; JSON gives every number back exactly."""
+        return {
+            "step": self.step,
+            "trained_tokens": self.trained_tokens,
+            "examples": self.examples,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+            "curve": [point.as_dict() for point in self.curve],
+            "answered": {str(step): right for step, right in self.answered.items()},
+            "stopping": self.stopping.state(),
+            "guard": self.guard.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        for name in ("step", "trained_tokens", "examples", "step_seconds", "seconds", "stopped"):
+            setattr(self, name, state[name])
+        self.curve = [CurvePoint(**point) for point in state["curve"]]
+        self.answered = {int(step): right for step, right in state["answered"].items()}
+        self.stopping.restore(state["stopping"])
+        self.guard.restore(state["guard"])
+
+
+class Step(NamedTuple):
+    """What one batch said, before its update is applied."""
+
+    loss: float  # mean nats per supervised token
+    accuracy: float  # share of supervised tokens that are the argmax
+    norm: float  # of the gradient, before clipping
+
+
+class Validation(NamedTuple):
+    """One look at valid. Per example, in order."""
+
+    losses: list[float]  # mean nats per supervised token
+    right: list[bool]  # every supervised token is the argmax: greedy decoding would give this answer
+    accuracy: float  # share of all supervised tokens that are the argmax
 
 
 def run(
     plan: TrainPlan,
-    trainee: Trainee,
-    train: Sequence[Tokens],
-    valid: Sequence[Tokens],
+    trainee: Trainee[Row],
+    train: Sequence[Row],
+    valid: Sequence[Row],
     *,
     checkpoints: Path,
     watch: Watch,
-) -> tuple[Course, EarlyStopping]:
-    """Train to the end, from the last checkpoint below `checkpoints` if there is one."""
+) -> Course:
+    """Train to the end, from the last checkpoint below `checkpoints` if there is one.
+
+    Raises InvalidTrainingFile when training breaks down at every learning rate that is tried.
+    """
     optimizer = torch.optim.AdamW(
         trainee.parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
     )
-    steps_per_epoch = math.ceil(len(train) / plan.batch_size)
-    stopping = EarlyStopping(plan.patience, steps_per_epoch, plan.min_delta, plan.min_delta_errors)
-    course = _resume(checkpoints, trainee, optimizer, stopping, watch)
+    course = Course.of(plan, len(train))
+    _resume(checkpoints, trainee, optimizer, course, watch)
     started = time.monotonic() - course.seconds
     while course.step < plan.total_steps and not course.stopped:
-        course.step += 1
-        rows = batch_rows(plan, len(train), course.step)
-        clock = time.perf_counter()
-        train_loss, train_accuracy = train_step(plan, trainee, optimizer, train, rows, course.step)
+        step, clock = course.step + 1, time.perf_counter()
+        rows = [train[row] for row in batch_rows(plan, len(train), step)]
+        found = gradients(trainee, rows, step)
+        if alarm := course.guard.look(
+            step, found.loss, found.norm, checkpoint.steps(checkpoints, course.stopping.steps)
+        ):
+            watch.message(alarm.sentence, level="warn")
+            _start_again(alarm, checkpoints, trainee, optimizer, course)
+            continue
+        update(plan, trainee, optimizer, learning_rate(plan, step, course.guard.learning_rate))
+        course.step = step
         course.step_seconds += time.perf_counter() - clock
         course.examples += len(rows)
-        course.trained_tokens += sum(len(train[row]) for row in rows)
-        ends_epoch = course.step % steps_per_epoch == 0
-        due = (course.step % steps_per_epoch) % plan.eval_every == 0 or course.step == plan.total_steps
-        losses, accuracy = validate(trainee, valid) if due and valid else ([], 0.0)
-        point = CurvePoint(
-            step=course.step,
-            train_loss=train_loss,
-            train_accuracy=train_accuracy,
-            valid_loss=sum(losses) / len(losses) if losses else None,
-            valid_accuracy=accuracy if losses else None,
-        )
-        course.curve.append(point)
-        watch.metrics(point, plan.total_steps)
-        watch.progress("train", course.step, plan.total_steps)
-        if due:
-            stopping.update(course.step, losses)
-            if plan.early_stopping:
-                course.stopped = stopping.reason
-            course.seconds = time.monotonic() - started
-            folder = _save(checkpoints, trainee, optimizer, course, stopping)
-            if ends_epoch:
-                watch.checkpoint(course.step, folder, point.as_dict())
-    if stopping.best_step == 0:
-        raise _diverged(plan, course.step, "no validation loss was a number")
+        course.trained_tokens += sum(map(len, rows))  # type: ignore[arg-type]
+        seen = validate(trainee, valid) if is_due(plan, len(train), step) else None
+        point = _note(course, plan, found, seen)
+        course.seconds = time.monotonic() - started
+        try:
+            watch.metrics(point, plan.total_steps)
+            watch.progress("train", step, plan.total_steps)
+        except JobPaused:
+            _save(checkpoints, trainee, optimizer, course)
+            raise
+        if seen:
+            folder = _save(checkpoints, trainee, optimizer, course)
+            if step % course.stopping.steps_per_epoch == 0:
+                watch.checkpoint(step, folder, point.as_dict())
+    if course.stopping.best_step == 0:
+        raise _diverged(plan, f"no validation loss was a number until step {course.step}")
     course.stopped = course.stopped or (
-        f"all {plan.total_steps} steps taken; keeping step {stopping.best_step}"
-        f"{' with the lowest validation loss' if valid else ', the last'}"
+        f"all {plan.total_steps} steps taken; the lowest validation loss is that of step {course.stopping.best_step}"
+        if valid
+        else f"all {plan.total_steps} steps taken; there are no validation examples, so the last step is kept"
     )
     course.seconds = time.monotonic() - started
-    return course, stopping
+    return course
 
 
 def batch_rows(plan: TrainPlan, n: int, step: int) -> list[int]:
@@ -104,108 +156,119 @@ def batch_rows(plan: TrainPlan, n: int, step: int) -> list[int]:
     return order[within * plan.batch_size : (within + 1) * plan.batch_size]
 
 
-def learning_rate(plan: TrainPlan, step: int) -> float:
-    """Linear warm-up, then linear to 0 just after the last step."""
+def learning_rate(plan: TrainPlan, step: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then linear to 0 just after the last step."""
     if step <= plan.warmup_steps:
-        return plan.learning_rate * step / plan.warmup_steps
+        return peak * step / plan.warmup_steps
     left = plan.total_steps + 1 - step
-    return plan.learning_rate * left / (plan.total_steps + 1 - plan.warmup_steps)
+    return peak * left / (plan.total_steps + 1 - plan.warmup_steps)
 
 
-def train_step(
-    plan: TrainPlan,
-    trainee: Trainee,
-    optimizer: torch.optim.Optimizer,
-    train: Sequence[Tokens],
-    rows: Sequence[int],
-    step: int,
-) -> tuple[float, float]:
-    """One optimizer step; mean loss per supervised token and token accuracy of its batch.
+def is_due(plan: TrainPlan, n: int, step: int) -> bool:
+    """True when valid is looked at after this step: several times an epoch, at its end, and at the very end."""
+    within = step % math.ceil(n / plan.batch_size)
+    return within % plan.eval_every == 0 or step == plan.total_steps
 
-    The mean is over the supervised tokens of the whole batch, however it is cut into packs.
-    """
-    trainee.peft.train()
-    trainee.dropout.start(step)
-    supervised = sum(sum(train[row].supervised[1:]) for row in rows)
-    total, right = 0.0, 0
-    for pack in micro_batches(train, rows):
-        losses = sft.loss(trainee, sft.collate(trainee, [train[row] for row in pack]))
-        loss = losses.nll.sum() / supervised
-        loss.backward()
-        total += float(loss.detach())
-        right += int(losses.right.sum())
-    norm = torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), plan.max_grad_norm)
-    if not (math.isfinite(total) and math.isfinite(float(norm))):
-        raise _diverged(plan, step, f"loss {total}, gradient norm {float(norm)}")
+
+def gradients(trainee: Trainee[Row], rows: Sequence[Row], step: int) -> Step:
+    """Gradients of one batch. The loss is the mean over the weighted predictions of the whole batch, however
+    it is cut into micro-batches; what is reported counts what is to be learned only, without smoothing."""
+    trainee.start(step, rows)
+    weight = sum(trainee.weight(row) for row in rows)
+    nats = right = count = 0.0
+    for number, chosen in enumerate(trainee.micro_batches(rows, training=True)):
+        found = trainee.losses([rows[i] for i in chosen], number)
+        ((found.loss * found.weights).sum() / weight).backward()
+        learned = found.weights == 1
+        nats += float(found.nll[learned].sum())
+        right += float(found.right[learned].sum())
+        count += float(learned.sum())
+    norms = torch._foreach_norm([p.grad for p in trainee.parameters.values() if p.grad is not None])
+    return Step(nats / count, right / count, float(torch.stack(norms).norm()))
+
+
+def update(plan: TrainPlan, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Apply the gradients, clipped, and clear them."""
+    torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), plan.max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(plan, step)
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, right / supervised
-
-
-def _diverged(plan: TrainPlan, step: int, what: str) -> InvalidTrainingFile:
-    return InvalidTrainingFile(
-        f"training diverged at step {step} ({what}): nothing of this step was kept. "
-        f"Try a smaller learning_rate than {plan.learning_rate:g}.",
-        param="hyperparameters.learning_rate",
-    )
 
 
 @torch.no_grad()
-def validate(trainee: Trainee, valid: Sequence[Tokens]) -> tuple[list[float], float]:
-    """Mean loss per supervised token of each example (nats, in order), and token accuracy over all."""
-    trainee.peft.eval()
-    trainee.dropout.stop()
-    losses = [0.0] * len(valid)
-    right = count = 0
-    for rows in micro_batches(valid, range(len(valid)), limit=VALID_TOKENS):
-        pack = sft.collate(trainee, [valid[row] for row in rows])
-        result = sft.loss(trainee, pack)
-        sums = torch.zeros(pack.size, device=result.nll.device).index_add_(0, pack.owners, result.nll)
-        counts = torch.bincount(pack.owners, minlength=pack.size)
-        for row, mean in zip(rows, (sums / counts).tolist(), strict=True):
-            losses[row] = mean
-        right += int(result.right.sum())
-        count += len(result.right)
-    return losses, right / count
+def validate(trainee: Trainee[Row], valid: Sequence[Row]) -> Validation:
+    """Losses of every example; with nothing to look at, nothing."""
+    trainee.stop()
+    losses, right = [0.0] * len(valid), [False] * len(valid)
+    hits = count = 0
+    for rows in trainee.micro_batches(valid, training=False) if valid else []:
+        found = trainee.losses([valid[row] for row in rows])
+        sums = torch.zeros(len(rows), device=found.nll.device).index_add_(0, found.owners, found.nll)
+        wrong = torch.bincount(found.owners[~found.right], minlength=len(rows))
+        counts = torch.bincount(found.owners, minlength=len(rows))
+        for row, mean, misses in zip(rows, (sums / counts).tolist(), wrong.tolist(), strict=True):
+            losses[row], right[row] = mean, misses == 0
+        hits += int(found.right.sum())
+        count += len(found.right)
+    return Validation(losses, right, hits / count if count else 0.0)
 
 
-def _save(
-    root: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, course: Course, stopping: EarlyStopping
-) -> Path:
-    state: dict[str, Any] = {
-        "trained_tokens": course.trained_tokens,
-        "examples": course.examples,
-        "step_seconds": course.step_seconds,
-        "seconds": course.seconds,
-        "stopped": course.stopped,
-        "curve": [point.as_dict() for point in course.curve],
-        "stopping": stopping.state(),
-    }
-    folder = checkpoint.save(root, course.step, trainee, optimizer, state)
-    # The one before stays until this one has proven readable: at the next save.
-    steps = sorted(int(one.name.removeprefix("step-")) for one in root.glob("step-*"))
-    checkpoint.prune(root, {stopping.best_step, *steps[-2:]})
+def _note(course: Course, plan: TrainPlan, found: Step, seen: Validation | None) -> CurvePoint:
+    """Take in a step and what valid said after it; decides whether to stop."""
+    point = CurvePoint(
+        step=course.step,
+        train_loss=found.loss,
+        train_accuracy=found.accuracy,
+        valid_loss=sum(seen.losses) / len(seen.losses) if seen and seen.losses else None,
+        valid_accuracy=seen.accuracy if seen and seen.losses else None,
+    )
+    course.curve.append(point)
+    if seen:
+        course.answered[course.step] = seen.right
+        score = sum(seen.right) / len(seen.right) if seen.right else None
+        course.stopping.update(course.step, seen.losses, score)
+        if plan.early_stopping:
+            course.stopped = course.stopping.reason
+    return point
+
+
+def _save(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course) -> Path:
+    folder = checkpoint.save(root, course.step, trainee, optimizer, course.state())
+    # The one before stays until this one has proven readable: at the next save. A restart may need the first.
+    newest = checkpoint.steps(root)[-2:]
+    checkpoint.prune(root, {0, *course.stopping.keep(), *newest})
     return folder
 
 
-def _resume(
-    root: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, stopping: EarlyStopping, watch: Watch
-) -> Course:
+def _resume(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course, watch: Watch) -> None:
     found = checkpoint.latest(root)
     if found is None:
-        return Course()
+        checkpoint.save(root, 0, trainee, optimizer, course.state())
+        return
     folder, state = found
     checkpoint.restore(folder, trainee, optimizer)
-    stopping.restore(state["stopping"])
-    watch.message(f"Training continues from the checkpoint of step {state['step']}", level="warn")
-    return Course(
-        step=state["step"],
-        trained_tokens=state["trained_tokens"],
-        examples=state["examples"],
-        step_seconds=state["step_seconds"],
-        seconds=state["seconds"],
-        stopped=state["stopped"],
-        curve=[CurvePoint(**point) for point in state["curve"]],
+    course.restore(state)
+    if course.step:
+        watch.message(f"Training continues from the checkpoint of step {course.step}", level="warn")
+
+
+def _start_again(
+    alarm: Alarm, root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course
+) -> None:
+    """Go back to an earlier checkpoint with a smaller learning rate, as if what came after had never been."""
+    if alarm.restart_from is None:
+        raise InvalidTrainingFile(alarm.sentence, param="hyperparameters.learning_rate")
+    folder, state = checkpoint.read(root, alarm.restart_from)
+    state["guard"] = course.guard.state()
+    checkpoint.rewind(root, alarm.restart_from, state)
+    checkpoint.restore(folder, trainee, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    course.restore(state)
+
+
+def _diverged(plan: TrainPlan, what: str) -> InvalidTrainingFile:
+    return InvalidTrainingFile(
+        f"training diverged: {what}. Try a smaller learning_rate than {plan.learning_rate:g}.",
+        param="hyperparameters.learning_rate",
     )

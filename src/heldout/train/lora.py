@@ -1,4 +1,5 @@
-"""LoRA as one operation: PEFT's layers and parameters, our forward and backward.
+"""LoRA as one operation: PEFT's layers and parameters, our forward and backward. For architectures whose
+layers train/block.py does not know.
 
 PEFT computes `W x + s·B(A(dropout(x)))` as half a dozen operations with as many temporaries; most of a
 training step on a CPU is these layers. Here each is one autograd function with the same result.
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+
+from heldout.train.dropout import Dropout
 
 
 class _LoRA(torch.autograd.Function):
@@ -57,51 +60,13 @@ class _LoRA(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
-class Dropout:
-    """Masks for all LoRA layers of a step, cut from one pool of random bits at random offsets.
-
-    Drawing fresh bits for 210 layers took a quarter of a step on two cores; a pool drawn once a step
-    and read at random offsets costs 2 %. Every element is still dropped with probability p, and a
-    step's masks depend on (seed, step) only, so a job that is taken up again draws the same ones.
-    """
-
-    POOL = 1 << 21
-
-    def __init__(self, p: float, seed: int) -> None:
-        self.p, self.seed, self.on = p, seed, False
-        self._pool = torch.empty(0)
-        self._generator = torch.Generator()
-
-    def start(self, step: int) -> None:
-        """Switch dropout on for this step."""
-        self.on = self.p > 0
-        if self.on:
-            self._generator.manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
-            self._fill(max(self.POOL, self._pool.numel()))
-
-    def stop(self) -> None:
-        """Switch dropout off: validation."""
-        self.on = False
-
-    def mask(self, x: torch.Tensor) -> torch.Tensor | None:
-        """A mask in the shape of x flattened to two dimensions: 0, or 1/(1-p)."""
-        if not self.on:
-            return None
-        if self._pool.numel() < 2 * x.numel():
-            self._fill(2 * x.numel())
-        start = int(torch.randint(self._pool.numel() - x.numel(), (1,), generator=self._generator))
-        return self._pool[start : start + x.numel()].view(-1, x.shape[-1]).to(x.device, x.dtype)
-
-    def _fill(self, size: int) -> None:
-        self._pool = (torch.rand(size, generator=self._generator) >= self.p).float().div_(1 - self.p)
-
-
 def fuse(model: torch.nn.Module, dropout: Dropout) -> None:
     """Give every PEFT LoRA layer of `model` our forward. Its parameters and its saved form stay PEFT's."""
 
     def forward(self: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         (name,) = self.active_adapters
         base = self.base_layer
+        flat = x.reshape(-1, x.shape[-1])
         return _LoRA.apply(
             x,
             base.weight,
@@ -109,9 +74,9 @@ def fuse(model: torch.nn.Module, dropout: Dropout) -> None:
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
-            dropout.mask(x),
+            dropout.mask(places[self], len(flat), flat.shape[1], flat),
         )
 
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    places = {module: place for place, module in enumerate(m for m in model.modules() if isinstance(m, Linear))}
+    for module in places:
+        module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]

@@ -1,73 +1,198 @@
-"""Supervised fine-tuning of a chat model: build_model, collate, loss."""
+"""Supervised fine-tuning of a chat model: build_model, tokenize, losses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from heldout.engine import weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidTrainingFile, InvalidValue
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
-from heldout.train import norms
+from heldout.pipeline.watch import Watch
+from heldout.train import head, lora
+from heldout.train.activations import Activations
 from heldout.train.attention import IMPLEMENTATION
-from heldout.train.lora import Dropout, fuse
-from heldout.train.packing import Pack, pack
+from heldout.train.body import Body
+from heldout.train.dropout import Dropout
+from heldout.train.method import Losses
+from heldout.train.packing import Pack, micro_batches, pack
 
-#: Supervised tokens whose logits exist at the same time; bounds the memory of the output head.
-HEAD_CHUNK = 512
+#: Packed tokens of one validation pack: nothing is kept for a backward pass, so more fit than in training.
+VALID_TOKENS = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trainee:
+class ChatTrainee:
     """A base model with a fresh adapter, ready to be trained."""
 
-    peft: Any  # saves and loads the adapter
-    body: Any  # tokens -> hidden states
-    head: torch.nn.Linear  # hidden states -> logits, frozen
-    template: ChatTemplate
-    dropout: Dropout
-    parameters: dict[str, torch.nn.Parameter]  # what is trained, by name
+    def __init__(self, peft: Any, template: ChatTemplate, plan: TrainPlan, activations: Activations | None) -> None:
+        model = peft.get_base_model()
+        self.peft, self.template, self.plan, self.activations = peft, template, plan, activations
+        self.dropout = Dropout(plan.lora_dropout, plan.seed)
+        lora.fuse(peft, self.dropout)
+        self.body = Body(model, self.dropout, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
+        self.head: torch.nn.Linear = model.get_output_embeddings()  # frozen
+        self.parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+        self._widest = max(p.shape[-1] for name, p in self.parameters.items() if ".lora_A." in name)
+        self._step = 0
+        self._training = False
+
+    @property
+    def precision(self) -> str:
+        """See Trainee.precision."""
+        return str(self.head.weight.dtype).removeprefix("torch.")
+
+    @property
+    def description(self) -> str:
+        """See Trainee.description."""
+        plan = self.plan
+        targets = "all linear layers" if plan.target_modules == ("all-linear",) else ", ".join(plan.target_modules)
+        cut = f" above layer {plan.freeze_layers}" if plan.freeze_layers else ""
+        return f"LoRA r={plan.lora_r} on {targets}{cut}"
+
+    @property
+    def size(self) -> int:
+        """See Trainee.size."""
+        return sum(p.numel() for p in self.peft.parameters())
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
 
+    def rows(self, examples: Sequence[Example], part: str) -> list[Tokens]:
+        """See Trainee.rows."""
+        return tokenize(self.template, examples, self.plan.max_length, part)
 
-def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype) -> Trainee:
-    """The base model with LoRA on all linear layers but the head. Adapter weights are fp32."""
+    def prepare(self, rows: Sequence[Tokens], watch: Watch) -> None:
+        """See Trainee.prepare: what leaves the frozen layers."""
+        if self.activations is None:
+            return
+        computed = self.activations.prepare(rows, lambda done, total: watch.progress("frozen layers", done, total))
+        watch.message(
+            f"The {self.plan.freeze_layers} frozen layers are computed once: for {computed} examples now, "
+            f"{len(rows) - computed} were known"
+        )
+
+    def log_prob(self, example: Example) -> float:
+        """See Trainee.log_prob: of the last answer only, which is what a server is asked for."""
+        weights_ = (0,) * (len(example.messages) - 1) + (1,)
+        self.stop()
+        with torch.no_grad():
+            return -float(self.losses([self.template.encode(example.messages, weights_)]).nll.sum())
+
+    def micro_batches(self, rows: Sequence[Tokens], *, training: bool) -> list[list[int]]:
+        """See Trainee.micro_batches: packs of at most so many packed tokens."""
+        limit = self.plan.micro_tokens if training else max(VALID_TOKENS, self.plan.micro_tokens)
+        return micro_batches(rows, range(len(rows)), limit=limit)
+
+    def weight(self, row: Tokens) -> float:
+        """See Trainee.weight."""
+        supervised = sum(row.supervised[1:])
+        return supervised + self.plan.prompt_loss_weight * (len(row) - 1 - supervised)
+
+    def start(self, step: int, rows: Sequence[Tokens]) -> None:
+        """See Trainee.start."""
+        self._step, self._training = step, True
+        packed = max(min(self.plan.micro_tokens, sum(map(len, rows))), *map(len, rows))
+        self.dropout.start(step, self._widest * packed)
+
+    def stop(self) -> None:
+        """See Trainee.stop."""
+        self._training = False
+        self.dropout.stop()
+
+    def losses(self, rows: Sequence[Tokens], number: int = 0) -> Losses:
+        """See Trainee.losses."""
+        plan, training = self.plan, self._training
+        self.dropout.next_pack(number)
+        one = pack(rows, prompt_weight=plan.prompt_loss_weight if training else 0.0).to(self.device)
+        hidden = self.body.above(self._enter(one, rows, number), one)
+        loss, nll, right = head.losses(
+            hidden[one.sources],
+            self.head.weight,
+            one.targets,
+            smoothing=plan.label_smoothing if training else 0.0,
+        )
+        entries = one.entries
+        return Losses(
+            loss=loss[entries],
+            nll=nll[entries],
+            right=right[entries],
+            owners=one.owners,
+            weights=one.weights,
+        )
+
+    def _enter(self, one: Pack, rows: Sequence[Tokens], number: int) -> torch.Tensor:
+        """What enters the first trained layer, [L, h]."""
+        if self.plan.freeze_layers:
+            return self.activations.of(one, rows) if self.activations else self.body.below(one)
+        noise = self.plan.neftune_noise_alpha if self._training else 0.0
+        return self.body.embed(one, noise, hash((self.plan.seed, self._step, number)) % (1 << 62))
+
+    def save(self, folder: Path) -> None:
+        """See Trainee.save: the standard PEFT layout."""
+        self.peft.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """See Trainee.load."""
+        tensors = load_file(folder / "adapter_model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                # PEFT leaves the adapter's own name ("default") out of the file.
+                parameter.copy_(tensors[name.replace(".default.", ".")])
+
+
+def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activations: Path | None = None) -> ChatTrainee:
+    """The base model with LoRA on the plan's modules of the layers above the cut. Adapter weights are fp32.
+
+    Args:
+        activations: folder of cached activations of frozen layers; None computes them every time.
+
+    Raises InvalidValue when the model has none of the target modules, or cannot be cut.
+    """
     model = weights.load_model(folder, precision, IMPLEMENTATION)
     template = ChatTemplate(weights.load_tokenizer(folder))
     torch.manual_seed(plan.seed)  # A starts random, B at zero
-    peft = get_peft_model(
-        model,
-        LoraConfig(
-            r=plan.lora_r,
-            lora_alpha=plan.lora_alpha,  # type: ignore[arg-type]  # a fraction is fine
-            lora_dropout=plan.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
-    dropout = Dropout(plan.lora_dropout, plan.seed)
-    fuse(peft, dropout)
-    norms.fuse(model)
-    return Trainee(
-        peft=peft,
-        body=model.base_model,
-        head=model.get_output_embeddings(),
-        template=template,
-        dropout=dropout,
-        parameters={name: p for name, p in peft.named_parameters() if p.requires_grad},
-    )
+    targets = linear_names(model) if plan.target_modules == ("all-linear",) else list(plan.target_modules)
+    trained = range(plan.freeze_layers, model.config.num_hidden_layers)
+    try:
+        peft = get_peft_model(
+            model,
+            LoraConfig(
+                r=plan.lora_r,
+                lora_alpha=plan.lora_alpha,  # type: ignore[arg-type]  # a fraction is fine
+                lora_dropout=plan.lora_dropout,
+                target_modules=targets,
+                layers_to_transform=list(trained) if plan.freeze_layers else None,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise InvalidValue(
+            f"target_modules={targets!r} does not fit this model: {error}", param="hyperparameters.target_modules"
+        ) from error
+    trainee = ChatTrainee(peft, template, plan, None)
+    if activations is not None and plan.freeze_layers:
+        trainee.activations = Activations.of_model(activations, trainee.body, folder, precision)
+    return trainee
+
+
+def linear_names(model: Any) -> list[str]:
+    """The names of all linear layers but the output head, as PEFT's "all-linear" means them."""
+    head_ = model.get_output_embeddings()
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head_
+    }
+    return sorted(found)
 
 
 def tokenize(template: ChatTemplate, examples: Sequence[Example], max_length: int, part: str) -> list[Tokens]:
@@ -112,43 +237,3 @@ def _prove(template: ChatTemplate, example: Example, tokens: Tokens, max_length:
         # Templates may trim an answer; they may not change it.
         if template.tokenizer.decode(run[:-1]).strip() != answer.strip():
             raise InvalidValue(f"the labels spell {template.tokenizer.decode(run)!r}, not the answer")
-
-
-def collate(trainee: Trainee, examples: Sequence[Tokens]) -> Pack:
-    """One packed micro-batch on the model's device."""
-    one = pack(examples)
-    device = trainee.device
-    return Pack(
-        ids=one.ids.to(device),
-        layout=one.layout.to(device),
-        sources=one.sources.to(device),
-        targets=one.targets.to(device),
-        owners=one.owners.to(device),
-        size=one.size,
-    )
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Per supervised token of a pack: negative log-likelihood in nats, and whether the argmax is right."""
-
-    nll: torch.Tensor  # [T], with gradient
-    right: torch.Tensor  # [T] bool
-
-
-def loss(trainee: Trainee, batch: Pack) -> Losses:
-    """Run one pack. Logits exist at supervised positions only, a chunk at a time."""
-    hidden = trainee.body(
-        input_ids=batch.ids,
-        position_ids=batch.layout.position_ids,
-        layout=batch.layout,
-        use_cache=False,
-    ).last_hidden_state[0]
-    nll, right = [], []
-    chosen = hidden[batch.sources]
-    for start in range(0, len(batch.targets), HEAD_CHUNK):
-        targets = batch.targets[start : start + HEAD_CHUNK]
-        logits = trainee.head(chosen[start : start + HEAD_CHUNK]).float()
-        nll.append(F.cross_entropy(logits, targets, reduction="none"))
-        right.append(logits.detach().argmax(dim=-1) == targets)
-    return Losses(torch.cat(nll), torch.cat(right))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from heldout.engine import catalogue, weights
 from heldout.errors import ModelNotFound
 from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, ModelFacts, Proof
-from heldout.pipeline.types import Example, Split
+from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Watch
-from heldout.train import checkpoint, loop, sft
+from heldout.train import checkpoint, classifier, loop, search, sft
+from heldout.train.loop import Course
 from heldout.train.memory import PeakMemory, keep_freed_memory
-from heldout.train.sft import Trainee
+from heldout.train.method import Trainee
+
+Row = TypeVar("Row")
 
 #: Conversations whose log-probabilities the serving path must reproduce.
 PROOFS = 8
 
 
 class TorchTrainer:
-    """Trains LoRA adapters in this process."""
+    """Trains adapters of chat models, and classifiers on encoders, in this process."""
 
     def __init__(
         self, *, cache: Path, aliases: dict[str, str], precision: str = "auto", allow_paths: bool = False
@@ -35,6 +41,8 @@ class TorchTrainer:
     def facts(self, base_model: str) -> ModelFacts:
         """See Trainer.facts."""
         folder = self._folder(base_model)
+        if catalogue.kind_of(folder) == catalogue.ENCODER:
+            return classifier.facts(folder, _stored_parameters(folder))
         config = json.loads((folder / "config.json").read_text())
         try:
             return ModelFacts(
@@ -59,21 +67,27 @@ class TorchTrainer:
         cache: Path | None = None,
     ) -> Adapter:
         """See Trainer.train."""
-        checkpoints = directory / "checkpoints"
         keep_freed_memory()
         with PeakMemory() as peak:
-            trainee = sft.build_model(plan, self._folder(base_model), weights.choose_precision(self._precision))
-            train = sft.tokenize(trainee.template, split.train, plan.max_length, "the training data")
-            valid = sft.tokenize(trainee.template, split.valid, plan.max_length, "the validation data")
-            trained = sum(p.numel() for p in trainee.parameters.values())
-            _announce(trainee, trained, plan, watch)
-            course, stopping = loop.run(plan, trainee, train, valid, checkpoints=checkpoints, watch=watch)
-        best = checkpoints / f"step-{stopping.best_step:06d}"
+            trainee = self._build(plan, split, base_model, cache)
+            train = trainee.rows(split.train, "the training data")
+            valid = trainee.rows(split.valid, "the validation data")
+            trained = _announce(trainee, watch)
+            trainee.prepare([*train, *valid], watch)
+            if plan.lr_search == "light":
+                plan = search.learning_rate(plan, trainee, train, valid, directory=directory, watch=watch)
+            course = loop.run(plan, trainee, train, valid, checkpoints=directory / "checkpoints", watch=watch)
+            selection, chosen = choose(trainee, valid, course, checkpoints=directory / "checkpoints")
+        watch.message(selection.reason, data=selection.as_dict())
         # Restored from disk: what is proven below is what was saved.
-        checkpoint.load_adapter(best, trainee)
+        trainee.load(chosen)
+        proofs = [
+            Proof(messages=example.messages, log_prob=trainee.log_prob(example))
+            for example in (split.valid or split.train)[:PROOFS]
+        ]
         return Adapter(
-            directory=checkpoint.publish(best, directory / "adapter"),
-            best_step=stopping.best_step,
+            directory=checkpoint.publish(chosen, directory / "adapter"),
+            best_step=selection.chosen.step,
             last_step=course.step,
             curve=tuple(course.curve),
             trained_tokens=course.trained_tokens,
@@ -81,39 +95,66 @@ class TorchTrainer:
             examples_per_second=course.examples / course.step_seconds,
             seconds=course.seconds,
             peak_memory_bytes=peak.bytes,
-            precision=str(trainee.head.weight.dtype).removeprefix("torch."),
+            precision=trainee.precision,
+            learning_rate=course.guard.learning_rate,
             stopped=course.stopped,
-            proofs=_prove(trainee, (split.valid or split.train)[:PROOFS], plan.max_length),
+            selection=selection,
+            proofs=tuple(proofs),
         )
+
+    def _build(self, plan: TrainPlan, split: Split, base_model: str, cache: Path | None) -> Trainee[Any]:
+        folder = self._folder(base_model)
+        if catalogue.kind_of(folder) == catalogue.ENCODER:
+            return classifier.build_model(plan, folder, split)
+        return sft.build_model(plan, folder, weights.choose_precision(self._precision), cache)
 
     def _folder(self, base_model: str) -> Path:
         source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)
         return weights.prepare(source, self.cache)
 
 
-def _announce(trainee: Trainee, trained: int, plan: TrainPlan, watch: Watch) -> None:
-    total = sum(p.numel() for p in trainee.peft.parameters())
-    precision = str(trainee.head.weight.dtype).removeprefix("torch.")
+def choose(trainee: Trainee[Row], valid: Sequence[Row], course: Course, *, checkpoints: Path) -> tuple[Selection, Path]:
+    """The checkpoint to hand over, and where it lies: the lowest validation loss, the most answers right,
+    the last, or the average of three neighbours, by pipeline/selection.py."""
+    stopping = course.stopping
+    losses = {point.step: point.valid_loss for point in course.curve if point.valid_loss is not None}
+
+    def candidate(kind: Kind, step: int) -> Candidate:
+        right = tuple(map(float, course.answered.get(step, [])))
+        return Candidate(kind=kind, step=step, valid_loss=losses.get(step, 0.0), scores=right)
+
+    candidates = [candidate("best_loss", stopping.best_step)]
+    if valid:
+        candidates.append(candidate("best_metric", stopping.top_step))
+        candidates.append(candidate("last", stopping.steps[-1]))
+    folders = {one.kind: checkpoint.read(checkpoints, one.step)[0] for one in candidates}
+    neighbours = stopping.neighbours()
+    if valid and len(neighbours) == 3:
+        several = [checkpoint.read(checkpoints, step)[0] for step in neighbours]
+        folders["average"] = checkpoint.average(several, checkpoints / "average")
+        trainee.load(folders["average"])
+        seen = loop.validate(trainee, valid)
+        candidates.append(
+            Candidate(
+                kind="average",
+                step=stopping.best_step,
+                valid_loss=sum(seen.losses) / len(seen.losses),
+                scores=tuple(map(float, seen.right)),
+            )
+        )
+    selection = select(candidates, metric="share of answers that are right")
+    return selection, folders[selection.chosen.kind]
+
+
+def _announce(trainee: Trainee[Row], watch: Watch) -> int:
+    """Say what is trained; the number of trained parameters."""
+    trained, total = sum(p.numel() for p in trainee.parameters.values()), trainee.size
     watch.message(
-        f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}): LoRA r={plan.lora_r} on all "
-        f"linear layers, {precision} products, fp32 adapter, {torch.get_num_threads()} threads",
+        f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}): {trainee.description}, "
+        f"{trainee.precision} products, fp32 adapter, {torch.get_num_threads()} threads",
         data={"trained_parameters": trained, "parameters": total, "share": trained / total},
     )
-
-
-def _prove(trainee: Trainee, examples: tuple[Example, ...], max_length: int) -> tuple[Proof, ...]:
-    """What the trainer thinks of a few answers, with the weights that were saved."""
-    proofs = []
-    for example in examples:
-        # The last answer only: that is what a server is asked for.
-        weights_ = (0,) * (len(example.messages) - 1) + (1,)
-        tokens = trainee.template.encode(example.messages, weights_)
-        with torch.no_grad():
-            trainee.peft.eval()
-            trainee.dropout.stop()
-            losses = sft.loss(trainee, sft.collate(trainee, [tokens]))
-        proofs.append(Proof(messages=example.messages, log_prob=-float(losses.nll.sum())))
-    return tuple(proofs)
+    return trained
 
 
 def _stored_parameters(folder: Path) -> int:

@@ -1,0 +1,102 @@
+"""From tokens to hidden states: the embedding, the layers below the cut, the layers that are trained.
+
+Layers below the cut (`freeze_layers`) carry no adapter and nothing random, so what leaves them depends on
+the tokens alone: it is computed once for an example and kept (train/activations.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from heldout.errors import InvalidValue
+from heldout.train import norms
+from heldout.train.attention import Layout
+from heldout.train.block import Block
+from heldout.train.dropout import Dropout
+from heldout.train.packing import Pack
+
+#: Architectures whose layers train/block.py computes as one operation.
+FUSED = ("llama", "mistral", "qwen2")
+#: Those whose layers can at least be walked through one by one; others run as a whole and cannot be cut.
+WALKED = (*FUSED, "qwen3")
+
+
+class Body:
+    """A decoder without its output head. Shapes: L packed tokens, h hidden size."""
+
+    def __init__(self, model: Any, dropout: Dropout, *, cut: int = 0, checkpoint: bool = False) -> None:
+        """Raises InvalidValue when this architecture cannot be cut."""
+        self.model, self.dropout, self.cut, self.checkpoint = model, dropout, cut, checkpoint
+        kind = model.config.model_type
+        if cut and kind not in WALKED:
+            raise InvalidValue(
+                f"freeze_layers={cut} is not supported for models of type {kind!r}; leave it at 0.",
+                param="hyperparameters.freeze_layers",
+            )
+        if checkpoint and kind not in FUSED:
+            raise InvalidValue(f"models of type {kind!r} do not fit: checkpointing is not supported for them.")
+        self._inner = model.base_model
+        self._walks = kind in WALKED
+        self._blocks: list[Block] = []
+        if kind in FUSED and model.config.hidden_act == "silu":
+            self._blocks = [Block.of(layer, index) for index, layer in enumerate(self._inner.layers)]
+        else:
+            norms.fuse(model)
+        window = getattr(model.config, "sliding_window", None)
+        self._window = window if getattr(model.config, "use_sliding_window", True) else None
+
+    def below(self, pack: Pack) -> torch.Tensor:
+        """What enters the first trained layer, [L, h], without gradient."""
+        with torch.no_grad():
+            return self._walk(self._inner.embed_tokens(pack.ids), pack.layout, 0, self.cut, None)
+
+    def embed(self, pack: Pack, noise: float, seed: int) -> torch.Tensor:
+        """Token embeddings [L, h], with uniform noise of NEFTune's size (alpha / sqrt(n h) for n tokens)."""
+        x = self._inner.embed_tokens(pack.ids)
+        if not noise:
+            return x
+        generator = torch.Generator().manual_seed(seed)
+        # What is shared gets the same noise in all examples; n is the mean length of the pack's examples.
+        n = sum(end - start for spans in pack.spans for start, end in spans) / pack.size
+        bound = noise / math.sqrt(n * x.shape[1])
+        drawn = torch.rand(x.shape, generator=generator).mul_(2 * bound).sub_(bound)
+        return x + drawn.to(x.device, x.dtype)
+
+    def above(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """Final hidden states at `pack.rows`, [R, h], from what enters the first trained layer."""
+        if not self._walks:
+            hidden = self._inner(
+                inputs_embeds=x[None], position_ids=pack.layout.position_ids, layout=pack.layout, use_cache=False
+            ).last_hidden_state[0]
+            return hidden[pack.rows]
+        hidden = self._walk(x, pack.layout, self.cut, len(self._inner.layers), pack.rows)
+        return self._inner.norm(hidden)
+
+    def _walk(self, x: torch.Tensor, layout: Layout, first: int, last: int, rows: torch.Tensor | None) -> torch.Tensor:
+        longest = max(one.offset + len(one) for one in layout.segments)
+        if self._window is not None and longest > self._window:
+            raise InvalidValue(f"examples of {longest} tokens exceed the model's sliding window of {self._window}")
+        if first == last:
+            return x
+        angles = self._inner.rotary_emb(x[None], layout.position_ids)
+        if self._blocks:
+            flat = (angles[0][0], angles[1][0])
+            for block in self._blocks[first:last]:
+                # After the last attention only the positions that predict something are of interest.
+                chosen = rows if block is self._blocks[-1] else None
+                x = block(x, layout, flat, self.dropout, rows=chosen, checkpoint=self.checkpoint)
+            return x
+        for layer in self._inner.layers[first:last]:
+            x = layer(
+                x[None],
+                attention_mask=None,
+                position_embeddings=angles,
+                position_ids=layout.position_ids,
+                past_key_values=None,
+                use_cache=False,
+                layout=layout,
+            )[0]
+        return x if rows is None else x[rows]

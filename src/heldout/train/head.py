@@ -1,0 +1,69 @@
+"""The output head's loss without keeping its logits.
+
+The head is frozen, so the gradient of the loss with respect to the hidden states is known as soon as the
+logits are: both are computed chunk by chunk in the forward pass, and no logits outlive their chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+#: Predictions whose logits exist at the same time; bounds the memory of the output head.
+CHUNK = 256
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float, chunk: int
+    ) -> Any:
+        count = len(targets)
+        loss = torch.empty(count, device=hidden.device)
+        plain, right = torch.empty_like(loss), torch.empty(count, dtype=torch.bool, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, count, chunk):
+            part = slice(start, start + chunk)
+            aims = targets[part]
+            logits = torch.mm(hidden[part], weight.t()).float()
+            right[part] = logits.argmax(dim=-1) == aims
+            aimed = logits.gather(1, aims[:, None])[:, 0]
+            mean = logits.mean(dim=-1) if smoothing else aimed
+            highest = logits.amax(dim=-1, keepdim=True)
+            powers = logits.sub_(highest).exp_()
+            sums = powers.sum(dim=-1, keepdim=True)
+            total = (highest + sums.log())[:, 0]
+            plain[part] = total - aimed
+            loss[part] = total - (1 - smoothing) * aimed - smoothing * mean
+            if gradient is not None:
+                # d loss / d logits = softmax - (1 - e) onehot - e / V
+                probabilities = powers.div_(sums)
+                if smoothing:
+                    probabilities.sub_(smoothing / logits.shape[1])
+                probabilities[torch.arange(len(aims), device=aims.device), aims] -= 1 - smoothing
+                gradient[part] = probabilities.to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(plain, right)
+        return loss, plain, right
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None, None, None, None
+
+
+def losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each prediction, without logits kept.
+
+    Args:
+        hidden: [U, h]; weight: [V, h], frozen; targets: [U].
+        smoothing: share e of the target's mass spread evenly over the vocabulary.
+
+    Returns:
+        The loss with smoothing and with gradient, negative log-likelihood without either (nats), and
+        whether the target is the argmax; [U] each.
+    """
+    return _Loss.apply(hidden, weight, targets, smoothing, chunk)
