@@ -51,7 +51,7 @@ def test_a_pause_is_noticed_where_nothing_is_half_done_and_not_in_between(watch:
     [
         ("train", JobPaused(41), "Paused at step 41; resume continues from there"),
         ("train", JobPaused(), "Paused at step 41 of 100; resume continues from the last checkpoint before it"),
-        ("zero-shot prompt", JobPaused(), "Paused at 'zero-shot prompt' (41 of 100); resume starts the scoring again"),
+        ("zero-shot prompt", JobPaused(), "Paused at 'zero-shot prompt' (41 of 100); resume starts this stage again"),
     ],
 )
 def test_a_job_that_comes_to_rest_says_where_it_will_go_on(

@@ -226,7 +226,7 @@ class DbWatch:
         elif stage == "train":
             text = f"Paused at step {done} of {total}; resume continues from the last checkpoint before it"
         elif stage:
-            text = f"Paused at '{stage}' ({done} of {total}); resume starts the scoring again and keeps what is trained"
+            text = f"Paused at '{stage}' ({done} of {total}); resume starts this stage again"
         else:
             text = "Paused before anything was computed"
         self.db.put_back(self.job.id, Event(job_id=self.job.id, message=text))
