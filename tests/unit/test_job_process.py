@@ -50,7 +50,7 @@ def test_a_pause_is_noticed_where_nothing_is_half_done_and_not_in_between(watch:
     ("stage", "pause", "told"),
     [
         ("train", JobPaused(41), "Paused at step 41; resume continues from there"),
-        ("train", JobPaused(), "Paused at step 41 of 100; resume continues from the last checkpoint before it"),
+        ("train", JobPaused(), "Paused at step 41 of 100; resume continues from the last checkpoint"),
         ("zero-shot prompt", JobPaused(), "Paused at 'zero-shot prompt' (41 of 100); resume starts this stage again"),
     ],
 )

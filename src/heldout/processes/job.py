@@ -224,7 +224,7 @@ class DbWatch:
         if pause.step is not None:
             text = f"Paused at step {pause.step}; resume continues from there"
         elif stage == "train":
-            text = f"Paused at step {done} of {total}; resume continues from the last checkpoint before it"
+            text = f"Paused at step {done} of {total}; resume continues from the last checkpoint"
         elif stage:
             text = f"Paused at '{stage}' ({done} of {total}); resume starts this stage again"
         else:
