@@ -44,6 +44,7 @@ PLAN = TrainPlan(
     max_length=512,
     micro_tokens=2048,
     checkpointing=False,
+    predicted_memory_bytes=0,
     early_stopping=True,
     patience=4,
     min_delta=0.0,

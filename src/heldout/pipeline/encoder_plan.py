@@ -47,6 +47,7 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(4096, "padded tokens; a step of short texts is one pass"),
         "checkpointing": Choice(False, "not needed: encoders are small"),
+        "predicted_memory_bytes": Choice(0, "not predicted: encoders are small"),
         **_rate(asked, facts),
         "warmup_ratio": warmup,
         "warmup_steps": Choice(

@@ -54,6 +54,7 @@ class TrainPlan:
     max_length: int  # tokens; a longer example is an error, never cut
     micro_tokens: int  # packed tokens that are computed at once; a step of more is cut into several
     checkpointing: bool  # layers keep their input only and are computed again in the backward pass
+    predicted_memory_bytes: int  # of the job's process at its highest; 0 until the trainer has said
     early_stopping: bool
     patience: int  # validations without improvement before training stops
     # A validation counts as an improvement when its mean loss per example is lower by more than
@@ -105,6 +106,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         ),
         "micro_tokens": Choice(MICRO_TOKENS, "fits in memory"),
         "checkpointing": Choice(False, "not needed: a third more work for less memory"),
+        "predicted_memory_bytes": Choice(0, "not predicted"),
         **_rate(asked, facts.hidden_size, batch.value, total),
         **_adapter(asked, facts.layers),
         **_regularisation(asked, n),

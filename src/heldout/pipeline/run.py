@@ -115,7 +115,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     tell_split(split, metric, tools.watch)
 
     max_tokens = answer_room(tools.engine, request.base_model, split)
-    plan = make_plan(request.hyperparameters, split, facts, seed=request.seed)
+    plan = within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
     tools.watch.planned(plan)
     rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
     tell_rungs(rungs, "the holdout", tools.watch)
@@ -139,7 +139,10 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)
 
-    plans = [make_plan(request.hyperparameters, split, facts, seed=request.seed) for split in folds.splits]
+    plans = [
+        within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
+        for split in folds.splits
+    ]
     tools.watch.planned(plans[0])  # the others differ by a row or two
     rungs = climb_folds(folds, metric, request, facts, tools)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
@@ -149,6 +152,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tell_rungs([tuned], "the rows, out of fold", tools.watch)
 
     plan = crossfit.final_plan(request.hyperparameters, folds.whole, facts, fitted, seed=request.seed)
+    plan = within_memory(plan, folds.whole, request, tools)
     tools.watch.message(f"The model to serve is trained on all {len(folds.whole.train)} rows")
     tools.watch.planned(plan)
     adapter = train(plan, folds.whole, request, tools, directory=request.directory)
@@ -221,6 +225,11 @@ def fit_folds(
         )
         fitted.append(fold)
     return tuple(fitted)
+
+
+def within_memory(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> TrainPlan:
+    """The plan made to fit into memory. Raises InvalidValue when it cannot."""
+    return tools.trainer.fit(plan, split, base_model=request.base_model)
 
 
 def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, directory: Path) -> Adapter:

@@ -81,6 +81,13 @@ class Trainer(Protocol):
         """What the base model is like. Raises ModelNotFound."""
         ...
 
+    def fit(self, plan: TrainPlan, split: Split, *, base_model: str) -> TrainPlan:
+        """The plan with its memory predicted, and micro-batches and checkpointing chosen so that it fits.
+
+        Raises InvalidValue when it cannot, and InvalidTrainingFile as `train` does.
+        """
+        ...
+
     def train(
         self,
         plan: TrainPlan,

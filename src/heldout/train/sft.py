@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from heldout.engine import weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidTrainingFile, InvalidValue
+from heldout.pipeline.memory import Shapes, Sizes
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
 from heldout.pipeline.watch import Watch
@@ -89,7 +90,7 @@ class ChatTrainee:
 
     def micro_batches(self, rows: Sequence[Tokens], *, training: bool) -> list[list[int]]:
         """See Trainee.micro_batches: packs of at most so many packed tokens."""
-        limit = self.plan.micro_tokens if training else max(VALID_TOKENS, self.plan.micro_tokens)
+        limit = self.plan.micro_tokens if training else min(VALID_TOKENS, 2 * self.plan.micro_tokens)
         return micro_batches(rows, range(len(rows)), limit=limit)
 
     def weight(self, row: Tokens) -> float:
@@ -182,6 +183,45 @@ def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activatio
     if activations is not None and plan.freeze_layers:
         trainee.activations = Activations.of_model(activations, trainee.body, folder, precision)
     return trainee
+
+
+def shapes(config: Mapping[str, Any], parameters: int, number: int) -> Shapes:
+    """A base model's sizes from its config.json; `number` is the bytes of a weight."""
+    heads = config["num_attention_heads"]
+    return Shapes(
+        parameters=parameters,
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+        number=number,
+    )
+
+
+def sizes(plan: TrainPlan, model: Shapes, batches: Sequence[Sequence[Tokens]], others: Sequence[Tokens]) -> Sizes:
+    """What memory depends on: of the largest step among `batches`, and of the longest example of all."""
+    q, kv, wide = model.heads * model.head_width, model.kv_heads * model.head_width, model.intermediate
+    names = {
+        "q_proj": model.hidden + q,
+        "k_proj": model.hidden + kv,
+        "v_proj": model.hidden + kv,
+        "o_proj": q + model.hidden,
+        "gate_proj": model.hidden + wide,
+        "up_proj": model.hidden + wide,
+        "down_proj": wide + model.hidden,
+    }
+    targets = names if plan.target_modules == ("all-linear",) else set(plan.target_modules) & set(names)
+    packs = [pack(batch, prompt_weight=plan.prompt_loss_weight) for batch in batches]
+    return Sizes(
+        packed=max(len(one.ids) for one in packs),
+        longest=max(len(row) for rows in (*batches, others) for row in rows),
+        predictions=max(len(one.targets) for one in packs),
+        trained=plan.lora_r * sum(names[name] for name in targets) * (model.layers - plan.freeze_layers),
+        ranks=plan.lora_r * len(targets),
+    )
 
 
 def linear_names(model: Any) -> list[str]:

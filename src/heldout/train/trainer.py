@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from heldout import machine
 from heldout.engine import catalogue, weights
+from heldout.engine.template import ChatTemplate
 from heldout.errors import ModelNotFound
+from heldout.pipeline import memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, ModelFacts, Proof
@@ -31,8 +35,16 @@ class TorchTrainer:
     """Trains adapters of chat models, and classifiers on encoders, in this process."""
 
     def __init__(
-        self, *, cache: Path, aliases: dict[str, str], precision: str = "auto", allow_paths: bool = False
+        self,
+        *,
+        cache: Path,
+        aliases: dict[str, str],
+        precision: str = "auto",
+        allow_paths: bool = False,
+        memory_limit: int = 0,
     ) -> None:
+        """`memory_limit`: bytes this process may fill; 0: what the machine has."""
+        self.memory_limit = memory_limit or machine.memory_bytes()
         self.cache = cache
         self.aliases = aliases
         self.allow_paths = allow_paths
@@ -56,6 +68,21 @@ class TorchTrainer:
                 f"The model in {folder} is not a chat model we can train: {missing} is not in its config.json"
             ) from missing
 
+    def fit(self, plan: TrainPlan, split: Split, *, base_model: str) -> TrainPlan:
+        """See Trainer.fit."""
+        folder = self._folder(base_model)
+        if catalogue.kind_of(folder) == catalogue.ENCODER:
+            return plan
+        template = ChatTemplate(weights.load_tokenizer(folder))
+        rows = sft.tokenize(template, split.train, plan.max_length, "the training data")
+        others = sft.tokenize(template, split.valid, plan.max_length, "the validation data")
+        config = json.loads((folder / "config.json").read_text())
+        number = weights.choose_precision(self._precision).itemsize
+        shapes = sft.shapes(config, _stored_parameters(folder), number)
+        steps = range(1, math.ceil(len(rows) / plan.batch_size) + 1)
+        batches = [[rows[row] for row in loop.batch_rows(plan, len(rows), step)] for step in steps]
+        return memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), self.memory_limit)
+
     def train(
         self,
         plan: TrainPlan,
@@ -67,9 +94,9 @@ class TorchTrainer:
         cache: Path | None = None,
     ) -> Adapter:
         """See Trainer.train."""
-        keep_freed_memory()
         with PeakMemory() as peak:
             trainee = self._build(plan, split, base_model, cache)
+            keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
             valid = trainee.rows(split.valid, "the validation data")
             trained = _announce(trainee, watch)

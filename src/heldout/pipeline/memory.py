@@ -1,0 +1,160 @@
+"""How much memory a training will need, before it starts; and how to make it fit, or why it cannot.
+
+Counted from shapes: what the layers keep for the backward pass (train/block.py lists it), the weights, the
+adapter with its optimizer, the largest block of logits. How close it comes is in docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from heldout.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from heldout.pipeline.plan import TrainPlan
+
+GIB = 1 << 30
+#: The interpreter with torch, transformers and what a job imports besides, measured.
+RUNTIME = 450 << 20
+#: Logits of so many predictions exist at once (train/head.py), so many times over.
+HEAD_ROWS, HEAD_COPIES = 256, 2
+#: What freed and allocated blocks leave unused between them.
+SLACK = 1.05
+#: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
+KEPT_SCORES = 1 << 22
+#: Packed tokens of a validation (fewer with small micro-batches), and cached tokens and rows of an evaluated batch (engine/generate.py).
+VALID_TOKENS, CACHED_TOKENS, CACHED_ROWS = 4096, 4096, 48
+#: A micro-batch is not cut below this many packed tokens: each costs a pass over all weights.
+SMALLEST = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A base model's sizes."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    number: int  # bytes of a weight and of an activation: 4 or 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a plan makes of the examples."""
+
+    packed: int  # tokens of the largest step, packed
+    longest: int  # tokens of the longest example
+    predictions: int  # supervised tokens of the largest step
+    trained: int  # parameters that are trained
+    ranks: int  # ranks of all adapters of a layer together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes at the highest point of a job, by what they are for."""
+
+    weights: int
+    adapter: int  # with gradients and optimizer
+    training: int  # activations of a step
+    evaluation: int  # of a validation, or of answering prompts
+    runtime: int = RUNTIME
+
+    @property
+    def peak(self) -> int:
+        """The most at any time. What a step has freed is used again by a validation."""
+        training = self.adapter + self.training
+        return round(self.runtime + SLACK * (self.weights + max(training, self.evaluation)))
+
+
+def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
+    """The memory of a chat model's training with this plan."""
+    number, packed = shapes.number, max(min(sizes.packed, plan.micro_tokens), sizes.longest)
+    trained_layers = shapes.layers - plan.freeze_layers
+    step = _step(shapes, sizes, packed, trained_layers, checkpointing=plan.checkpointing)
+    predictions = min(sizes.predictions, packed)
+    logits = min(HEAD_ROWS, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
+    cached = CACHED_TOKENS * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
+    answering = cached + _passing(shapes, sizes, CACHED_TOKENS // 8) + CACHED_ROWS * shapes.vocabulary * 4 * 2
+    validated = max(min(VALID_TOKENS, 2 * plan.micro_tokens), sizes.longest)
+    validating = _passing(shapes, sizes, validated) + HEAD_ROWS * shapes.vocabulary * 8
+    return Need(
+        # The place for s B beside every W is part of the weights.
+        weights=(shapes.parameters + sizes.trained // 2) * number,
+        adapter=sizes.trained * 4 * 4,
+        training=step + logits + _dropout_pool(plan, shapes, packed),
+        evaluation=max(validating, answering),
+    )
+
+
+def fit(plan: TrainPlan, shapes: Shapes, sizes: Sizes, limit: int) -> TrainPlan:
+    """The plan with the largest micro-batch that fits into `limit` bytes, checkpointed if it must be.
+
+    Raises InvalidValue when nothing fits.
+    """
+    whole = max(sizes.packed, sizes.longest)
+    for checkpointing in (False, True):
+        tokens = plan.micro_tokens
+        while True:
+            tried = replace(plan, micro_tokens=tokens, checkpointing=checkpointing)
+            need = predict(shapes, sizes, tried)
+            if need.peak <= limit:
+                return _with_reasons(tried, plan, need, limit, whole)
+            if tokens <= max(SMALLEST, sizes.longest):
+                break
+            tokens = min(tokens, whole) // 2
+    raise InvalidValue(
+        f"This job does not fit into memory: it needs {need.peak / GIB:.1f} GiB ({need.weights / GIB:.1f} of them for "
+        f"the weights of the base model, {max(need.training + need.adapter, need.evaluation) / GIB:.1f} for training "
+        f"and evaluation), and {limit / GIB:.1f} GiB may be used (HELDOUT_MEMORY_LIMIT). The longest example has "
+        f"{sizes.longest} tokens. Use a smaller base model, shorter examples, or freeze_layers.",
+        param="model",
+    )
+
+
+def _with_reasons(chosen: TrainPlan, before: TrainPlan, need: Need, limit: int, whole: int) -> TrainPlan:
+    reasons = dict(chosen.reasons)
+    fits = f"{need.peak / GIB:.2f} GiB of {limit / GIB:.1f}"
+    if chosen.micro_tokens < min(before.micro_tokens, whole):
+        reasons["micro_tokens"] = f"a step of {whole} packed tokens is cut into several to need {fits}"
+    if chosen.checkpointing:
+        reasons["checkpointing"] = f"layers are computed twice to need {fits}"
+    reasons["predicted_memory_bytes"] = (
+        f"weights {need.weights / GIB:.2f} GiB, adapter and optimizer {need.adapter / GIB:.2f}, a step "
+        f"{need.training / GIB:.2f}, evaluation {need.evaluation / GIB:.2f}, the rest {need.runtime / GIB:.2f}"
+    )
+    return replace(chosen, predicted_memory_bytes=need.peak, reasons=reasons)
+
+
+def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointing: bool) -> int:
+    """Activations of one step: what every layer keeps, and what the one at work needs besides."""
+    hidden, wide = shapes.hidden, shapes.intermediate
+    q, kv = shapes.heads * shapes.head_width, shapes.kv_heads * shapes.head_width
+    scores = shapes.heads * packed * sizes.longest
+    kept = packed * (
+        hidden  # its input
+        + 2 * (hidden + sizes.ranks)  # both normed inputs with the inner values beside them
+        + hidden  # the residual stream after attention
+        + 2 * (q + 2 * kv)  # q, k and v, and in the groups' order
+        + q  # attention's result
+        + 2 * wide  # gate and up
+    ) + (scores if scores <= KEPT_SCORES else 0)
+    working = packed * (6 * wide + 6 * hidden + 3 * q) + 3 * min(scores, KEPT_SCORES)
+    held = packed * hidden * layers + kept if checkpointing else kept * layers
+    return (held + working) * shapes.number
+
+
+def _passing(shapes: Shapes, sizes: Sizes, tokens: int) -> int:
+    """Activations of one layer when nothing is kept."""
+    q = shapes.heads * shapes.head_width
+    scores = min(3 * shapes.heads * tokens * sizes.longest, 3 * KEPT_SCORES * 4)
+    return (tokens * (5 * shapes.hidden + 4 * q + 4 * shapes.intermediate) + scores) * shapes.number
+
+
+def _dropout_pool(plan: TrainPlan, shapes: Shapes, packed: int) -> int:
+    return max(1 << 21, 2 * packed * shapes.intermediate) * 8 if plan.lora_dropout else 0
