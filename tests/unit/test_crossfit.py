@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from heldout.pipeline.evaluate.scores import Scores, score_answers
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.selection import Candidate, Selection
 from heldout.pipeline.split import split_into_folds
 from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
 from heldout.pipeline.types import Dataset, Split
@@ -35,18 +35,19 @@ def scored(*answers: str) -> Scores:
     return replace(score_answers(METRIC, SPLIT.holdout, given), prompt_tokens=3.5, cut=1)
 
 
-def fold(number: int = 1, *, best_step: int = 6, best_epoch: float = 1.5, per_example: Sequence[float] = ()) -> Fold:
+def fold(number: int = 1, *, best_epoch: float = 1.5, learning_rate: float = 1e-3) -> Fold:
     return Fold(
         number=number,
         train=40,
         valid=10,
-        best_step=best_step,
+        best_step=6,
         best_epoch=best_epoch,
         last_step=9,
+        learning_rate=learning_rate,
         valid_loss=0.25,
         stopped="all 9 steps taken",
         seconds=2.5,
-        scores=rung("tuned", per_example).scores if per_example else scored("red", "nonsense"),
+        scores=scored("red", "nonsense"),
     )
 
 
@@ -207,6 +208,16 @@ def test_the_model_to_serve_trains_as_long_as_the_median_fold_needed(
     assert "nothing is left to choose by" in plan.reasons["early_stopping"]
 
 
+def test_the_model_to_serve_trains_at_the_rate_that_the_folds_ended_with() -> None:
+    asked = Hyperparameters(learning_rate=3e-3, lr_search="light")
+    folds = [fold(learning_rate=rate) for rate in (1e-3, 1e-2, 1e-3, 3e-3, 1e-3)]
+    plan = crossfit.final_plan(asked, whole(80), FACTS, folds, seed=0)
+    assert (plan.learning_rate, plan.lr_search) == (1e-3, "off")
+    assert "0.003 was planned" in plan.reasons["learning_rate"]
+    same = crossfit.final_plan(asked, whole(80), FACTS, [fold(learning_rate=3e-3)] * 5, seed=0)
+    assert same.reasons["learning_rate"] == "set in the request"
+
+
 def test_with_a_validation_file_the_model_to_serve_is_stopped_by_it_as_the_folds_were() -> None:
     asked = Hyperparameters(n_epochs=9)
     split = whole(80, valid=20)
@@ -216,6 +227,7 @@ def test_with_a_validation_file_the_model_to_serve_is_stopped_by_it_as_the_folds
 
 
 def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
+    kept = Candidate(kind="best_loss", step=15, valid_loss=0.75, scores=())
     adapter = Adapter(
         directory=Path("adapter"),
         best_step=15,
@@ -227,13 +239,16 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
         seconds=3.0,
         peak_memory_bytes=1,
         precision="float32",
+        learning_rate=5e-4,
         stopped="stopped",
+        selection=Selection(chosen=kept, reason="the lowest", candidates=(kept,)),
         proofs=(),
     )
     plan = make_plan(Hyperparameters(batch_size=8), SPLIT, FACTS, seed=0)
     made = crossfit.make_fold(2, SPLIT, plan, adapter, scored())
     assert made.best_epoch == 3.0, "five steps an epoch of 40 rows"
     assert (made.number, made.train, made.valid, made.valid_loss) == (2, 40, 10, 0.75)
+    assert made.learning_rate == 5e-4
     assert made.as_dict()["holdout"] == 12
 
 

@@ -174,6 +174,7 @@ def test_a_report_of_a_cross_fitted_job_says_who_was_measured_and_shows_the_fold
         best_step=12,
         best_epoch=1.5,
         last_step=24,
+        learning_rate=1e-3,
         valid_loss=0.125,
         stopped="stopped",
         seconds=1.0,

@@ -106,6 +106,7 @@ def crossfitted(groups: int) -> CrossFit:
         best_step=5,
         best_epoch=1.0,
         last_step=5,
+        learning_rate=1e-3,
         valid_loss=None,
         stopped="",
         seconds=1.0,

@@ -42,6 +42,7 @@ class Fold:
     best_step: int
     best_epoch: float  # best_step in passes over train
     last_step: int
+    learning_rate: float  # the peak rate at the end: what a search chose, or what was left after a new start
     valid_loss: float | None  # nats, at best_step
     stopped: str
     seconds: float  # the training phase
@@ -58,6 +59,7 @@ class Fold:
             "best_step": self.best_step,
             "best_epoch": self.best_epoch,
             "last_step": self.last_step,
+            "learning_rate": self.learning_rate,
             "valid_loss": self.valid_loss,
             "stopped": self.stopped,
             "seconds": self.seconds,
@@ -129,6 +131,7 @@ def make_fold(number: int, split: Split, plan: TrainPlan, adapter: Adapter, scor
         best_step=adapter.best_step,
         best_epoch=adapter.best_step / _steps_per_epoch(plan, split),
         last_step=adapter.last_step,
+        learning_rate=adapter.learning_rate,
         valid_loss=next((point.valid_loss for point in adapter.curve if point.step == adapter.best_step), None),
         stopped=adapter.stopped,
         seconds=adapter.seconds,
@@ -204,12 +207,15 @@ def final_plan(
     """The plan of the model that is served, trained on all rows.
 
     With a validation file of the user's it is trained as the folds were, stopped by that file. Without one
-    nothing is left to stop by: it takes as many epochs as the folds' best checkpoints did, in the median.
+    nothing is left to stop by: it takes as many epochs as the folds' best checkpoints did, in the median, at
+    the median of the rates that the folds ended with.
     """
     if whole.valid:
         return make_plan(asked, whole, facts, seed=seed)
     epochs = statistics.median(fold.best_epoch for fold in folds)
-    plan = make_plan(replace(asked, n_epochs=max(1, math.ceil(epochs))), whole, facts, seed=seed)
+    n_epochs = max(1, math.ceil(epochs))
+    plan = make_plan(replace(asked, n_epochs=n_epochs, lr_search="off"), whole, facts, seed=seed)
+    rate = statistics.median(fold.learning_rate for fold in folds)
     steps = max(1, round(epochs * _steps_per_epoch(plan, whole)))
     best = ", ".join(f"{fold.best_epoch:.2g}" for fold in folds)
     why = f"the median of the folds' best ({best}) is {epochs:.2g} epochs"
@@ -218,14 +224,19 @@ def final_plan(
         plan,
         total_steps=steps,
         warmup_steps=min(plan.warmup_steps, steps),
+        learning_rate=rate,
         early_stopping=False,
-        lr_search="off",
         reasons={
             **plan.reasons,
             "n_epochs": f"{why}, begun ones counted",
             "total_steps": f"{why}, of {_steps_per_epoch(plan, whole)} steps each",
             "early_stopping": f"{nothing}; the folds found out when to stop",
             "lr_search": nothing,
+            "learning_rate": (
+                plan.reasons["learning_rate"]
+                if rate == plan.learning_rate
+                else f"the median of the rates that the folds ended with; {plan.learning_rate:g} was planned"
+            ),
         },
     )
 
