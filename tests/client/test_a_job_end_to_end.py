@@ -91,9 +91,13 @@ def served(tmp_path: Path, tiny_model: Path) -> Iterator[Served]:
         one.close()
 
 
-def test_the_flow_of_openais_guide_works_with_only_base_url_changed(served: Served, colours: dict[str, Path]) -> None:
+def test_the_flow_of_openais_guide_works_with_only_base_url_changed(served: Served, tmp_path: Path) -> None:
     client = served.client
-    train, valid = served.upload(colours["train"]), served.upload(colours["valid"])
+    parts = {"train": range(40), "valid": range(1000, 1010)}
+    train, valid = (
+        served.upload(write_rows(tmp_path / f"{part}.jsonl", [colour_row(i) for i in numbers]))
+        for part, numbers in parts.items()
+    )
     job = client.fine_tuning.jobs.create(
         training_file=train,
         validation_file=valid,
@@ -136,6 +140,13 @@ def test_the_flow_of_openais_guide_works_with_only_base_url_changed(served: Serv
     verdict = job.model_extra["x_verdict"]
     assert verdict["outcome"] in ("ship", "dont_ship", "inconclusive")
     assert verdict["reasons"]
+    # 40 rows and no holdout file: folds are measured, and a client sees the steps of one training alone.
+    assert (verdict["numbers"]["folds"], verdict["numbers"]["n_holdout"]) == (5, 40)
+    assert "the served model was trained on all rows and was itself not measured" in verdict["reasons"][1]
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100)
+    told = [event.data["step"] for event in events if event.type == "metrics"][::-1]  # type: ignore[index]
+    assert told == list(range(1, len(steps) + 1))
+    assert sum(text.startswith("fold 5 of 5: the best step was") for text in story) == 1
 
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
     assert checkpoints
