@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
+from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import with_shots
-from heldout.pipeline.ladder import CHOOSERS, Rung, candidate_shots, classical_rung, climb, constant_rung
+from heldout.pipeline.ladder import CHOOSERS, Rung, candidate_shots, classical_rung, climb, constant_rung, frozen_rung
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent
 from tests.unit.conftest import example, labelled, split_of
@@ -28,6 +29,7 @@ class Recorder:
     good_at: int = 8
     calls: list[list[list[Message]]] = field(default_factory=list)
     sampled: list[Sampling] = field(default_factory=list)
+    longest: int = 0  # characters of a text it can embed; 0: no limit
 
     def chat(
         self,
@@ -57,6 +59,11 @@ class Recorder:
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]
+
+    def embed(self, encoder: str, texts: Sequence[str]) -> list[list[float]]:
+        if self.longest and max(map(len, texts)) > self.longest:
+            raise ContextLengthExceeded("too long for this encoder")
+        return [[float(label in text) for label in LABELS] for text in texts]
 
     def close(self) -> None: ...
 
@@ -187,6 +194,43 @@ def test_the_classical_rung_learns_from_train_alone() -> None:
     lying = split_of(train, (), rows("holdout", 32, LABELS[::-1]))
     assert classical_rung(lying, metric).scores.answers == tuple(row.target for row in holdout)
     assert classical_rung(lying, metric).scores.mean == 0.0
+
+
+def coloured(part: str, n: int, answers: Sequence[str] = LABELS) -> tuple[Example, ...]:
+    """Rows whose label stands in the text; the answers may be others."""
+    return tuple(example(f"{part} {i} is {LABELS[i % 4]}", answers[i % 4], i + 1) for i in range(n))
+
+
+def test_the_frozen_rung_learns_from_train_alone() -> None:
+    metric = choose_metric(LABELS * 10)
+    train = coloured("train", 40)
+    lying = split_of(train, (), coloured("holdout", 32, LABELS[::-1]))
+    (one,) = frozen_rung(lying, metric, Recorder(lying), "minilm", Silent())
+    assert one.scores.answers == tuple(LABELS[i % 4] for i in range(32))
+    assert (one.name, one.kind) == ("frozen-encoder", "classical")
+    assert one.scores.mean == 0.0
+
+
+def test_a_text_longer_than_the_encoder_reads_leaves_the_frozen_rung_out() -> None:
+    split = split_of(coloured("train", 40), (), coloured("a very long holdout", 32))
+    said: list[str] = []
+
+    class Listening(Silent):
+        def message(self, text: str, **more: Any) -> None:
+            said.append(text)
+
+    engine = Recorder(split, longest=20)
+    assert frozen_rung(split, choose_metric(LABELS * 10), engine, "minilm", Listening()) == []
+    assert said[-1] == "The frozen encoder is left out: too long for this encoder"
+
+
+def test_an_encoder_is_not_prompted() -> None:
+    split = split_of(coloured("train", 40), coloured("valid", 20), coloured("holdout", 32))
+    engine = Recorder(split)
+    metric = choose_metric([row.target for row in split.train])
+    rungs = climb(split, metric, engine, None, encoder="minilm", max_tokens=5, watch=Silent())
+    assert [one.name for one in rungs] == ["constant", "tfidf-logistic", "frozen-encoder"]
+    assert engine.calls == []
 
 
 def test_text_answers_have_no_classical_rung() -> None:
