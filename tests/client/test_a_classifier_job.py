@@ -64,7 +64,7 @@ def test_a_classifier_is_trained_judged_and_asked_as_a_chat_model_is(served: Ser
         (entry,) = choice.logprobs.content or []
         assert entry.token == choice.message.content
         assert bytes(entry.bytes or []).decode() == entry.token
-        assert [one.token for one in entry.top_logprobs][0] == entry.token
+        assert entry.top_logprobs[0].token == entry.token
         assert len(entry.top_logprobs) == 3
         assert 0.25 < math.exp(entry.logprob) <= 1
 
@@ -75,8 +75,8 @@ def test_a_classifier_is_trained_judged_and_asked_as_a_chat_model_is(served: Ser
     told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [one.content[0].logprob for one in told if one.content] == [entry.logprob]
 
+    long: Any = [{"role": "user", "content": "red " * 70}]
     with pytest.raises(openai.BadRequestError, match="maximum context length is 64 tokens") as raised:
-        long: Any = [{"role": "user", "content": "red " * 70}]
         client.chat.completions.create(model=job.fine_tuned_model, messages=long)
     assert raised.value.code == "context_length_exceeded"
 
