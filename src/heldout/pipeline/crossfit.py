@@ -22,7 +22,7 @@ from heldout.pipeline.evaluate.scores import Scores, score_answers
 from heldout.pipeline.evaluate.statistics import mean_interval
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
-from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.plan import TrainPlan, make_plan, steps_per_epoch
 from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
@@ -282,7 +282,7 @@ def write_fold(directory: Path, split: Split, fold: Fold) -> None:
 
 
 def _steps_per_epoch(plan: TrainPlan, split: Split) -> int:
-    return math.ceil(len(split.train) / plan.batch_size)
+    return steps_per_epoch(len(split.train), plan.batch_size, plan.replay_ratio)
 
 
 def _pooled_name(rung: Rung) -> str:

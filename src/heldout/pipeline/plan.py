@@ -74,7 +74,8 @@ class TrainPlan:
 def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: int) -> TrainPlan:
     """Resolve what was asked for. The defaults and their evidence are in docs/design/recipe.md.
 
-    Raises InvalidValue when the model has too few layers for what was asked.
+    Raises InvalidValue when the model has too few layers for what was asked, or when two wishes exclude
+    each other.
     """
     if facts.kind == ENCODER:
         from heldout.pipeline.encoder_plan import encoder_choices  # it builds on this file
@@ -82,6 +83,12 @@ def make_plan(asked: Hyperparameters, split: Split, facts: ModelFacts, *, seed: 
         choices = encoder_choices(asked, split, facts)
     else:
         choices = _chat_choices(asked, split, facts)
+    if choices["freeze_layers"].value and choices["neftune_noise_alpha"].value:
+        raise InvalidValue(
+            "neftune_noise_alpha and freeze_layers exclude each other: the noise enters below the frozen layers, whose "
+            "output is computed once. Leave one of them at 0.",
+            param="hyperparameters.neftune_noise_alpha",
+        )
     choices["seed"] = Choice(seed, "set in the request or drawn with the job")
     return TrainPlan(
         **{name: choice.value for name, choice in choices.items()},
@@ -93,13 +100,16 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
     n, n_valid = len(split.train), len(split.valid)
     batch = batch_within(asked_or(asked.batch_size, lambda: _batch_size(n)), n)
     epochs = _epochs(asked, n)
-    steps_per_epoch = math.ceil(n / batch.value)
-    total = steps_per_epoch * epochs.value
+    regularisation = _regularisation(asked, n)
+    replay_ratio = regularisation["replay_ratio"].value
+    an_epoch = steps_per_epoch(n, batch.value, replay_ratio)
+    total = an_epoch * epochs.value
+    mixed = f" of {n} examples and {replay_rows(replay_ratio, n)} general ones" if replay_ratio else ""
     return {
         "n_epochs": epochs,
         "batch_size": batch,
-        "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
-        "eval_every": _eval_every(steps_per_epoch, n, n_valid),
+        "total_steps": Choice(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
+        "eval_every": _eval_every(an_epoch, n, n_valid),
         "max_length": asked_or(
             asked.max_length,
             lambda: Choice(min(facts.context, 4096), "auto: the model's context, at most 4096"),
@@ -109,7 +119,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         "predicted_memory_bytes": Choice(0, "not predicted"),
         **_rate(asked, facts.hidden_size, batch.value, total),
         **_adapter(asked, facts.layers),
-        **_regularisation(asked, n),
+        **regularisation,
         **stopping(asked),
     }
 
@@ -172,6 +182,16 @@ def _regularisation(asked: Hyperparameters, n: int) -> dict[str, Choice]:
             asked.replay_ratio, lambda: Choice(0.0, "auto: off until general examples are shown to help")
         ),
     }
+
+
+def replay_rows(ratio: float, n: int) -> int:
+    """How many general examples are added to n training examples: at least one, if any were asked for."""
+    return max(1, round(ratio * n)) if ratio else 0
+
+
+def steps_per_epoch(n: int, batch_size: int, replay_ratio: float) -> int:
+    """Steps of one pass over n training examples and the general ones that are added to them."""
+    return math.ceil((n + replay_rows(replay_ratio, n)) / batch_size)
 
 
 def stopping(asked: Hyperparameters) -> dict[str, Choice]:

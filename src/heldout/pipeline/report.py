@@ -10,8 +10,10 @@ from pathlib import Path
 
 from heldout.pipeline import charts
 from heldout.pipeline.crossfit import CrossFit
+from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.training import Adapter, CurvePoint
+from heldout.pipeline.verdict import Verdict
 
 JSON, MARKDOWN, HTML, METRICS = "report.json", "report.md", "report.html", "metrics.csv"
 
@@ -68,6 +70,7 @@ def markdown(outcome: Outcome) -> str:
         )
     lines += [
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
+        *(["", "## General skills", "", skills] if (skills := general_skills(verdict)) else []),
         "",
         "## Training",
         "",
@@ -128,6 +131,7 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 <small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
 <ul>{rungs}</ul>
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
+{f"<h2>General skills</h2><p>{html.escape(skills)}</p>" if (skills := general_skills(verdict)) else ""}
 <h2>Training</h2>
 {charts.losses(adapter.curve, adapter.best_step)}
 <p>{html.escape(adapter.stopped[:1].upper() + adapter.stopped[1:])}.
@@ -155,6 +159,18 @@ def _judged_on(outcome: Outcome) -> str:
     return (
         f"{len(outcome.tuned.scores.per_example)} examples, each answered by the one of "
         f"{len(outcome.crossfit.folds)} models that never saw it"
+    )
+
+
+def general_skills(verdict: Verdict) -> str:
+    """What became of them, if that was measured."""
+    found = verdict.forgetting
+    if found is None:
+        return ""
+    result = f"They dropped: {found.advice}" if found.dropped else "They did not surely drop"
+    return (
+        f"{found.sentence[:1].upper()}{found.sentence[1:]}. {result}. (Dropped means: by more than {MARGIN:g} nats per "
+        f"token, with a probability of at least {SURE:.0%}; it is {found.p_dropped:.1%}.)"
     )
 
 

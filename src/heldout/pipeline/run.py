@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,13 @@ from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
+from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.replay import Replay, replay_examples
 from heldout.pipeline.split import SMALL, Folds, is_small, split_dataset, split_into_folds
 from heldout.pipeline.training import Adapter, ModelFacts, Trainer
 from heldout.pipeline.types import Dataset, Finding, Split
@@ -89,7 +92,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     few = parts.holdout is None and is_small(parts.train)
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
-    verdict = decide(made.rungs, made.tuned, made.crossfit)
+    verdict = decide(made.rungs, made.tuned, made.crossfit, forgetting=forgetting_of(made, request, facts, tools))
     outcome = Outcome(
         verdict=verdict,
         rungs=made.rungs,
@@ -103,6 +106,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         crossfit=made.crossfit,
     )
     report.write(outcome, request.directory)
+    shutil.rmtree(activations(request), ignore_errors=True)  # large, and of use to this job alone
     tools.watch.message(f"Verdict: {verdict.outcome}. {verdict.reasons[0]}", data={"outcome": verdict.outcome})
     return outcome
 
@@ -227,21 +231,47 @@ def fit_folds(
     return tuple(fitted)
 
 
+def activations(request: Request) -> Path:
+    """What frozen layers say of this job's examples, shared by its trainings."""
+    return request.directory / "activations"
+
+
 def within_memory(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> TrainPlan:
     """The plan made to fit into memory. Raises InvalidValue when it cannot."""
-    return tools.trainer.fit(plan, split, base_model=request.base_model)
+    replay = replay_for(plan, split, request, tools)
+    return tools.trainer.fit(plan, mixed(split, replay), base_model=request.base_model)
+
+
+def replay_for(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> Replay:
+    """The general examples to train on beside train; answered at the first call, read from disk after it."""
+    return replay_examples(
+        plan,
+        len(split.train),
+        tools.engine,
+        request.base_model,
+        directory=request.directory,
+        watch=tools.watch,
+    )
+
+
+def mixed(split: Split, replay: Replay) -> Split:
+    """The split as the trainer gets it, and nobody else: shots, rungs and counts are about the user's rows."""
+    return replace(split, train=(*split.train, *replay.examples))
 
 
 def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, directory: Path) -> Adapter:
     """Train in `directory`: the job's own, or a fold's below it."""
+    replay = replay_for(plan, split, request, tools)
+    if replay.examples:
+        tools.watch.message(replay.sentence, data={"examples": len(replay.examples), "different": replay.different})
     tools.engine.close()  # training needs the memory
     adapter = tools.trainer.train(
         plan,
-        split,
+        mixed(split, replay),
         base_model=request.base_model,
         directory=directory,
         watch=tools.watch,
-        cache=request.directory / "activations",
+        cache=activations(request),
     )
     tools.watch.message(f"Training ended: {adapter.stopped}")
     return adapter
@@ -320,6 +350,20 @@ def score_tuned(
         metric,
         max_tokens=max_tokens,
         progress=lambda done, total: tools.watch.progress("tuned model", done, total),
+    )
+
+
+def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools) -> Forgetting | None:
+    """What became of general skills in the served model; an encoder has none."""
+    if facts.kind == catalogue.ENCODER:
+        return None
+    return measure_forgetting(
+        tools.engine,
+        request.base_model,
+        made.adapter.directory,
+        replay_ratio=made.plan.replay_ratio,
+        directory=request.directory,
+        watch=tools.watch,
     )
 
 

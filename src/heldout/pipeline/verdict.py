@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from heldout.pipeline.crossfit import CrossFit
+from heldout.pipeline.evaluate.forgetting import Forgetting
 from heldout.pipeline.evaluate.statistics import AS_GOOD, Comparison, compare
 from heldout.pipeline.ladder import Rung
 
@@ -27,6 +28,7 @@ class Verdict:
     best_baseline: str  # the rung the outcome compares with
     cheapest_as_good: str  # the cheapest rung that is at most 3 points worse than the tuned model
     numbers: dict[str, Any]
+    forgetting: Forgetting | None = None  # a guardrail: told beside the outcome, and does not change it
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report and on the wire."""
@@ -36,10 +38,13 @@ class Verdict:
             "best_baseline": self.best_baseline,
             "cheapest_as_good": self.cheapest_as_good,
             "numbers": self.numbers,
+            "guardrails": {"forgetting": self.forgetting.as_dict()} if self.forgetting else {},
         }
 
 
-def decide(rungs: Sequence[Rung], tuned: Rung, crossfit: CrossFit | None = None) -> Verdict:
+def decide(
+    rungs: Sequence[Rung], tuned: Rung, crossfit: CrossFit | None = None, *, forgetting: Forgetting | None = None
+) -> Verdict:
     """Compare the tuned model with every rung below it, on the same examples: those of a holdout, or, by
     cross-fitting, those that the models of `crossfit` never saw.
 
@@ -57,6 +62,8 @@ def decide(rungs: Sequence[Rung], tuned: Rung, crossfit: CrossFit | None = None)
         reasons.append(_cheaper(as_good, tuned, against[as_good.name]))
     if crossfit:
         reasons.insert(1, crossfit.sentence)
+    if forgetting and forgetting.dropped:
+        reasons.append(f"general skills dropped: {forgetting.sentence}; {forgetting.advice}")
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),
@@ -70,6 +77,7 @@ def decide(rungs: Sequence[Rung], tuned: Rung, crossfit: CrossFit | None = None)
             **comparison.as_dict(),
             "against": {name: one.as_dict() for name, one in against.items()},
         },
+        forgetting=forgetting,
     )
 
 

@@ -1,0 +1,72 @@
+"""The base model's own greedy answers to general prompts: asked once in a job, and kept in its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from heldout.engine.base import Engine, ModelRef, Reply, Sampling
+from heldout.errors import InvalidValue
+from heldout.pipeline.watch import Watch
+
+FILE = "general_answers.json"
+#: Changes when the record on disk does.
+VERSION = 1
+#: An answer of more tokens is cut. Most of the prompts ask for a few words.
+MAX_TOKENS = 64
+
+
+def base_answers(
+    prompts: Sequence[str], engine: Engine, base_model: str, *, directory: Path, watch: Watch
+) -> list[Reply]:
+    """What the base model answers to each prompt, in order.
+
+    What was asked before is read from `directory`, so a job that is taken up again has the same answers.
+    Raises InvalidValue when the answers there are another model's.
+    """
+    path = directory / FILE
+    known = _read(path, base_model)
+    new = [prompt for prompt in prompts if prompt not in known]
+    if new:
+        replies = engine.chat(
+            ModelRef(base_model=base_model),
+            [[{"role": "user", "content": prompt}] for prompt in new],
+            Sampling(max_tokens=MAX_TOKENS),
+            lambda done, total: watch.progress("general prompts", done, total),
+        )
+        known |= dict(zip(new, replies, strict=True))
+        _write(path, base_model, known)
+        watch.kept()
+    return [known[prompt] for prompt in prompts]
+
+
+def is_whole(reply: Reply) -> bool:
+    """True for an answer that the model ended itself; a cut one must not be taken for ended."""
+    return reply.finish_reason == "stop" and bool(reply.text.strip())
+
+
+def _read(path: Path, base_model: str) -> dict[str, Reply]:
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    if (record["version"], record["base_model"], record["max_tokens"]) != (VERSION, base_model, MAX_TOKENS):
+        raise InvalidValue(
+            f"{path} was written by a job with another base model or another version of Heldout; delete it to have "
+            "the general prompts answered again"
+        )
+    return {one["prompt"]: Reply(**one["reply"]) for one in record["answers"]}
+
+
+def _write(path: Path, base_model: str, known: dict[str, Reply]) -> None:
+    """The record is there whole or not at all."""
+    answers = [{"prompt": prompt, "reply": asdict(reply)} for prompt, reply in known.items()]
+    record = {"version": VERSION, "base_model": base_model, "max_tokens": MAX_TOKENS, "answers": answers}
+    temporary = path.with_suffix(".writing")
+    with temporary.open("w") as out:
+        json.dump(record, out)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
