@@ -1,6 +1,6 @@
 """Training speed and memory against a stock trainer, side by side on this machine.
 
-    .venv/bin/python benchmarks/training.py [--task banking12] [--steps 10] [--rounds 3]
+    .venv/bin/python benchmarks/training.py [--tasks banking12 snips-slots disfluency] [--steps 6] [--rounds 1]
 
 Same rows, same bundled model, LoRA r=16 on all linear layers, batch 8. Every contender runs in a process
 of its own, in turns; the table shows medians over the rounds. Steps are timed after two warm-up steps.
@@ -9,6 +9,11 @@ of its own, in turns; the table shows medians over the rounds. Steps are timed a
     trl-default  TRL SFTTrainer as it comes for chat rows: whole-sequence loss, gradient checkpointing, fp32
     trl-best     TRL with prompt/completion rows, no checkpointing, and the faster precision of this machine
     trl-bf16     the same in bfloat16, whatever this machine makes of it
+    trl-liger    (GPU) the same with Liger's kernels, where liger-kernel is installed
+
+"Share of peak" is our matrix products with base weights and the output head, forward and backward, over the
+time of the steps, as a share of what one large matrix product reaches in the same process. Attention,
+adapters and everything that is not a product count as time, not as work.
 """
 
 from __future__ import annotations
@@ -20,67 +25,98 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "tasks"
-EXAMPLES = Path(__file__).parents[1] / "examples"
-MODEL = "smollm2-135m-instruct"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import MODEL, OWN, SHARED, base_folder, examples_of, plan_of, rows_of, trainer
+
+from heldout.pipeline.types import Split
+
 BATCH, WARM = 8, 2
-CONTENDERS = ("heldout", "trl-default", "trl-best", "trl-bf16")
+CONTENDERS = ("heldout", "trl-default", "trl-best", "trl-bf16", "trl-liger")
+TASKS = ("banking12", "snips-slots", "disfluency")
 
 
-def rows_of(task: str) -> list[dict[str, Any]]:
-    path = EXAMPLES / "tickets.train.jsonl" if task == "tickets" else SHARED / task / "train.jsonl"
-    if not path.is_file():
-        sys.exit(f"{path} is not there; use --task tickets for the set that comes with the project")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def file_of(task: str) -> Path:
+    return OWN / "tickets.train.jsonl" if task == "tickets" else SHARED / "tasks" / task / "train.jsonl"
 
 
-def base_folder() -> Path:
-    from heldout.engine import catalogue, weights
-    from heldout.settings import Settings
-
-    return weights.prepare(catalogue.resolve(MODEL, {}), Settings().cache)
-
-
-def run_heldout(task: str, steps: int) -> tuple[float, float]:
-    """Examples per second and the last step's loss."""
+def run_heldout(task: str, steps: int) -> dict[str, float]:
     import torch
 
-    from heldout.engine import weights
-    from heldout.pipeline.hyperparameters import Hyperparameters
-    from heldout.pipeline.plan import make_plan
-    from heldout.pipeline.training import ModelFacts
-    from heldout.pipeline.types import Example, Split
-    from heldout.train import loop, sft
+    from heldout.train import loop
     from heldout.train.memory import keep_freed_memory
 
-    examples = tuple(
-        Example(
-            messages=tuple(row["messages"]),
-            weights=tuple(int(message["role"] == "assistant") for message in row["messages"]),
-            line=line,
-        )
-        for line, row in enumerate(rows_of(task), start=1)
-    )
+    examples = examples_of(file_of(task))
     split = Split(train=examples, valid=examples[:8], holdout=(), seed=0, groups=len(examples))
-    facts = ModelFacts(hidden_size=576, layers=30, context=8192, parameters=134_515_008)
+    plan = plan_of(split, 0, batch_size=BATCH)
+    plan = trainer().fit(plan, split, base_model=MODEL)
+    trainee: Any = trainer().build(plan, split, MODEL, None)
     keep_freed_memory()
-    plan = make_plan(Hyperparameters(batch_size=BATCH), split, facts, seed=0)
-    trainee = sft.build_model(plan, base_folder(), weights.choose_precision())
-    tokens = sft.tokenize(trainee.template, examples, plan.max_length, task)
+    rows = trainee.rows(examples, task)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), lr=plan.learning_rate, fused=True)
-    loss = 0.0
+    spent = work = loss = 0.0
+    peaks = []
     for step in range(1, WARM + steps + 1):
-        if step == WARM + 1:
-            started = time.perf_counter()
-        loss, _ = loop.train_step(plan, trainee, optimizer, tokens, loop.batch_rows(plan, len(tokens), step), step)
-    return steps * BATCH / (time.perf_counter() - started), loss
+        batch = [rows[row] for row in loop.batch_rows(plan, len(rows), step)]
+        peaks.append(product_rate(trainee.head.weight.dtype, trainee.device))
+        started = time.perf_counter()
+        loss = loop.gradients(trainee, batch, step).loss
+        loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate))
+        if trainee.device.type == "cuda":
+            torch.cuda.synchronize()
+        if step > WARM:
+            spent += time.perf_counter() - started
+            work += products(trainee, batch)
+    return {
+        "examples_per_second": steps * BATCH / spent,
+        "loss": loss,
+        "share_of_peak": work / spent / statistics.median(peaks),
+        "predicted_memory_bytes": plan.predicted_memory_bytes,
+    }
 
 
-def run_trl(task: str, steps: int, contender: str) -> tuple[float, float]:
-    """Examples per second and the mean loss."""
+def products(trainee: Any, batch: list[Any]) -> float:
+    """Floating point operations of the products with frozen weights in one step, forward and backward."""
+    from heldout.train.packing import pack
+
+    layer = trainee.peft.get_base_model().base_model.layers[0]
+    sizes = {
+        name: module.in_features * module.out_features
+        for name, module in layer.named_modules()
+        if name.endswith("_proj")
+    }
+    qkv = sum(size for name, size in sizes.items() if name.endswith(("q_proj", "k_proj", "v_proj")))
+    rest = sum(sizes.values()) - qkv
+    layers = trainee.peft.get_base_model().config.num_hidden_layers
+    total = 0.0
+    for chosen in trainee.micro_batches(batch, training=True):
+        one = pack([batch[i] for i in chosen])
+        tokens, rows = len(one.ids), len(one.rows)
+        total += 4 * tokens * layers * (qkv + rest) - 4 * (tokens - rows) * rest - 2 * tokens * qkv
+        total += 4 * len(one.targets) * trainee.head.weight.numel()
+    return total
+
+
+def product_rate(dtype: Any, device: Any) -> float:
+    """Floating point operations a second of a 1024 x 1024 x 1024 product; the best of a few."""
+    import torch
+
+    x, w = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(x, w)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+    return best
+
+
+def run_trl(task: str, steps: int, contender: str) -> dict[str, float]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -91,8 +127,8 @@ def run_trl(task: str, steps: int, contender: str) -> tuple[float, float]:
 
     folder = base_folder()
     best = contender != "trl-default"
-    low = contender == "trl-bf16" or (best and weights.choose_precision() == torch.bfloat16)
-    rows = rows_of(task)
+    low = contender in ("trl-bf16", "trl-liger") or (best and weights.choose_precision() == torch.bfloat16)
+    rows = rows_of(file_of(task))
     if best:
         rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     marks: list[float] = []
@@ -107,7 +143,8 @@ def run_trl(task: str, steps: int, contender: str) -> tuple[float, float]:
             per_device_train_batch_size=BATCH,
             max_steps=WARM + steps,
             learning_rate=2e-4,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
+            use_liger_kernel=contender == "trl-liger",
             bf16=low,
             report_to="none",
             save_strategy="no",
@@ -124,19 +161,19 @@ def run_trl(task: str, steps: int, contender: str) -> tuple[float, float]:
             callbacks=[Clock()],
         )
         result = trainer.train()
-    return steps * BATCH / (marks[-1] - marks[WARM - 1]), result.training_loss
+    return {"examples_per_second": steps * BATCH / (marks[-1] - marks[WARM - 1]), "loss": result.training_loss}
 
 
 def child(task: str, steps: int, contender: str) -> None:
     from heldout.train.memory import PeakMemory
 
     with PeakMemory() as peak:
-        run = run_heldout(task, steps) if contender == "heldout" else run_trl(task, steps, contender)
-    print(json.dumps({"examples_per_second": run[0], "loss": run[1], "peak_memory_bytes": peak.bytes}))
+        found = run_heldout(task, steps) if contender == "heldout" else run_trl(task, steps, contender)
+    print(json.dumps({**found, "peak_memory_bytes": peak.bytes}))
 
 
 def measure(task: str, steps: int, contender: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", contender, "--task", task, "--steps", str(steps)]
+    command = [sys.executable, __file__, "--child", contender, "--tasks", task, "--steps", str(steps)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         sys.exit(f"{contender} failed:\n{finished.stderr[-3000:]}")
@@ -146,52 +183,76 @@ def measure(task: str, steps: int, contender: str) -> dict[str, float]:
 def machine() -> str:
     import torch
 
-    from heldout.engine.weights import _gemm_rate, choose_precision
+    from heldout.engine.weights import choose_precision
 
-    rates = {dtype: _gemm_rate(dtype) * 2 * 384 * 1024 * 1024 / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}; heldout trains in {str(choose_precision()).removeprefix('torch.')}"
+    rates = {dtype: product_rate(dtype, "cpu") / 1e9 for dtype in (torch.float32, torch.bfloat16)}
     return (
         f"{torch.get_num_threads()} threads, matrix products {rates[torch.float32]:.0f} GFLOP/s fp32, "
         f"{rates[torch.bfloat16]:.0f} bf16; heldout trains in {str(choose_precision()).removeprefix('torch.')}"
     )
 
 
+def contenders() -> list[str]:
+    """Those that make sense here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ["heldout", "trl-default", "trl-best", *(["trl-liger"] if find_spec("liger_kernel") else [])]
+    return list(CONTENDERS[:3])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "banking12" if (SHARED / "banking12").is_dir() else "tickets"
-    parser.add_argument("--task", default=default, help="a task of the shared data, or tickets (examples/)")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:3]), choices=CONTENDERS)
+    default = list(TASKS) if file_of(TASKS[0]).is_file() else ["tickets"]
+    parser.add_argument("--tasks", nargs="+", default=default, help="tasks of the shared data, or tickets (examples/)")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        child(asked.task, asked.steps, asked.child)
+        child(asked.tasks[0], asked.steps, asked.child)
         return
-    rows_of(asked.task)
-    print(f"{asked.task}, batch {BATCH}, {asked.steps} steps, {asked.rounds} rounds; {machine()}\n", flush=True)
-    found: dict[str, list[dict[str, float]]] = {one: [] for one in asked.contenders}
-    for round_ in range(1, asked.rounds + 1):
-        for contender in asked.contenders:
-            found[contender].append(measure(asked.task, asked.steps, contender))
-            last = found[contender][-1]
-            print(
-                f"round {round_}/{asked.rounds} {contender}: {last['examples_per_second']:.2f} examples/s, "
-                f"{last['peak_memory_bytes'] / 2**30:.2f} GiB",
-                file=sys.stderr,
-                flush=True,
-            )
+    for task in asked.tasks:
+        rows_of(file_of(task))
+    chosen = asked.contenders or contenders()
+    print(f"batch {BATCH}, {asked.steps} steps, {asked.rounds} rounds; {machine()}\n", flush=True)
+    print("| task | trainer | examples/s | heldout is faster by | peak memory | heldout's share | share of peak |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    for task in asked.tasks:
+        found: dict[str, list[dict[str, float]]] = {one: [] for one in chosen}
+        for round_ in range(1, asked.rounds + 1):
+            for contender in chosen:
+                found[contender].append(measure(task, asked.steps, contender))
+                rate = found[contender][-1]["examples_per_second"]
+                print(
+                    f"{task} round {round_}/{asked.rounds} {contender}: {rate:.2f} examples/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        tell(task, found)
+
+
+def tell(task: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """A task's rows of the table."""
     medians = {
-        one: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for one, runs in found.items()
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
-    ours = medians[asked.contenders[0]]
-    print("| trainer | examples/s | peak memory | heldout is faster by | heldout's memory share |")
-    print("|---|--:|--:|--:|--:|")
+    ours = next(iter(medians.values()))
     for name, run in medians.items():
+        share = f"{run['share_of_peak']:.0%}" if "share_of_peak" in run else ""
         print(
-            f"| {name} | {run['examples_per_second']:.2f} | {run['peak_memory_bytes'] / 2**30:.2f} GiB | "
+            f"| {task} | {name} | {run['examples_per_second']:.2f} | "
             f"{ours['examples_per_second'] / run['examples_per_second']:.1f}x | "
-            f"{ours['peak_memory_bytes'] / run['peak_memory_bytes']:.2f} |"
+            f"{run['peak_memory_bytes'] / 2**30:.2f} GiB | "
+            f"{ours['peak_memory_bytes'] / run['peak_memory_bytes']:.2f} | {share} |",
+            flush=True,
         )
+    if predicted := ours.get("predicted_memory_bytes"):
+        off = predicted / ours["peak_memory_bytes"] - 1
+        print(f"{task}: predicted memory {predicted / 2**30:.2f} GiB, {off:+.0%} of what was measured", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ HEAD_ROWS, HEAD_COPIES = 256, 2
 SLACK = 1.05
 #: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
 KEPT_SCORES = 1 << 22
-#: Packed tokens of a validation (fewer with small micro-batches), and cached tokens and rows of an evaluated batch (engine/generate.py).
+#: Packed tokens of a validation (fewer with small micro-batches); cached tokens and rows of an evaluated
+#: batch (engine/generate.py).
 VALID_TOKENS, CACHED_TOKENS, CACHED_ROWS = 4096, 4096, 48
 #: A micro-batch is not cut below this many packed tokens: each costs a pass over all weights.
 SMALLEST = 64
@@ -109,9 +110,9 @@ def fit(plan: TrainPlan, shapes: Shapes, sizes: Sizes, limit: int) -> TrainPlan:
                 break
             tokens = min(tokens, whole) // 2
     raise InvalidValue(
-        f"This job does not fit into memory: it needs {need.peak / GIB:.1f} GiB ({need.weights / GIB:.1f} of them for "
-        f"the weights of the base model, {max(need.training + need.adapter, need.evaluation) / GIB:.1f} for training "
-        f"and evaluation), and {limit / GIB:.1f} GiB may be used (HELDOUT_MEMORY_LIMIT). The longest example has "
+        f"This job does not fit into memory: it needs {need.peak / GIB:.2f} GiB ({need.weights / GIB:.2f} of them for "
+        f"the weights of the base model, {max(need.training + need.adapter, need.evaluation) / GIB:.2f} for training "
+        f"and evaluation), and {limit / GIB:.2f} GiB may be used (HELDOUT_MEMORY_LIMIT). The longest example has "
         f"{sizes.longest} tokens. Use a smaller base model, shorter examples, or freeze_layers.",
         param="model",
     )

@@ -95,7 +95,7 @@ class TorchTrainer:
     ) -> Adapter:
         """See Trainer.train."""
         with PeakMemory() as peak:
-            trainee = self._build(plan, split, base_model, cache)
+            trainee = self.build(plan, split, base_model, cache)
             keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
             valid = trainee.rows(split.valid, "the validation data")
@@ -129,7 +129,8 @@ class TorchTrainer:
             proofs=tuple(proofs),
         )
 
-    def _build(self, plan: TrainPlan, split: Split, base_model: str, cache: Path | None) -> Trainee[Any]:
+    def build(self, plan: TrainPlan, split: Split, base_model: str, cache: Path | None) -> Trainee[Any]:
+        """The base model, ready to be trained by this plan."""
         folder = self._folder(base_model)
         if catalogue.kind_of(folder) == catalogue.ENCODER:
             return classifier.build_model(plan, folder, split)

@@ -1,0 +1,92 @@
+"""What the benchmarks share: real tasks as splits, the bundled model, a trainee for a plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from heldout.engine import weights
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.types import Example, Split
+from heldout.pipeline.watch import Silent
+from heldout.settings import Settings
+from heldout.train.trainer import TorchTrainer
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+OWN = Path(__file__).parents[1] / "examples"
+MODEL = "smollm2-135m-instruct"
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; ends the program with a sentence when it is not there."""
+    if not path.is_file():
+        sys.exit(f"{path} is not there; the tickets in {OWN} come with the project (--task tickets)")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def examples_of(path: Path) -> tuple[Example, ...]:
+    """Its rows as examples whose assistant messages are learned."""
+    return tuple(
+        Example(
+            messages=tuple(row["messages"]),
+            weights=tuple(int(message["role"] == "assistant") for message in row["messages"]),
+            line=line,
+        )
+        for line, row in enumerate(rows_of(path), start=1)
+    )
+
+
+def split_of(task: str, seed: int = 0) -> Split:
+    """A task's own train, validation and test files. `label_noise30` is banking12 with 30 % wrong labels in train."""
+    if task == "tickets":
+        files = {name: OWN / f"tickets.{name}.jsonl" for name in ("train", "validation", "holdout")}
+    else:
+        folder = SHARED / "tasks" / ("banking12" if task == "label_noise30" else task)
+        files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
+        files["holdout"] = folder / "test.jsonl"
+        if task == "label_noise30":
+            files["train"] = SHARED / "dirty" / "label_noise30.jsonl"
+    parts = {name: examples_of(path) for name, path in files.items()}
+    train = parts["train"]
+    return Split(train=train, valid=parts["validation"], holdout=parts["holdout"], seed=seed, groups=len(train))
+
+
+def trainer() -> TorchTrainer:
+    """Trains in this process, in the precision that this machine multiplies fastest."""
+    settings = Settings()
+    return TorchTrainer(cache=settings.cache, aliases={}, allow_paths=True)
+
+
+def plan_of(split: Split, seed: int, model: str = MODEL, **asked: Any) -> TrainPlan:
+    """The plan that a job would make."""
+    facts = trainer().facts(model)
+    return make_plan(Hyperparameters.parse(asked), split, facts, seed=seed)
+
+
+def trainee_of(
+    plan: TrainPlan, split: Split, cache: Path | None, model: str = MODEL
+) -> tuple[Any, list[Any], list[Any], list[Any]]:
+    """A trainee and the rows of train, valid and holdout."""
+    trainee = trainer().build(plan, split, model, cache)
+    train, valid, holdout = (
+        trainee.rows(part, name)
+        for part, name in ((split.train, "train"), (split.valid, "valid"), (split.holdout, "holdout"))
+    )
+    trainee.prepare([*train, *valid, *holdout], Silent())
+    return trainee, train, valid, holdout
+
+
+def base_folder(model: str = MODEL) -> Path:
+    """Where the bundled model lies unpacked."""
+    from heldout.engine import catalogue
+
+    return weights.prepare(catalogue.resolve(model, {}), Settings().cache)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,76 @@
+"""The memory of a training is counted before it starts, and made to fit or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from heldout.errors import InvalidValue
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.memory import GIB, Shapes, Sizes, fit, predict
+from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.training import ModelFacts
+from heldout.pipeline.types import Example, Split
+
+ROWS = tuple(Example(messages=(), weights=(), line=line) for line in range(1, 241))
+PLAN = make_plan(
+    Hyperparameters(),
+    Split(train=ROWS, valid=ROWS[:120], holdout=ROWS, seed=0, groups=240),
+    ModelFacts(hidden_size=576, layers=30, context=8192, parameters=134_515_008),
+    seed=0,
+)
+
+#: The bundled model, in float32.
+SHAPES = Shapes(
+    parameters=134_515_008,
+    layers=30,
+    hidden=576,
+    intermediate=1536,
+    vocabulary=49152,
+    heads=9,
+    kv_heads=3,
+    head_width=64,
+    number=4,
+)
+SIZES = Sizes(packed=382, longest=179, predictions=93, trained=4_884_480, ranks=112)
+BIG = replace(SIZES, packed=1800, longest=600, predictions=800)
+
+
+def peak(plan: TrainPlan = PLAN, sizes: Sizes = SIZES) -> int:
+    return predict(SHAPES, sizes, plan).peak
+
+
+def test_more_tokens_more_layers_and_wider_numbers_need_more() -> None:
+    assert peak(sizes=BIG) > peak()
+    assert peak(replace(PLAN, freeze_layers=15), BIG) < peak(sizes=BIG)
+    assert predict(replace(SHAPES, number=2), SIZES, PLAN).weights < predict(SHAPES, SIZES, PLAN).weights
+
+
+def test_a_plan_that_fits_is_left_alone_but_says_what_it_needs() -> None:
+    fitted = fit(PLAN, SHAPES, SIZES, 8 * GIB)
+    assert (fitted.micro_tokens, fitted.checkpointing) == (PLAN.micro_tokens, False)
+    assert fitted.predicted_memory_bytes == peak()
+    assert "weights 0.51 GiB" in fitted.reasons["predicted_memory_bytes"]
+
+
+def test_a_tighter_limit_cuts_micro_batches_first_and_checkpoints_layers_next() -> None:
+    whole = peak(sizes=BIG)
+    cut = fit(PLAN, SHAPES, BIG, int(0.8 * whole))
+    assert cut.micro_tokens < 1800
+    assert not cut.checkpointing
+    assert "cut into several" in cut.reasons["micro_tokens"]
+    tight = peak(replace(PLAN, micro_tokens=1, checkpointing=True), BIG)
+    twice = fit(PLAN, SHAPES, BIG, int(1.1 * tight))
+    assert twice.checkpointing
+    assert "computed twice" in twice.reasons["checkpointing"]
+    assert twice.predicted_memory_bytes <= 1.1 * tight
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers_and_the_setting() -> None:
+    with pytest.raises(InvalidValue, match=r"needs 1\.\d\d GiB .* 0\.50 GiB may be used \(HELDOUT_MEMORY_LIMIT\)"):
+        fit(PLAN, SHAPES, SIZES, GIB // 2)
+
+
+def test_a_micro_batch_is_never_smaller_than_the_longest_example() -> None:
+    assert peak(replace(PLAN, micro_tokens=64), BIG) == peak(replace(PLAN, micro_tokens=600), BIG)
