@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from heldout.pipeline import report
+from heldout.pipeline import charts, report
 from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import make_plan
+from heldout.pipeline.selection import Candidate, Selection, select
 from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
 from heldout.pipeline.types import Finding
 from heldout.pipeline.verdict import decide
@@ -54,7 +56,9 @@ def outcome(tmp_path: Path) -> Outcome:
             seconds=4.0,
             peak_memory_bytes=3 * 2**29,
             precision="float32",
+            learning_rate=1e-3,
             stopped="all 3 steps taken",
+            selection=select([Candidate(kind="best_loss", step=2, valid_loss=0.5, scores=())], metric="exact match"),
             proofs=(),
         ),
         plan=make_plan(Hyperparameters(), split, FACTS, seed=5),
@@ -180,6 +184,9 @@ def test_a_report_of_a_cross_fitted_job_says_who_was_measured_and_shows_the_fold
         seconds=1.0,
         scores=scores,
     )
+    last = Candidate(kind="last", step=3, valid_loss=math.nan, scores=())
+    taken = Selection(chosen=last, reason="step 3 (the last) is taken", candidates=(last,))
+    outcome = replace(outcome, adapter=replace(outcome.adapter, selection=taken))
     found = CrossFit(folds=tuple(replace(fold, number=number) for number in range(1, 6)), groups=100)
     measured_nothing = replace(outcome.adapter, curve=tuple(replace(point, valid_loss=None) for point in CURVE))
     whole = replace(outcome.split, valid=(), holdout=())
@@ -205,3 +212,16 @@ def test_the_result_file_has_the_documented_columns_and_blanks(written: Path) ->
         "2,1.50000,0.50000,1.25000,0.62500\n"
         "3,0.50000,1.00000,1.75000,0.50000\n"
     )
+
+
+def test_the_report_says_why_training_ended_and_why_this_checkpoint_was_taken(outcome: Outcome) -> None:
+    for written in (report.markdown(outcome), report.page(outcome)):
+        assert "All 3 steps taken. Step 2 (the lowest validation loss) is chosen" in written
+
+
+def test_the_loss_curves_show_where_training_stopped_before_its_planned_end() -> None:
+    stopped = charts.losses(CURVE, best_step=2, planned=30)
+    assert "kept: step 2" in stopped
+    assert f"stopped: step {CURVE[-1].step}" in stopped
+    assert "30 steps planned" in stopped
+    assert "stopped" not in charts.losses(CURVE, best_step=2, planned=CURVE[-1].step)

@@ -39,15 +39,17 @@ def intervals(rungs: Sequence[Rung]) -> str:
     return _svg(height, parts)
 
 
-def losses(curve: Sequence[CurvePoint], best_step: int) -> str:
-    """Training and validation loss over steps on a logarithmic axis, with the step that was kept."""
+def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
+    """Training and validation loss over steps on a logarithmic axis, with the step that was kept and, if it
+    came before the planned last one, the step at which training stopped."""
     left, right, top, bottom = 60, WIDTH - 20, 14, 250
     valid = [(p.step, p.valid_loss) for p in curve if p.valid_loss is not None]
     train = _smooth([(p.step, p.train_loss) for p in curve])
     values = [max(v, 1e-6) for _, v in (*valid, *train)]
     low, high = math.log10(min(values)), math.log10(max(values))
     high = high if high - low > 0.1 else low + 0.1
-    last = max(1, curve[-1].step)
+    ended = curve[-1].step
+    last = max(1, ended, planned)
 
     def at(step: int, value: float) -> tuple[float, float]:
         share = (math.log10(max(value, 1e-6)) - low) / (high - low)
@@ -68,14 +70,26 @@ def losses(curve: Sequence[CurvePoint], best_step: int) -> str:
         f'<line x1="{kept:.1f}" x2="{kept:.1f}" y1="{top}" y2="{bottom}" stroke="{GREEN}" stroke-dasharray="5 4"/>',
         f'<text x="{kept + shift:.1f}" y="{top + 12}" text-anchor="{anchor}" fill="{GREEN}">'
         f"kept: step {best_step}</text>",
+        *(_stop(at(ended, values[0])[0], right, top, bottom, ended, planned) if ended < planned else ()),
         _line([at(*point) for point in train], BLUE),
         _line([at(*point) for point in valid], ORANGE),
         *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ORANGE}"/>' for x, y in (at(*p) for p in valid)),
         f'<text x="{left}" y="{bottom + 26}" fill="{BLUE}">training loss (mean of 5 steps)</text>',
         f'<text x="{left + 230}" y="{bottom + 26}" fill="{ORANGE}">validation loss</text>' if valid else "",
-        f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps</text>',
+        f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps{" planned" if ended < planned else ""}</text>',
     ]
     return _svg(bottom + 40, parts)
+
+
+def _stop(x: float, right: float, top: float, bottom: float, ended: int, planned: int) -> list[str]:
+    """What was not trained, and where training stopped."""
+    # Beside the line, or under the label of the kept step where there is no room.
+    anchor, shift = ("start", 6) if right - x > 130 else ("end", -6)
+    return [
+        f'<rect x="{x:.1f}" y="{top}" width="{right - x:.1f}" height="{bottom - top}" fill="{FAINT}" opacity="0.35"/>',
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="{INK}"/>',
+        f'<text x="{x + shift:.1f}" y="{top + 30}" text-anchor="{anchor}" fill="{INK}">stopped: step {ended}</text>',
+    ]
 
 
 def _smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:

@@ -74,7 +74,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         "## Training",
         "",
-        f"{adapter.stopped[:1].upper()}{adapter.stopped[1:]}. {adapter.trained_parameters:,} parameters, "
+        f"{_ended(adapter)} {adapter.trained_parameters:,} parameters, "
         f"{adapter.trained_tokens:,} tokens, {adapter.examples_per_second:.1f} examples a second, peak memory "
         f"{adapter.peak_memory_bytes / 2**30:.2f} GiB, {adapter.seconds:.0f} s.",
         "",
@@ -133,8 +133,8 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
 {f"<h2>General skills</h2><p>{html.escape(skills)}</p>" if (skills := general_skills(verdict)) else ""}
 <h2>Training</h2>
-{charts.losses(adapter.curve, adapter.best_step)}
-<p>{html.escape(adapter.stopped[:1].upper() + adapter.stopped[1:])}.
+{charts.losses(adapter.curve, adapter.best_step, outcome.plan.total_steps)}
+<p>{html.escape(_ended(adapter))}
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
 <h2>Plan</h2><table>{plan}</table>
@@ -172,6 +172,11 @@ def general_skills(verdict: Verdict) -> str:
         f"{found.sentence[:1].upper()}{found.sentence[1:]}. {result}. (Dropped means: by more than {MARGIN:g} nats per "
         f"token, with a probability of at least {SURE:.0%}; it is {found.p_dropped:.1%}.)"
     )
+
+
+def _ended(adapter: Adapter) -> str:
+    """Why training ended, and why this checkpoint was taken: two sentences."""
+    return " ".join(f"{text[:1].upper()}{text[1:]}." for text in (adapter.stopped, adapter.selection.reason))
 
 
 def _validations(adapter: Adapter) -> list[str]:

@@ -145,31 +145,26 @@ def choose(trainee: Trainee[Row], valid: Sequence[Row], course: Course, *, check
     """The checkpoint to hand over, and where it lies: the lowest validation loss, the most answers right,
     the last, or the average of three neighbours, by pipeline/selection.py."""
     stopping = course.stopping
+    if not valid:
+        last = Candidate(kind="last", step=course.step, valid_loss=math.nan, scores=())
+        reason = f"step {last.step} (the last) is taken: there are no validation examples to choose by"
+        folder, _ = checkpoint.read(checkpoints, last.step)
+        return Selection(chosen=last, reason=reason, candidates=(last,)), folder
     losses = {point.step: point.valid_loss for point in course.curve if point.valid_loss is not None}
 
-    def candidate(kind: Kind, step: int) -> Candidate:
-        right = tuple(map(float, course.answered.get(step, [])))
-        return Candidate(kind=kind, step=step, valid_loss=losses.get(step, 0.0), scores=right)
+    def candidate(kind: Kind, step: int, loss: float, right: Sequence[bool]) -> Candidate:
+        return Candidate(kind=kind, step=step, valid_loss=loss, scores=tuple(map(float, right)))
 
-    candidates = [candidate("best_loss", stopping.best_step)]
-    if valid:
-        candidates.append(candidate("best_metric", stopping.top_step))
-        candidates.append(candidate("last", stopping.steps[-1]))
-    folders = {one.kind: checkpoint.read(checkpoints, one.step)[0] for one in candidates}
-    neighbours = stopping.neighbours()
-    if valid and len(neighbours) == 3:
+    steps: dict[Kind, int] = {"best_loss": stopping.best_step, "best_metric": stopping.top_step, "last": course.step}
+    candidates = [candidate(kind, step, losses[step], course.answered[step]) for kind, step in steps.items()]
+    folders: dict[Kind, Path] = {kind: checkpoint.read(checkpoints, step)[0] for kind, step in steps.items()}
+    if len(neighbours := stopping.neighbours()) == 3:
         several = [checkpoint.read(checkpoints, step)[0] for step in neighbours]
         folders["average"] = checkpoint.average(several, checkpoints / "average")
         trainee.load(folders["average"])
         seen = loop.validate(trainee, valid)
-        candidates.append(
-            Candidate(
-                kind="average",
-                step=stopping.best_step,
-                valid_loss=sum(seen.losses) / len(seen.losses),
-                scores=tuple(map(float, seen.right)),
-            )
-        )
+        mean = sum(seen.losses) / len(seen.losses)
+        candidates.append(candidate("average", stopping.best_step, mean, seen.right))
     selection = select(candidates, metric="share of answers that are right")
     return selection, folders[selection.chosen.kind]
 
