@@ -76,7 +76,8 @@ def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
         *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ORANGE}"/>' for x, y in (at(*p) for p in valid)),
         f'<text x="{left}" y="{bottom + 26}" fill="{BLUE}">training loss (mean of 5 steps)</text>',
         f'<text x="{left + 230}" y="{bottom + 26}" fill="{ORANGE}">validation loss</text>' if valid else "",
-        f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps{" planned" if ended < planned else ""}</text>',
+        f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps'
+        f"{' planned' if ended < planned else ''}</text>",
     ]
     return _svg(bottom + 40, parts)
 

@@ -131,7 +131,7 @@ def run(
             watch.progress("train", step, plan.total_steps)
         except JobPaused:
             _save(checkpoints, trainee, optimizer, course)
-            raise
+            raise JobPaused(step) from None
         if seen:
             folder = _save(checkpoints, trainee, optimizer, course)
             if step % course.stopping.steps_per_epoch == 0:
@@ -251,6 +251,9 @@ def _resume(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer,
     course.restore(state)
     if course.step:
         watch.message(f"Training continues from the checkpoint of step {course.step}", level="warn")
+    if course.step and course.step % course.stopping.steps_per_epoch == 0 and not course.stopped:
+        # It was saved, but whoever was stopped just then may not have said so.
+        watch.checkpoint(course.step, folder, course.curve[-1].as_dict())
 
 
 def _start_again(
