@@ -112,7 +112,7 @@ def test_the_flow_of_openais_guide_works_with_only_base_url_changed(served: Serv
     assert job.status in ("validating_files", "queued")
     assert job.error is None
     assert job.fine_tuned_model is None
-    job = served.wait(job.id)
+    job = served.wait(job.id, seconds=300)  # six trainings
     assert job.status == "succeeded", served.story(job.id)
     assert job.error is None
     assert job.finished_at
