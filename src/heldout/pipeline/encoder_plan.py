@@ -45,7 +45,7 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
         "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
         "eval_every": Choice(steps_per_epoch, "once an epoch: epochs are short"),
         "max_length": _max_length(asked, facts.context),
-        "micro_tokens": Choice(4096, "padded tokens; a step of short texts is one pass"),
+        "micro_tokens": Choice(256, "padded tokens: few, so that short texts are not padded to long ones"),
         "checkpointing": Choice(False, "not needed: encoders are small"),
         "predicted_memory_bytes": Choice(0, "not predicted: encoders are small"),
         **_rate(asked, facts),
