@@ -7,6 +7,7 @@ is stored once for every pack they were computed in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -89,9 +90,9 @@ class Activations:
     def _open(self) -> None:
         """Read the index; what a killed process wrote after it is cut off."""
         data, index = self.folder / DATA, self.folder / INDEX
-        if index.is_file():
+        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged: everything is computed again
             known = json.loads(index.read_text())
-            if data.is_file() and data.stat().st_size >= known["rows"] * self._size:
+            if data.stat().st_size >= known["rows"] * self._size:
                 self._spans, self._rows = known["examples"], known["rows"]
         with data.open("ab") as file:
             file.truncate(self._rows * self._size)

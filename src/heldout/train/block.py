@@ -378,8 +378,11 @@ def _project_backward(
 
 
 def _mask(dropout: Dropout, block: Block, place: int, joint: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a projection's input; `joint` may have inner values beside it."""
-    inputs = (block.qkv, block.o, block.gate_up, block.down)[place].inputs
+    """The mask of a projection's input, if an adapter takes it; `joint` may have inner values beside it."""
+    projection = (block.qkv, block.o, block.gate_up, block.down)[place]
+    if not projection.adapters:
+        return None
+    inputs = projection.inputs
     return dropout.mask(4 * block.index + place, len(joint), inputs, joint, column_major=place == 3)
 
 

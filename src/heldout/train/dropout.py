@@ -32,7 +32,8 @@ class Dropout:
         self._step, self._pack = step, 0
         if not self.on:
             return
-        size, draw = max(self.POOL, 2 * largest), step // self.STEPS
+        # A power of two: steps differ in length, and each new size would be drawn anew.
+        size, draw = max(self.POOL, 1 << (2 * largest).bit_length()), step // self.STEPS
         if (size, draw) != self._drawn:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % (1 << 62))
             self._pool = (torch.rand(size, generator=generator) >= self.p).float().div_(1 - self.p)

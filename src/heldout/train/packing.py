@@ -141,14 +141,16 @@ def micro_batches(examples: Sequence[Tokens], rows: Sequence[int], *, limit: int
     used = 0
     before: tuple[int, ...] = ()
     # In lexicographic order a row shares more with its neighbour than with any other.
-    for row in sorted(rows, key=lambda row: examples[row].ids):
-        ids = examples[row].ids
-        new = len(ids) - common_prefix([before, ids]) if packs else len(ids)
+    for row in sorted(rows, key=lambda row: examples[row].ids[:-1]):
+        body = examples[row].ids[:-1]
+        shared = min(common_prefix([before, body]), len(body) - 1, len(before) - 1) if packs else 0
+        # Of what it shares with others the tree writes down again less than is worth sharing.
+        new = len(body) - max(0, shared - WORTH_SHARING + 1)
         if packs and used + new <= limit:
             packs[-1].append(row)
             used += new
         else:
             packs.append([row])
-            used = len(ids)
-        before = ids
+            used = len(body)
+        before = body
     return packs
