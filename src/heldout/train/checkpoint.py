@@ -42,7 +42,7 @@ def read(root: Path, step: int) -> tuple[Path, dict[str, Any]]:
         sound = stored["sha256_of_state"] == _digest(state) and all(
             _checksum(folder / name) == wanted for name, wanted in stored["sha256"].items()
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidState(f"the checkpoint of step {step} cannot be read: {error}") from error
     if not sound:
         raise InvalidState(f"the checkpoint of step {step} is damaged: its checksums do not hold")

@@ -62,8 +62,8 @@ def learning_rate(
     total, done = steps * (len(trials) + 2), 0
     for first in (1, steps + 1):
         for trial in trials:
-            _train(plan, trainee, train, trial, range(first, first + steps))
-            trial.loss = _loss(trainee, valid)
+            sound = _train(plan, trainee, train, trial, range(first, first + steps))
+            trial.loss = _loss(trainee, valid) if sound else math.inf
             done += steps
             watch.progress("choosing a learning rate", done, total)
         trials = sorted(trials, key=lambda trial: trial.loss)[:2]
@@ -86,8 +86,9 @@ def learning_rate(
     return _with_rate(plan, found, watch)
 
 
-def _train(plan: TrainPlan, trainee: Trainee[Row], train: Sequence[Row], trial: Trial, steps: range) -> None:
-    """Take these steps at the trial's rate after a warm-up, from where the trial was left."""
+def _train(plan: TrainPlan, trainee: Trainee[Row], train: Sequence[Row], trial: Trial, steps: range) -> bool:
+    """Take these steps at the trial's rate after a warm-up, from where the trial was left. False if one of
+    them was not a number."""
     _put(trainee, trial.weights)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), weight_decay=plan.weight_decay, fused=True)
     if trial.optimizer:
@@ -96,10 +97,11 @@ def _train(plan: TrainPlan, trainee: Trainee[Row], train: Sequence[Row], trial: 
         found = loop.gradients(trainee, [train[row] for row in loop.batch_rows(plan, len(train), step)], step)
         if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
             optimizer.zero_grad(set_to_none=True)
-            break
+            return False
         loop.update(plan, trainee, optimizer, trial.rate * min(1.0, step / max(1, plan.warmup_steps)))
     trial.weights = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}
     trial.optimizer = optimizer.state_dict()
+    return True
 
 
 def _loss(trainee: Trainee[Row], valid: Sequence[Row]) -> float:
