@@ -23,7 +23,8 @@ from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 from heldout.train.method import Losses
 
-#: Inverse strength of the penalty on the head's first weights. Chosen on banking12 and banking77 (docs/experiments.md).
+#: Inverse strength of the penalty on the first head. Stronger than the rung has it: a head that fits train
+#: perfectly would leave the layers nothing to learn from.
 FIRST_HEAD_C = 10.0
 
 
