@@ -143,7 +143,7 @@ def test_attention_over_a_tree_is_that_of_every_example_alone(heads: int, kv_hea
         gradients = torch.autograd.grad(wanted, (q, k, v), outer)
         out, kept = attend(q.detach(), k.detach(), v.detach(), one.layout, 0.3)
         torch.testing.assert_close(out, wanted.detach(), rtol=1e-4, atol=1e-5)
-        found = attend_backward(outer, k.detach(), v.detach(), kept, one.layout, 0.3)
+        found = attend_backward(outer, kept, one.layout, 0.3)
         for ours, theirs in zip(found, gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         anew = attend_anew(q, k, v, one.layout, 0.3)
@@ -169,7 +169,7 @@ def test_memory_that_nothing_was_written_to_does_not_leak_into_attention(monkeyp
         q = torch.randn(len(one.ids), 2, 4)
         out, kept = attend(q, q, q, one.layout, 0.3)
         assert out.isfinite().all()
-        assert all(part.isfinite().all() for part in attend_backward(q, q, q, kept, one.layout, 0.3))
+        assert all(part.isfinite().all() for part in attend_backward(q, kept, one.layout, 0.3))
 
 
 def test_a_layout_counts_its_scores() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,11 @@ class Layout:
             groups=tuple(moved(group) for group in self.groups),
             segments=self.segments,
         )
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[L, L]: True where a token may look. One for all layers: on a GPU, making it costs more than a layer."""
+        return _mask(self).to(self.position_ids.device)
 
     def scores(self) -> int:
         """Attention weights of one head."""
@@ -204,13 +210,15 @@ def attend(
 
 
 def attend_backward(
-    grad: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Kept], layout: Layout, scale: float
+    grad: torch.Tensor, kept: list[Kept], layout: Layout, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q [L, H, d], k and v [L, K, d], given that of `attend`'s result [L, H, d]."""
-    width, kv_heads = k.shape[2], k.shape[1]
+    kv_heads, width = kept[0].k.shape[0], kept[0].k.shape[3]
+    # A segment above others is a group by itself: its keys and values are what that group kept.
+    shared = {group.start: one for group, one in zip(layout.groups, kept, strict=True)}
     # Every position is some group's own once and is written there; what is added to it comes from groups
     # further down the tree, which come later.
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (grad, k, v))
+    d_q, d_k, d_v = (grad.new_empty(len(grad), heads, width) for heads in (grad.shape[1], kv_heads, kv_heads))
     for group, (q_own, k_own, v_own, weights) in zip(layout.groups, kept, strict=True):
         g_own = _queries(grad, group, kv_heads)
         d_weights = torch.empty_like(weights)
@@ -220,7 +228,7 @@ def attend_backward(
         for one in group.above:
             flat = g_own[:, one.first : one.last].reshape(kv_heads, -1, width)
             part = d_weights[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
-            part.copy_(torch.bmm(flat, _stretch(v, one).transpose(1, 2)).view(part.shape))
+            part.copy_(torch.bmm(flat, shared[one.start].v[:, 0].transpose(1, 2)).view(part.shape))
         d_scores = _softmax_backward(weights, d_weights, scale)
         if group.padded:  # a padded query was gathered from a real position, and its gradient too
             real = torch.zeros(group.rows * group.slots, dtype=weights.dtype, device=weights.device)
@@ -237,7 +245,8 @@ def attend_backward(
             rows, columns = slice(one.first, one.last), slice(one.column, one.column + one.end - one.start)
             s_part = d_scores[:, rows, :, columns].reshape(kv_heads, -1, one.end - one.start)
             w_part = weights[:, rows, :, columns].reshape(kv_heads, -1, one.end - one.start)
-            d_q_own[:, rows] += torch.bmm(s_part, _stretch(k, one)).view(kv_heads, one.last - one.first, -1, width)
+            below = torch.bmm(s_part, shared[one.start].k[:, 0])
+            d_q_own[:, rows] += below.view(kv_heads, one.last - one.first, -1, width)
             flat_q = q_own[:, rows].reshape(kv_heads, -1, width)
             flat_g = g_own[:, rows].reshape(kv_heads, -1, width)
             d_k[one.start : one.end] += torch.bmm(s_part.transpose(1, 2), flat_q).transpose(0, 1)
@@ -257,7 +266,7 @@ def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layou
 
     if q.device.type != "cpu":
         everything = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], repeat(k), repeat(v), attn_mask=_mask(layout).to(q.device), scale=scale
+            q.transpose(0, 1)[None], repeat(k), repeat(v), attn_mask=layout.mask, scale=scale
         )
         return everything[0].transpose(0, 1)
     pieces = []
@@ -283,15 +292,15 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
     ) -> torch.Tensor:
         out, kept = attend(q, k, v, layout, scale)
-        ctx.save_for_backward(k, v, *(tensor for one in kept for tensor in one))
+        ctx.save_for_backward(*(tensor for one in kept for tensor in one))
         ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        k, v, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         kept = [Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
-        return (*attend_backward(grad.contiguous(), k, v, kept, ctx.layout, ctx.scale), None, None)
+        return (*attend_backward(grad.contiguous(), kept, ctx.layout, ctx.scale), None, None)
 
 
 def prefix_tree_attention(

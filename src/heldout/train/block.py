@@ -165,9 +165,7 @@ class _Kept:
 
     r1: torch.Tensor
     a: torch.Tensor  # rmsnorm(x), joint
-    k: torch.Tensor
-    v: torch.Tensor
-    q: torch.Tensor | None  # only where scores are not kept
+    qkv: torch.Tensor | None  # only where scores are not kept; else they are in `scores`
     scores: list[Kept] | None
     o: torch.Tensor  # attention's result, joint
     h: torch.Tensor
@@ -220,9 +218,7 @@ def _forward(
     r1 = _norm(x, block.norms[0], block.eps, out=a[:, : block.qkv.inputs])
     qkv = _project(block.qkv, a, _mask(dropout, block, 0, a))
     _rotate(qkv[:, : q_width + kv_width].view(len(x), -1, block.width), *angles)
-    q = qkv[:, :q_width].view(len(x), block.heads, -1)
-    k = qkv[:, q_width : q_width + kv_width].view(len(x), block.kv_heads, -1)
-    v = qkv[:, q_width + kv_width :].view(len(x), block.kv_heads, -1)
+    q, k, v = _heads(block, qkv)
     scores = None
     if keeps_scores(q, layout):
         attended, scores = attend(q, k, v, layout, block.scale)
@@ -242,9 +238,7 @@ def _forward(
     return y, _Kept(
         r1=r1,
         a=a,
-        k=k,
-        v=v,
-        q=None if scores else q,
+        qkv=qkv if scores is None else None,
         scores=scores,
         o=o,
         h=h,
@@ -298,13 +292,20 @@ def _attention_backward(block: Block, grad: torch.Tensor, kept: _Kept, layout: L
     """Gradient of q, k and v side by side, [L, (H + 2 K) d]."""
     by_head = grad.reshape(len(grad), block.heads, -1)
     if kept.scores is not None:
-        parts: tuple[torch.Tensor, ...] = attend_backward(by_head, kept.k, kept.v, kept.scores, layout, block.scale)
+        parts: tuple[torch.Tensor, ...] = attend_backward(by_head, kept.scores, layout, block.scale)
     else:
-        assert kept.q is not None
+        assert kept.qkv is not None
         with torch.enable_grad():
-            q, k, v = (one.detach().requires_grad_() for one in (kept.q, kept.k, kept.v))
+            q, k, v = (one.detach().requires_grad_() for one in _heads(block, kept.qkv))
             parts = torch.autograd.grad(attend_anew(q, k, v, layout, block.scale), (q, k, v), by_head)
     return torch.cat([part.reshape(len(grad), -1) for part in parts], dim=1)
+
+
+def _heads(block: Block, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of q [L, H, d], k and v [L, K, d] in their joint tensor."""
+    widths = [heads * block.width for heads in (block.heads, block.kv_heads, block.kv_heads)]
+    q, k, v = (part.unflatten(1, (-1, block.width)) for part in qkv.split(widths, dim=1))
+    return q, k, v
 
 
 def _room(like: torch.Tensor, length: int, projection: Projection, *, wide: bool = False) -> torch.Tensor:
