@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,9 @@ def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def steps(root: Path, among: Iterable[int] | None = None) -> list[int]:
-    """Steps that have a checkpoint, ascending; of these steps only, if some are given."""
-    found = sorted(int(folder.name.removeprefix("step-")) for folder in root.glob("step-*"))
-    wanted = None if among is None else set(among)
-    return [step for step in found if wanted is None or step in wanted]
+def steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint, ascending."""
+    return sorted(int(state.parent.name.removeprefix("step-")) for state in root.glob(f"step-*/{STATE}"))
 
 
 def rewind(root: Path, step: int, state: dict[str, Any]) -> None:
@@ -71,7 +69,7 @@ def rewind(root: Path, step: int, state: dict[str, Any]) -> None:
     _write_state(folder, state)
     for later in steps(root):
         if later > step:
-            shutil.rmtree(root / f"step-{later:06d}")
+            _delete(root / f"step-{later:06d}")
 
 
 def restore(folder: Path, trainee: Trainee[Any], optimizer: torch.optim.Optimizer) -> None:
@@ -92,7 +90,12 @@ def prune(root: Path, keep: set[int]) -> None:
     """Delete all checkpoints but those of these steps."""
     for step in steps(root):
         if step not in keep:
-            shutil.rmtree(root / f"step-{step:06d}")
+            _delete(root / f"step-{step:06d}")
+
+
+def _delete(folder: Path) -> None:
+    (folder / STATE).unlink()  # from here on it is no checkpoint, whatever is left of it
+    shutil.rmtree(folder)
 
 
 def average(folders: Sequence[Path], target: Path) -> Path:

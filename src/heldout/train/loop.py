@@ -112,9 +112,8 @@ def run(
         step, clock = course.step + 1, time.perf_counter()
         rows = [train[row] for row in batch_rows(plan, len(train), step)]
         found = gradients(trainee, rows, step)
-        if alarm := course.guard.look(
-            step, found.loss, found.norm, checkpoint.steps(checkpoints, course.stopping.steps)
-        ):
+        saved = course.stopping.can_go_back_to(checkpoint.steps(checkpoints))
+        if alarm := course.guard.look(step, found.loss, found.norm, saved):
             watch.message(alarm.sentence, level="warn")
             _start_again(alarm, checkpoints, trainee, optimizer, course)
             continue
@@ -235,10 +234,14 @@ def _note(course: Course, plan: TrainPlan, found: Step, seen: Validation | None)
 
 def _save(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course) -> Path:
     folder = checkpoint.save(root, course.step, trainee, optimizer, course.state())
+    _prune(root, course)
+    return folder
+
+
+def _prune(root: Path, course: Course) -> None:
     # The one before stays until this one has proven readable: at the next save. A restart may need the first.
     newest = checkpoint.steps(root)[-2:]
     checkpoint.prune(root, {0, *course.stopping.keep(), *newest})
-    return folder
 
 
 def _resume(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course, watch: Watch) -> None:
@@ -249,6 +252,7 @@ def _resume(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer,
     folder, state = found
     checkpoint.restore(folder, trainee, optimizer)
     course.restore(state)
+    _prune(root, course)  # a process that was killed in between leaves more, and a restart must not see it
     if course.step:
         watch.message(f"Training continues from the checkpoint of step {course.step}", level="warn")
     if course.step and course.step % course.stopping.steps_per_epoch == 0 and not course.stopped:
@@ -268,6 +272,7 @@ def _start_again(
     checkpoint.restore(folder, trainee, optimizer)
     optimizer.zero_grad(set_to_none=True)
     course.restore(state)
+    _prune(root, course)
 
 
 def _diverged(plan: TrainPlan, what: str) -> InvalidTrainingFile:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class EarlyStopping:
     risen: int = 0  # evaluations in a row far above the best
     top_step: int = 0  # the highest task score so far; at a tie the earlier step
     top_score: float | None = None
+    relied: dict[int, list[int]] = field(default_factory=dict)  # kept step -> checkpoints that it relies on
     reason: str = ""  # why to stop now, in words; empty while training should go on
 
     @property
@@ -76,6 +77,7 @@ class EarlyStopping:
         if not losses:
             self.steps.append(step)
             self.best = _evaluation(step, losses)
+            self._remember_what_it_relies_on()
             return True
         if not all(math.isfinite(loss) for loss in losses):
             self.reason = self._not_a_number(step)
@@ -92,18 +94,22 @@ class EarlyStopping:
         if self.progress is None or self._is_progress(smoothed, self.progress):
             self.progress = smoothed
         self.reason = self._why_stop(now)
+        self._remember_what_it_relies_on()
         return is_best
 
     def keep(self) -> set[int]:
         """Steps whose checkpoints may still be needed.
 
         The best and its two neighbours (to average), the highest task score, and the last four: the newest
-        may become the best, and a spike returns to one before it.
+        may become the best, and a spike returns to one before it, which may have had another best.
         """
-        wanted = set(self.steps[-4:])
-        if self.top_score is not None:
-            wanted.add(self.top_step)
-        return wanted | set(self.neighbours())
+        last = self.steps[-4:]
+        return {*last, *self._relies_on(), *(step for one in last for step in self.relied.get(one, ()))}
+
+    def can_go_back_to(self, saved: Iterable[int]) -> list[int]:
+        """Those of the saved checkpoints from which training can go on and find all that it may hand over."""
+        there = set(saved)
+        return [step for step in self.relied if step in there and there.issuperset(self.relied[step])]
 
     def neighbours(self) -> list[int]:
         """The best step with the evaluated steps just before and after it, in order, where they exist."""
@@ -122,6 +128,7 @@ class EarlyStopping:
             "risen": self.risen,
             "top_step": self.top_step,
             "top_score": self.top_score,
+            "relied": {str(step): relied for step, relied in self.relied.items()},
             "reason": self.reason,
         }
 
@@ -133,6 +140,17 @@ class EarlyStopping:
         self.progress = _evaluation(*state["progress"]) if state["progress"] else None
         self.risen, self.reason = state["risen"], state["reason"]
         self.top_step, self.top_score = state["top_step"], state["top_score"]
+        self.relied = {int(step): list(relied) for step, relied in state["relied"].items()}
+
+    def _relies_on(self) -> list[int]:
+        """The last evaluation and those that would be handed over if nothing better came."""
+        top = [] if self.top_score is None else [self.top_step]
+        return sorted({*self.steps[-1:], *self.neighbours(), *top})
+
+    def _remember_what_it_relies_on(self) -> None:
+        self.relied[self.steps[-1]] = self._relies_on()
+        kept = self.keep()
+        self.relied = {step: relied for step, relied in self.relied.items() if step in kept}
 
     def _check(self, step: int, losses: Sequence[float]) -> None:
         if self.best and len(losses) != len(self.best.losses):
