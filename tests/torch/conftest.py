@@ -16,6 +16,7 @@ from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import sft
+from heldout.train.checkpoint import ADAPTER
 from heldout.train.sft import ChatTrainee
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row
@@ -146,6 +147,10 @@ class Recording(Silent):
         return [what for kind, what in self.story if kind == "message"]
 
 
+#: 6 steps an epoch, a checkpoint every 3; dropout draws random numbers in every step.
+NOISY = replace(PLAN, lora_dropout=0.2, n_epochs=2, batch_size=4, total_steps=12, eval_every=3)
+SMALL = parts(24, 6)
+
 #: Enough for the tiny model to answer most colours.
 LEARNING = replace(PLAN, learning_rate=2e-2, lora_r=16, lora_alpha=32.0, n_epochs=6, total_steps=60)
 
@@ -158,6 +163,16 @@ def train(
     """Train in fp32 in `directory`; the colour task unless told otherwise."""
     trainer = TorchTrainer(**TOOLS)
     return trainer.train(plan, split or parts(), base_model=str(model), directory=directory, watch=watch or Silent())
+
+
+def same_training(one: Adapter, other: Adapter) -> bool:
+    """True when nothing but time distinguishes two trainings."""
+    weights = [(adapter.directory / ADAPTER).read_bytes() for adapter in (one, other)]
+    numbers = [
+        (a.curve, a.best_step, a.last_step, a.trained_tokens, a.trained_parameters, a.stopped, a.proofs)
+        for a in (one, other)
+    ]
+    return weights[0] == weights[1] and numbers[0] == numbers[1]
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,17 @@ from heldout.settings import Settings
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import COLOURS, colour_files, colour_row, write_rows
-from tests.torch.conftest import LEARNING, PLAN, TOOLS, Recording, examples, parts, train
+from tests.torch.conftest import (
+    LEARNING,
+    NOISY,
+    SMALL,
+    TOOLS,
+    Recording,
+    examples,
+    parts,
+    same_training,
+    train,
+)
 
 Plan = Callable[..., TrainPlan]
 
@@ -117,11 +127,6 @@ def test_without_early_stopping_all_steps_are_taken_and_the_best_is_still_kept(
     assert adapter.stopped.startswith("all 36 steps taken")
 
 
-#: 6 steps an epoch, a checkpoint every 3; dropout draws random numbers in every step.
-NOISY = replace(PLAN, lora_dropout=0.2, n_epochs=2, batch_size=4, total_steps=12, eval_every=3)
-SMALL = parts(24, 6)
-
-
 def interrupted(model: Path, folder: Path, step: int) -> None:
     """Begin to train, and be killed at `step`."""
     with pytest.raises(KeyboardInterrupt):
@@ -137,16 +142,6 @@ def resumed(model: Path, folder: Path) -> tuple[Adapter, Recording]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     return train(tiny_model, tmp_path_factory.mktemp("uninterrupted"), NOISY, SMALL)
-
-
-def same_training(one: Adapter, other: Adapter) -> bool:
-    """True when nothing but time distinguishes two trainings."""
-    weights = [(adapter.directory / ADAPTER).read_bytes() for adapter in (one, other)]
-    numbers = [
-        (a.curve, a.best_step, a.last_step, a.trained_tokens, a.trained_parameters, a.stopped, a.proofs)
-        for a in (one, other)
-    ]
-    return weights[0] == weights[1] and numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize("step", [8, 12], ids="killed at step {}".format)
