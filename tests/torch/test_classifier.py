@@ -65,7 +65,7 @@ def test_the_colours_are_learned_and_answered_in_the_trained_form(encoder: Path,
         ModelRef(base_model=str(encoder), adapter=str(trained.directory)), [row.prompt for row in rows]
     )
     right = [reply.text == row.target for reply, row in zip(replies, rows, strict=True)]
-    assert sum(right) > 0.75 * len(rows)  # a quarter by chance
+    assert sum(right) > 0.95 * len(rows)
     assert {reply.text for reply in replies} == {f'{{"colour":"{colour}"}}' for colour in COLOURS}
 
 
@@ -239,7 +239,7 @@ def tune(folder: Path, model: str, **files: Path) -> Any:
 def test_a_job_on_an_encoder_has_no_prompts_in_its_ladder(encoder: Path, tmp_path: Path) -> None:
     result = tune(tmp_path, str(encoder), **colour_files(tmp_path))
     assert [rung.name for rung in result.rungs] == ["constant", "tfidf-logistic", "frozen-encoder"]
-    assert result.tuned.scores.mean > 0.75
+    assert result.tuned.scores.mean > 0.95
     assert result.verdict.best_baseline == "constant"
 
 
