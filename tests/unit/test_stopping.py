@@ -195,6 +195,29 @@ def test_the_best_is_the_lowest_mean_and_its_checkpoints_are_still_there_at_the_
         assert len(saved) <= 8
 
 
+def test_whatever_it_goes_back_to_what_it_may_hand_over_is_still_there() -> None:
+    dice = random.Random(4)
+    returns = 0
+    for _ in range(100):
+        stopping = EarlyStopping(patience=3, steps_per_epoch=2)
+        saved: dict[int, str] = {}
+        step, fresh = 0, True
+        while step < 20:
+            step += 1
+            stopping.update(step, losses(dice.uniform(0.4, 0.6), 0.05, step), dice.randint(0, 5) / 5)
+            saved = {one: state for one, state in saved.items() if one in stopping.keep()}
+            saved[step] = json.dumps(stopping.state())
+            possible = stopping.can_go_back_to(saved)
+            assert set(stopping.steps[-4:] if fresh else [step]) <= set(possible), "to the last four, or to the last"
+            if dice.random() < 0.1:
+                step = dice.choice(possible)
+                stopping.restore(json.loads(saved[step]))
+                saved = {one: state for one, state in saved.items() if one <= step and one in stopping.keep()}
+                returns, fresh = returns + 1, False
+            assert {stopping.best_step, stopping.top_step, stopping.steps[-1], *stopping.neighbours()} <= set(saved)
+    assert returns > 100
+
+
 def test_a_restored_stopping_decides_the_same_to_the_bit() -> None:
     dice = random.Random(5)
     means = [0.3 + 0.6 * math.exp(-k / 3) + dice.gauss(0, 0.02) for k in range(30)] + [0.9, 0.9]

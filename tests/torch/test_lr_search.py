@@ -1,0 +1,79 @@
+"""`lr_search: light` takes the rate of lowest validation loss, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from heldout.errors import InvalidTrainingFile, InvalidValue
+from heldout.pipeline.plan import TrainPlan
+from heldout.train import search, sft
+from heldout.train.search import RECORD
+from heldout.train.sft import ChatTrainee
+from tests.torch.conftest import PLAN, SMALL, Recording, train
+from tests.torch.plain import vector
+
+LIGHT = replace(PLAN, batch_size=4, lr_search="light", n_epochs=2, total_steps=12, eval_every=3, lora_dropout=0.1)
+
+
+def trainee_of(model: Path) -> ChatTrainee:
+    return sft.build_model(LIGHT, model, torch.float32)
+
+
+def found(trainee: ChatTrainee, folder: Path, rate: float, watch: Recording | None = None) -> TrainPlan:
+    """Search around `rate`."""
+    train_rows, valid = trainee.rows(SMALL.train, "train"), trainee.rows(SMALL.valid, "valid")
+    plan = replace(LIGHT, learning_rate=rate)
+    return search.learning_rate(plan, trainee, train_rows, valid, directory=folder, watch=watch or Recording())
+
+
+@pytest.mark.parametrize(("middle", "wanted"), [(1e-5, 3e-5), (0.3, 0.1)], ids=["all too low", "all too high"])
+def test_of_rates_on_one_side_the_sane_one_wins(tiny_model: Path, tmp_path: Path, middle: float, wanted: float) -> None:
+    watch = Recording()
+    plan = found(trainee_of(tiny_model), tmp_path, middle, watch)
+    assert plan.learning_rate == pytest.approx(wanted)
+    assert "lowest validation loss of three rates after 20 steps" in plan.reasons["learning_rate"]
+    assert watch.messages[-1].startswith(f"Learning rate {wanted:.2g}")
+
+
+def test_a_rate_that_breaks_down_never_wins(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MULTIPLES", (1e25, 1.0, 1e20))
+    assert found(trainee_of(tiny_model), tmp_path, 1e-2).learning_rate == pytest.approx(1e-2)
+    monkeypatch.setattr(search, "MULTIPLES", (1e20, 1e22, 1e25))
+    with pytest.raises(InvalidTrainingFile, match=r"no learning rate from 1e\+18 to 1e\+23 leads to a validation loss"):
+        found(trainee_of(tiny_model), tmp_path / "other", 1e-2)
+
+
+def test_the_model_and_what_comes_after_are_as_without_a_search(tiny_model: Path, tmp_path: Path) -> None:
+    trainee = trainee_of(tiny_model)
+    before = vector(trainee.parameters)
+    found(trainee, tmp_path, 1e-2)
+    assert torch.equal(vector(trainee.parameters), before)
+    assert all(p.grad is None for p in trainee.parameters.values())
+    searched = train(tiny_model, tmp_path / "searched", LIGHT, SMALL)
+    given = train(
+        tiny_model, tmp_path / "given", replace(LIGHT, lr_search="off", learning_rate=searched.learning_rate), SMALL
+    )
+    assert searched.learning_rate != LIGHT.learning_rate
+    assert searched.curve == given.curve
+
+
+def test_a_search_is_not_done_twice(tiny_model: Path, tmp_path: Path) -> None:
+    trainee = trainee_of(tiny_model)
+    first = found(trainee, tmp_path, 1e-2)
+    path = tmp_path / RECORD
+    assert json.loads(path.read_text())["rate"] == first.learning_rate
+    watch = Recording()
+    assert found(trainee, tmp_path, 1e-2, watch) == first
+    path.write_text(json.dumps({"rate": 0.125, "reason": "known"}))
+    assert found(trainee, tmp_path, 1e-2).learning_rate == 0.125
+
+
+def test_a_search_needs_something_to_compare_by(tiny_model: Path, tmp_path: Path) -> None:
+    trainee = trainee_of(tiny_model)
+    with pytest.raises(InvalidValue, match="lr_search needs validation examples"):
+        search.learning_rate(LIGHT, trainee, trainee.rows(SMALL.train, "x"), [], directory=tmp_path, watch=Recording())
