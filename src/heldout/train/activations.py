@@ -22,7 +22,7 @@ from heldout.engine.template import Tokens
 from heldout.train.body import Body
 from heldout.train.packing import Pack, micro_batches, pack
 
-#: Packed tokens computed at once.
+#: Packed tokens computed at once, where memory is no concern.
 TOKENS = 4096
 DATA, INDEX = "activations.bin", "index.json"
 
@@ -30,26 +30,26 @@ DATA, INDEX = "activations.bin", "index.json"
 class Activations:
     """A file of [rows, h] numbers, and where in it each example lies."""
 
-    def __init__(self, folder: Path, body: Body, dtype: torch.dtype, width: int) -> None:
+    def __init__(self, folder: Path, body: Body, dtype: torch.dtype, width: int, tokens: int = TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.body, self.dtype, self.width = folder, body, dtype, width
+        self.folder, self.body, self.dtype, self.width, self.tokens = folder, body, dtype, width, tokens
         self._size = width * dtype.itemsize
         self._spans: dict[str, list[list[int]]] = {}  # example -> [first row, rows] in order
         self._rows = 0
         self._open()
 
     @staticmethod
-    def of_model(root: Path, body: Body, model: Path, dtype: torch.dtype) -> Activations:
-        """Those of one model, cut and precision, below `root`."""
+    def of_model(root: Path, body: Body, model: Path, dtype: torch.dtype, tokens: int = TOKENS) -> Activations:
+        """Those of one model, cut and precision, below `root`; computed in packs of at most `tokens`."""
         files = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(model.glob("*.safetensors"))]
         key = hashlib.sha256(json.dumps([str(model), files, body.cut, str(dtype)]).encode()).hexdigest()[:16]
-        return Activations(root / key, body, dtype, int(body.model.config.hidden_size))
+        return Activations(root / key, body, dtype, int(body.model.config.hidden_size), tokens)
 
     def prepare(self, examples: Iterable[Tokens], tell: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compute what is missing; the number of examples that were computed."""
         missing = list({_key(one): one for one in examples if _key(one) not in self._spans}.values())
         done = 0
-        for rows in micro_batches(missing, range(len(missing)), limit=TOKENS) if missing else []:
+        for rows in micro_batches(missing, range(len(missing)), limit=self.tokens) if missing else []:
             chosen = [missing[row] for row in rows]
             one = pack(chosen)
             self._append(self.body.below(one.to(self._device)))

@@ -28,7 +28,7 @@ class Body:
     """A decoder without its output head. Shapes: L packed tokens, h hidden size."""
 
     def __init__(self, model: Any, dropout: Dropout, *, cut: int = 0, checkpoint: bool = False) -> None:
-        """Raises InvalidValue when this architecture cannot be cut."""
+        """Raises InvalidValue when this architecture cannot be cut, or not be checkpointed."""
         self.model, self.dropout, self.cut, self.checkpoint = model, dropout, cut, checkpoint
         kind = model.config.model_type
         if cut and kind not in WALKED:
@@ -36,13 +36,17 @@ class Body:
                 f"freeze_layers={cut} is not supported for models of type {kind!r}; leave it at 0.",
                 param="hyperparameters.freeze_layers",
             )
-        if checkpoint and kind not in FUSED:
-            raise InvalidValue(f"models of type {kind!r} do not fit: checkpointing is not supported for them.")
         self._inner = model.base_model
         self._walks = kind in WALKED
         self._blocks: list[Block] = []
         if kind in FUSED and model.config.hidden_act == "silu":
             self._blocks = [Block.of(layer, index) for index, layer in enumerate(self._inner.layers)]
+        elif checkpoint:
+            raise InvalidValue(
+                "This job needs checkpointing to fit into HELDOUT_MEMORY_LIMIT, but checkpointing is not supported "
+                f"for models of type {kind!r}. Use shorter examples, a smaller model, or a higher limit.",
+                param="model",
+            )
         else:
             norms.fuse(model)
         window = getattr(model.config, "sliding_window", None)

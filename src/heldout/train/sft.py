@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 
 from heldout.engine import weights
@@ -90,7 +91,7 @@ class ChatTrainee:
 
     def micro_batches(self, rows: Sequence[Tokens], *, training: bool) -> list[list[int]]:
         """See Trainee.micro_batches: packs of at most so many packed tokens."""
-        limit = self.plan.micro_tokens if training else min(VALID_TOKENS, 2 * self.plan.micro_tokens)
+        limit = self.plan.micro_tokens if training else valid_tokens(self.plan)
         return micro_batches(rows, range(len(rows)), limit=limit)
 
     def weight(self, row: Tokens) -> float:
@@ -115,15 +116,17 @@ class ChatTrainee:
         self.dropout.next_pack(number)
         one = pack(rows, prompt_weight=plan.prompt_loss_weight if training else 0.0).to(self.device)
         hidden = self.body.above(self._enter(one, rows, number), one)
+        # index_select, here and below: where a row is taken several times, its gradient is added up in a fixed order.
+        # That of plain indexing is added in whatever order threads come, and a resumed job would end elsewhere.
         loss, nll, right = head.losses(
-            hidden[one.sources],
+            hidden.index_select(0, one.sources),
             self.head.weight,
             one.targets,
             smoothing=plan.label_smoothing if training else 0.0,
         )
         entries = one.entries
         return Losses(
-            loss=loss[entries],
+            loss=loss.index_select(0, entries),
             nll=nll[entries],
             right=right[entries],
             owners=one.owners,
@@ -161,7 +164,8 @@ def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activatio
     model = weights.load_model(folder, precision, IMPLEMENTATION)
     template = ChatTemplate(weights.load_tokenizer(folder))
     torch.manual_seed(plan.seed)  # A starts random, B at zero
-    targets = linear_names(model) if plan.target_modules == ("all-linear",) else list(plan.target_modules)
+    names = linear_names(model)
+    targets = names if plan.target_modules == ("all-linear",) else list(plan.target_modules)
     trained = range(plan.freeze_layers, model.config.num_hidden_layers)
     try:
         peft = get_peft_model(
@@ -179,10 +183,17 @@ def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activatio
         raise InvalidValue(
             f"target_modules={targets!r} does not fit this model: {error}", param="hyperparameters.target_modules"
         ) from error
+    if targets is not names:
+        _refuse_without_layers(peft, targets, names, plan.freeze_layers)
     trainee = ChatTrainee(peft, template, plan, None)
     if activations is not None and plan.freeze_layers:
-        trainee.activations = Activations.of_model(activations, trainee.body, folder, precision)
+        trainee.activations = Activations.of_model(activations, trainee.body, folder, precision, valid_tokens(plan))
     return trainee
+
+
+def valid_tokens(plan: TrainPlan) -> int:
+    """Packed tokens that are computed at once where no backward pass follows."""
+    return min(VALID_TOKENS, 2 * plan.micro_tokens)
 
 
 def shapes(config: Mapping[str, Any], parameters: int, number: int) -> Shapes:
@@ -222,6 +233,22 @@ def sizes(plan: TrainPlan, model: Shapes, batches: Sequence[Sequence[Tokens]], o
         trained=plan.lora_r * sum(names[name] for name in targets) * (model.layers - plan.freeze_layers),
         ranks=plan.lora_r * len(targets),
     )
+
+
+def _refuse_without_layers(peft: Any, targets: Sequence[str], names: Sequence[str], cut: int) -> None:
+    """Raise InvalidValue when a target got no adapter, or one where none is trained. PEFT passes over a name that
+    fits nothing as long as another one fits."""
+    model = peft.get_base_model()
+    head_ = model.get_output_embeddings()
+    adapted = [name for name, one in model.named_modules() if isinstance(one, Linear) and one is not head_]
+    useless = [name for name in targets if not any(f".{one}".endswith(f".{name}") for one in adapted)]
+    if useless:
+        above = f" above layer {cut}" if cut else ""
+        raise InvalidValue(
+            f"target_modules: {', '.join(map(repr, useless))} names no linear layer{above} of this model that can get "
+            f"an adapter. There are {', '.join(names)}; the output head and the embeddings stay as they are.",
+            param="hyperparameters.target_modules",
+        )
 
 
 def linear_names(model: Any) -> list[str]:
