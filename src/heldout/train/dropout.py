@@ -68,5 +68,7 @@ class Dropout:
         key = f"{self.seed}/{self._step}/{self._pack}/{place}".encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
         start = number % (self._pool.numel() - count)
-        bits = self._pool[start : start + count].to(like.device, like.dtype)
+        # Once for a pool, not for every mask: on a GPU each would be copied there.
+        self._pool = self._pool.to(like.device, like.dtype)
+        bits = self._pool[start : start + count]
         return bits.view(width, rows).t() if column_major else bits.view(rows, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,12 +60,18 @@ def learning_rate(
     trials = [Trial(plan.learning_rate * multiple, fresh) for multiple in MULTIPLES]
     steps = max(AT_LEAST, round(SHARE * math.ceil(len(train) / plan.batch_size)))
     total, done = steps * (len(trials) + 2), 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        watch.progress("choosing a learning rate", done, total)
+
     for first in (1, steps + 1):
         for trial in trials:
-            sound = _train(plan, trainee, train, trial, range(first, first + steps))
+            end = done + steps  # also of a trial that breaks down before
+            sound = _train(plan, trainee, train, trial, range(first, first + steps), tell)
             trial.loss = _loss(trainee, valid) if sound else math.inf
-            done += steps
-            watch.progress("choosing a learning rate", done, total)
+            done = end
         trials = sorted(trials, key=lambda trial: trial.loss)[:2]
     best = min(trials, key=lambda trial: trial.loss)
     if not math.isfinite(best.loss):
@@ -86,7 +92,14 @@ def learning_rate(
     return _with_rate(plan, found, watch)
 
 
-def _train(plan: TrainPlan, trainee: Trainee[Row], train: Sequence[Row], trial: Trial, steps: range) -> bool:
+def _train(
+    plan: TrainPlan,
+    trainee: Trainee[Row],
+    train: Sequence[Row],
+    trial: Trial,
+    steps: range,
+    tell: Callable[[], None],
+) -> bool:
     """Take these steps at the trial's rate after a warm-up, from where the trial was left. False if one of
     them was not a number."""
     _put(trainee, trial.weights)
@@ -99,6 +112,7 @@ def _train(plan: TrainPlan, trainee: Trainee[Row], train: Sequence[Row], trial: 
             optimizer.zero_grad(set_to_none=True)
             return False
         loop.update(plan, trainee, optimizer, trial.rate * min(1.0, step / max(1, plan.warmup_steps)))
+        tell()
     trial.weights = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}
     trial.optimizer = optimizer.state_dict()
     return True
