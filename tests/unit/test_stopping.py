@@ -145,6 +145,17 @@ def test_a_smaller_or_shorter_rise_waits_for_patience(after: list[float], why_no
     assert watch([0.9, 0.6, 0.45, 0.41, *after]).reason == "", why_not
 
 
+@pytest.mark.parametrize(("scores", "stops"), [([0.6, 0.6], True), ([0.5, 0.6], True), ([0.6, 0.61], False)])
+def test_a_rise_while_answers_get_better_waits_for_patience(scores: list[float], stops: bool) -> None:
+    stopping = EarlyStopping(patience=4, steps_per_epoch=1)
+    for step, (mean, score) in enumerate(zip([0.5, 0.41, 0.52, 0.60], [0.3, 0.6, *scores], strict=True), start=1):
+        stopping.update(step, losses(mean), score)
+        again = EarlyStopping(patience=4, steps_per_epoch=1)
+        again.restore(json.loads(json.dumps(stopping.state())))
+        assert again == stopping
+    assert bool(stopping.reason) is stops
+
+
 def test_a_rise_within_three_standard_errors_waits_for_patience() -> None:
     # A rise by 0.10 in the mean comes from a single example: one standard error.
     stopping = EarlyStopping(patience=4, steps_per_epoch=1)
@@ -224,9 +235,9 @@ def test_a_restored_stopping_decides_the_same_to_the_bit() -> None:
     whole = EarlyStopping(patience=5, steps_per_epoch=3)
     pieces = EarlyStopping(patience=5, steps_per_epoch=3)
     for step, mean in enumerate(means, start=1):
-        whole.update(step, losses(mean, 0.1, step), dice.random())
-        scored = whole.top_score if whole.top_step == step else 0.0
-        pieces.update(step, losses(mean, 0.1, step), scored)
+        score = dice.random() if step <= 30 else 0.0
+        whole.update(step, losses(mean, 0.1, step), score)
+        pieces.update(step, losses(mean, 0.1, step), score)
         stored = json.dumps(pieces.state(), allow_nan=False)
         pieces = EarlyStopping(patience=5, steps_per_epoch=3)
         pieces.restore(json.loads(stored))

@@ -141,7 +141,8 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
         hidden  # its input
         + 2 * (hidden + sizes.ranks)  # both normed inputs with the inner values beside them
         + hidden  # the residual stream after attention
-        + q + 2 * kv  # q, k and v in the groups' order
+        + q
+        + 2 * kv  # q, k and v in the groups' order
         + q  # attention's result
         + 2 * wide  # gate and up
     ) + (scores if scores <= KEPT_SCORES else 0)

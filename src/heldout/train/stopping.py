@@ -45,7 +45,8 @@ class EarlyStopping:
     recent: list[Evaluation] = field(default_factory=list)  # the last three
     best: Evaluation | None = None
     progress: Evaluation | None = None  # its losses are the smoothed ones
-    risen: int = 0  # evaluations in a row far above the best
+    risen: int = 0  # evaluations in a row far above the best, whose answers are no better either
+    best_score: float | None = None  # the task score at the best step
     top_step: int = 0  # the highest task score so far; at a tie the earlier step
     top_score: float | None = None
     relied: dict[int, list[int]] = field(default_factory=dict)  # kept step -> checkpoints that it relies on
@@ -85,11 +86,11 @@ class EarlyStopping:
         now = _evaluation(step, losses)
         self.steps.append(step)
         self.recent = [*self.recent, now][-SMOOTHED:]
-        self.risen = self.risen + 1 if self._far_above_best(now) else 0
+        self.risen = self.risen + 1 if self._far_above_best(now) and not self._answers_better(score) else 0
         if score is not None and (self.top_score is None or score > self.top_score):
             self.top_step, self.top_score = step, score
         if is_best := self.best is None or now.mean < self.best.mean:
-            self.best = now
+            self.best, self.best_score = now, score
         smoothed = self._smoothed()
         if self.progress is None or self._is_progress(smoothed, self.progress):
             self.progress = smoothed
@@ -126,6 +127,7 @@ class EarlyStopping:
             "best": [self.best.step, self.best.losses] if self.best else None,
             "progress": [self.progress.step, self.progress.losses] if self.progress else None,
             "risen": self.risen,
+            "best_score": self.best_score,
             "top_step": self.top_step,
             "top_score": self.top_score,
             "relied": {str(step): relied for step, relied in self.relied.items()},
@@ -138,7 +140,7 @@ class EarlyStopping:
         self.recent = [_evaluation(*one) for one in state["recent"]]
         self.best = _evaluation(*state["best"]) if state["best"] else None
         self.progress = _evaluation(*state["progress"]) if state["progress"] else None
-        self.risen, self.reason = state["risen"], state["reason"]
+        self.risen, self.reason, self.best_score = state["risen"], state["reason"], state["best_score"]
         self.top_step, self.top_score = state["top_step"], state["top_score"]
         self.relied = {int(step): list(relied) for step, relied in state["relied"].items()}
 
@@ -176,6 +178,10 @@ class EarlyStopping:
             return False
         rise, error = paired(now.losses, self.best.losses)
         return rise > RISE * self.best.mean and rise > RISE_ERRORS * error
+
+    def _answers_better(self, score: float | None) -> bool:
+        """Loss may rise while answers still get better: the model is only surer of what it gets wrong."""
+        return score is not None and self.best_score is not None and score > self.best_score
 
     def _why_stop(self, now: Evaluation) -> str:
         assert self.best is not None
