@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heldout.errors import InvalidTrainingFile, InvalidValue
+from heldout.errors import InvalidTrainingFile, InvalidValue, JobPaused
 from heldout.pipeline.plan import TrainPlan
 from heldout.train import search, sft
 from heldout.train.search import RECORD
@@ -71,6 +71,29 @@ def test_a_search_is_not_done_twice(tiny_model: Path, tmp_path: Path) -> None:
     assert found(trainee, tmp_path, 1e-2, watch) == first
     path.write_text(json.dumps({"rate": 0.125, "reason": "known"}))
     assert found(trainee, tmp_path, 1e-2).learning_rate == 0.125
+
+
+class Paused(Recording):
+    """Notes every step it is told of, and pauses the job at one of them."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.at = at
+        self.done: list[tuple[int, int]] = []
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.done.append((done, total))
+        if done == self.at:
+            raise JobPaused
+
+
+def test_a_job_can_be_stopped_at_every_step_of_a_search(tiny_model: Path, tmp_path: Path) -> None:
+    watch = Paused()
+    found(trainee_of(tiny_model), tmp_path / "whole", 1e-2, watch)
+    assert watch.done == [(step, 50) for step in range(1, 51)]
+    with pytest.raises(JobPaused):
+        found(trainee_of(tiny_model), tmp_path / "paused", 1e-2, Paused(at=3))
+    assert not (tmp_path / "paused" / RECORD).exists(), "it begins again"
 
 
 def test_a_search_needs_something_to_compare_by(tiny_model: Path, tmp_path: Path) -> None:
