@@ -84,7 +84,7 @@ def stirred(trainee: ChatTrainee) -> ChatTrainee:
     return trainee
 
 
-def gradients(trainee: ChatTrainee) -> torch.Tensor:
+def gradients(trainee: Any) -> torch.Tensor:
     """All adapter gradients in one vector; they are cleared."""
     flat = torch.cat([p.grad.flatten() for p in trainee.parameters.values() if p.grad is not None])
     for parameter in trainee.parameters.values():
@@ -95,19 +95,6 @@ def gradients(trainee: ChatTrainee) -> torch.Tensor:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Norm of the difference relative to the norm."""
     return float((a - b).norm() / b.norm())
-
-
-def plain_loss(trainee: ChatTrainee, tokens: Any) -> torch.Tensor:
-    """One example the way transformers computes it: alone, causal attention, labels shifted by one;
-    the sum over supervised tokens."""
-    model = trainee.peft.get_base_model()
-    kept = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
-    model.set_attn_implementation(kept)
-    supervised = torch.tensor(tokens.supervised[1:])
-    targets = torch.tensor(tokens.ids[1:])
-    return torch.nn.functional.cross_entropy(logits[supervised], targets[supervised], reduction="sum")
 
 
 def parts(n_train: int = 80, n_valid: int = 24) -> Split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,20 @@ from safetensors import safe_open
 
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
-from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.types import Example
+from heldout.engine.template import Tokens
+from heldout.pipeline.watch import Silent
 from heldout.settings import DEFAULT_MODEL, Settings
-from heldout.train import sft
-from tests.torch.conftest import difference, gradients, plain_loss, stirred
+from heldout.train import attention, loop, sft
+from heldout.train.packing import pack
+from heldout.train.sft import ChatTrainee
+from tests.torch.cases import tokens_of
+from tests.torch.conftest import PLAN, difference, gradients, stirred
+from tests.torch.plain import Plain
 
-TICKETS = Path(__file__).parents[2] / "examples" / "tickets.train.jsonl"
+#: 30 steps of two short examples.
+SMALL = replace(
+    PLAN, lora_r=4, batch_size=2, total_steps=30, n_epochs=15, learning_rate=1e-4, eval_every=30, early_stopping=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +52,100 @@ def test_the_bundled_model_answers(engine: LocalEngine) -> None:
     assert reply.finish_reason == "stop"
 
 
-def test_packed_training_is_exact_on_the_bundled_model(engine: LocalEngine, plan: Callable[..., TrainPlan]) -> None:
-    rows = [json.loads(line)["messages"] for line in TICKETS.read_text().splitlines()[:4]]
-    examples = [Example(messages=tuple(row), weights=(0, 0, 1), line=i) for i, row in enumerate(rows)]
-    trainee = stirred(sft.build_model(plan(lora_r=4), engine.folder(DEFAULT_MODEL), torch.float32))
-    tokens = sft.tokenize(trainee.template, examples, 2048, "tickets")
-    packed = sft.loss(trainee, sft.collate(trainee, tokens)).nll.sum()
-    packed.backward()
-    packed_gradients = gradients(trainee)
-    plain = torch.stack([plain_loss(trainee, one) for one in tokens]).sum()
-    plain.backward()
-    assert float(packed.detach()) == pytest.approx(float(plain.detach()), rel=1e-4)
-    assert difference(packed_gradients, gradients(trainee)) < 1e-3
+# Training, against transformers and PEFT as they come (tests/torch/plain.py)
+
+
+@pytest.fixture(scope="module")
+def trainee(engine: LocalEngine) -> ChatTrainee:
+    return stirred(sft.build_model(SMALL, engine.folder(DEFAULT_MODEL), torch.float32))
+
+
+@pytest.fixture(scope="module")
+def plain(engine: LocalEngine, trainee: ChatTrainee) -> Plain:
+    return Plain(engine.folder(DEFAULT_MODEL), trainee)
+
+
+@pytest.fixture(scope="module")
+def rows(trainee: ChatTrainee) -> list[Tokens]:
+    """Two groups that share their few-shot turns, and two examples that share nothing."""
+    return [
+        row
+        for kind in ("two groups with the same few-shot turns", "nothing shared")
+        for row in tokens_of(trainee.template, kind)[:3]
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted(plain: Plain, rows: list[Tokens]) -> tuple[float, torch.Tensor]:
+    """Loss and gradients of the plain loop."""
+    loss = plain.gradients(rows)
+    found = torch.cat([p.grad.flatten() for p in plain.parameters.values() if p.grad is not None])
+    for parameter in plain.parameters.values():
+        parameter.grad = None
+    return loss, found
+
+
+def as_it_is(_: ChatTrainee, __: pytest.MonkeyPatch) -> None: ...
+
+
+def without_sharing(_: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sft, "pack", lambda rows, **options: pack(rows, share=False, **options))
+
+
+def in_several_packs(trainee: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainee, "plan", replace(trainee.plan, micro_tokens=100))
+
+
+def with_checkpointing(trainee: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainee.body, "checkpoint", True)
+
+
+def with_scores_computed_anew(_: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "KEPT_SCORES", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way", [as_it_is, without_sharing, in_several_packs, with_checkpointing, with_scores_computed_anew]
+)
+def test_a_step_of_the_bundled_model_is_exact(
+    trainee: ChatTrainee,
+    rows: list[Tokens],
+    wanted: tuple[float, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    way: Callable[[ChatTrainee, pytest.MonkeyPatch], None],
+) -> None:
+    way(trainee, monkeypatch)
+    loss = loop.gradients(trainee, rows, 1).loss
+    assert loss == pytest.approx(wanted[0], rel=1e-3)
+    assert difference(gradients(trainee), wanted[1]) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_frozen_step_of_the_bundled_model_is_exact_from_the_cache(
+    engine: LocalEngine, rows: list[Tokens], tmp_path: Path
+) -> None:
+    folder = engine.folder(DEFAULT_MODEL)
+    frozen = stirred(sft.build_model(replace(SMALL, freeze_layers=22), folder, torch.float32, tmp_path))
+    frozen.prepare(rows, Silent())
+    plain = Plain(folder, frozen)
+    loss = loop.gradients(frozen, rows, 1).loss
+    assert loss == pytest.approx(plain.gradients(rows), rel=1e-3)
+    assert difference(gradients(frozen), gradients(plain)) < 1e-3
+
+
+@pytest.mark.slow
+def test_thirty_steps_of_the_bundled_model_follow_the_plain_loop(
+    trainee: ChatTrainee, plain: Plain, tmp_path: Path
+) -> None:
+    # Their beginning, which they share, and their end.
+    train = [
+        Tokens(row.ids[:10] + row.ids[-12:], row.supervised[:10] + row.supervised[-12:])
+        for row in tokens_of(trainee.template, "one system prompt")[:4]
+    ]
+    assert len(pack(train).layout.segments) > len(train)
+    course = loop.run(SMALL, trainee, train, train[:1], checkpoints=tmp_path, watch=Silent())
+    curve = plain.train(train, train[:1])
+    assert [point.train_loss for point in course.curve] == pytest.approx(curve.train, rel=1e-3, abs=1e-5)
+    assert course.curve[-1].valid_loss == pytest.approx(curve.valid[-1], rel=1e-3, abs=1e-5)
+    assert curve.train[-1] < 0.8 * curve.train[0], "it has learned something"
