@@ -230,6 +230,7 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
     kept = Candidate(kind="best_loss", step=15, valid_loss=0.75, scores=())
     adapter = Adapter(
         directory=Path("adapter"),
+        checkpoint=Path("step-000015"),
         best_step=15,
         last_step=20,
         curve=(CurvePoint(step=15, train_loss=0.5, train_accuracy=0.5, valid_loss=0.75, valid_accuracy=0.5),),

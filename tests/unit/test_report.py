@@ -47,6 +47,7 @@ def outcome(tmp_path: Path) -> Outcome:
         tuned=tuned,
         adapter=Adapter(
             directory=tmp_path / "adapter",
+            checkpoint=tmp_path / "checkpoints",
             best_step=2,
             last_step=3,
             curve=CURVE,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
+@functools.cache  # measured once: everything in a process must multiply alike
 def choose_precision(setting: str = "auto") -> torch.dtype:
     """bfloat16 where this machine multiplies it clearly faster than float32, else float32.
 

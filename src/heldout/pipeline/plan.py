@@ -110,10 +110,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         "batch_size": batch,
         "total_steps": Choice(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
         "eval_every": _eval_every(an_epoch, n, n_valid),
-        "max_length": asked_or(
-            asked.max_length,
-            lambda: Choice(min(facts.context, 4096), "auto: the model's context, at most 4096"),
-        ),
+        "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(MICRO_TOKENS, "fits in memory"),
         "checkpointing": Choice(False, "not needed: a third more work for less memory"),
         "predicted_memory_bytes": Choice(0, "not predicted"),
@@ -122,6 +119,15 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         **regularisation,
         **stopping(asked),
     }
+
+
+def _max_length(asked: Hyperparameters, context: int) -> Choice:
+    if asked.max_length is not None and asked.max_length > context:
+        raise InvalidValue(
+            f"max_length {asked.max_length} is more than this model reads ({context} tokens).",
+            param="hyperparameters.max_length",
+        )
+    return asked_or(asked.max_length, lambda: Choice(min(context, 4096), "auto: the model's context, at most 4096"))
 
 
 def _rate(asked: Hyperparameters, hidden_size: int, batch_size: int, total_steps: int) -> dict[str, Choice]:

@@ -59,6 +59,7 @@ class Adapter:
     """A trained adapter in the standard PEFT layout: the best checkpoint, not the last."""
 
     directory: Path
+    checkpoint: Path  # of `best_step` itself; the adapter may be an average of it and its neighbours
     best_step: int
     last_step: int
     curve: tuple[CurvePoint, ...]

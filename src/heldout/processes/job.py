@@ -269,7 +269,7 @@ def _succeed(outcome: Outcome, watch: DbWatch) -> None:
     """Register what the job made, then let it succeed: its last events and all results in one move."""
     job, adapter = watch.job, outcome.adapter
     best = next(point for point in adapter.curve if point.step == adapter.best_step)
-    watch.publish(adapter.best_step, adapter.directory, best.as_dict())
+    watch.publish(adapter.best_step, adapter.checkpoint, best.as_dict())
     watch.db.mark_best(job.id, adapter.best_step)
     results = register(outcome, job, watch.name, watch.settings, watch.db, watch.blobs)
     watch.db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))

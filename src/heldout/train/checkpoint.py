@@ -80,7 +80,7 @@ def restore(folder: Path, trainee: Trainee[Any], optimizer: torch.optim.Optimize
     for name, parameter in trainee.parameters.items():
         if f"{name}.step" in tensors:  # the checkpoint of step 0 has no state yet
             optimizer.state[parameter] = {
-                "step": tensors[f"{name}.step"],
+                "step": tensors[f"{name}.step"].to(parameter.device),
                 "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device),
                 "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device),
             }
@@ -137,7 +137,9 @@ def _written_whole(folder: Path) -> Iterator[Path]:
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != STATE}
+    # A process that was killed while it wrote the state leaves a file whose name begins with a dot.
+    written = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    sums = {path.name: _checksum(path) for path in written if path.name != STATE}
     temporary = folder / f".{STATE}"
     try:
         with temporary.open("w") as file:

@@ -114,6 +114,7 @@ class TorchTrainer:
         ]
         return Adapter(
             directory=checkpoint.publish(chosen, directory / "adapter"),
+            checkpoint=checkpoint.read(directory / "checkpoints", selection.chosen.step)[0],
             best_step=selection.chosen.step,
             last_step=course.step,
             curve=tuple(course.curve),
