@@ -324,7 +324,7 @@ def _print_jobs(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["id"],
             row["created"],
-            row["status"],
+            row["pause"] or row["status"],
             row["verdict"] or "",
             row["fine_tuned_model"] or row["model"],
         )

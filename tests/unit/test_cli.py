@@ -14,6 +14,9 @@ import pytest
 
 from heldout.cli import main
 from heldout.pipeline.hyperparameters import KNOBS
+from heldout.records import Job, JobStatus
+from heldout.settings import Settings
+from heldout.store.db import open_db
 from tests.conftest import colour_files, colour_row, write_rows
 
 
@@ -229,6 +232,30 @@ def test_jobs_as_json_and_unknown_jobs(here: Callable[..., Run]) -> None:
     done = here("jobs", "ftjob-none")
     assert done.code == 2
     assert "ftjob-none" in done.err
+
+
+def test_a_job_that_was_asked_to_wait_is_listed_as_paused_or_pausing(
+    here: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    db = open_db(Settings(data_dir=tmp_path / "data").database)
+    for status, handle, paused in (
+        (JobStatus.QUEUED, None, False),
+        (JobStatus.QUEUED, None, True),
+        (JobStatus.RUNNING, "process", True),
+        (JobStatus.FAILED, None, True),
+    ):
+        job = Job(model="m", base_model="m", training_file="file-a", status=status, handle=handle, paused=paused)
+        db.add_job(job)
+    listed = json.loads(here("jobs", "--json").out)
+    assert [(row["status"], row["pause"]) for row in listed] == [
+        ("failed", None),
+        ("running", "pausing"),
+        ("queued", "paused"),
+        ("queued", None),
+    ]
+    lines = here("jobs").out.splitlines()[1:]
+    assert [line.split()[3] for line in lines] == ["failed", "pausing", "paused", "queued"]
 
 
 @dataclass(frozen=True)

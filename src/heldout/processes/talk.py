@@ -63,6 +63,7 @@ def _row(job: Job) -> dict[str, Any]:
         "id": job.id,
         "created": _time(job.created_at),
         "status": job.status.value,
+        "pause": job.pause,
         "model": job.model,
         "fine_tuned_model": job.fine_tuned_model,
         "verdict": job.verdict["outcome"] if job.verdict else None,
