@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,20 @@ def split_of(task: str, seed: int = 0) -> Split:
     parts = {name: examples_of(path) for name, path in files.items()}
     train = parts["train"]
     return Split(train=train, valid=parts["validation"], holdout=parts["holdout"], seed=seed, groups=len(train))
+
+
+def part_of(split: Split, train: int, valid: int, holdout: int) -> Split:
+    """That many rows of each part, drawn by the split's seed; 0: all of them."""
+
+    def some(rows: tuple[Example, ...], count: int, name: str) -> tuple[Example, ...]:
+        return tuple(random.Random(f"{split.seed}/{name}").sample(rows, min(count, len(rows)))) if count else rows
+
+    return replace(
+        split,
+        train=some(split.train, train, "train"),
+        valid=some(split.valid, valid, "valid"),
+        holdout=some(split.holdout, holdout, "holdout"),
+    )
 
 
 def trainer() -> TorchTrainer:

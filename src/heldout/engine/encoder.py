@@ -24,8 +24,9 @@ from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Token
 from heldout.engine.labels import CLASSIFIER, Labels, text_of
 from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 
-#: Padded tokens of one forward pass without gradients.
-BATCH_TOKENS = 4096
+#: Padded tokens of one forward pass without gradients: with more, activations leave a core's cache and short
+#: texts are padded further (docs/experiments.md).
+BATCH_TOKENS = 512
 #: Trained classifiers kept loaded on top of one encoder.
 LOADED_CLASSIFIERS = 8
 

@@ -109,7 +109,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         "n_epochs": epochs,
         "batch_size": batch,
         "total_steps": Choice(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
-        "eval_every": _eval_every(an_epoch, n, n_valid),
+        "eval_every": eval_every(an_epoch, n, n_valid),
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(MICRO_TOKENS, "fits in memory"),
         "checkpointing": Choice(False, "not needed: a third more work for less memory"),
@@ -270,7 +270,8 @@ def _dropout(n: int) -> Choice:
     return Choice(0.0, f"auto: {n} examples are enough without")
 
 
-def _eval_every(steps_per_epoch: int, n: int, n_valid: int) -> Choice:
+def eval_every(steps_per_epoch: int, n: int, n_valid: int) -> Choice:
+    """Steps between validations: two to four an epoch, as many as cost little beside training."""
     # A validation example costs about 40 % of a training example (no backward, larger packs).
     per_epoch = max(2, min(4, round(0.5 * n / max(1, n_valid))))
     every = max(1, math.ceil(steps_per_epoch / per_epoch))
