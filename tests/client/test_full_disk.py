@@ -6,13 +6,16 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-from tests.client.test_a_job_end_to_end import BASE, Served, has_reached, long_job
+from tests.client.conftest import Live
+from tests.client.test_a_job_end_to_end import NO_CHAT, Served, has_reached, long_job
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("mount"), reason="mounts a tmpfs")
 
@@ -92,17 +95,15 @@ def test_checkpoints_that_do_not_fit_fail_the_job_and_nothing_else(
     assert all(name.startswith("step-") for name in folders), "and nothing half-written"
 
     filler.unlink()
-    other = served.client.fine_tuning.jobs.create(
-        training_file=served.upload(colours["train"]), model=BASE, hyperparameters={"n_epochs": 1}, seed=1
-    )
-    assert served.wait(other.id).status == "succeeded", served.story(other.id)
+    other = long_job(served, colours, n_epochs=1)
+    assert served.wait(other).status == "succeeded", served.story(other)
 
 
 def test_adapters_that_do_not_fit_into_the_blobs_leave_none_behind(
     tmp_path: Path, disk: Callable[[str, int], Path], serve: Callable[..., Served], colours: dict[str, Path]
 ) -> None:
     small = disk("blobs", 4_000_000)
-    served = serve(tmp_path / "data", HELDOUT_BLOBS_URL=f"file:{small}")
+    served = serve(tmp_path / "data", HELDOUT_BLOBS_URL=f"file:{small}", **NO_CHAT)
     job_id = long_job(served, colours)
     fill(small, leave=200_000)  # one of its adapters fits, two do not
     job = served.wait(job_id)
@@ -119,7 +120,7 @@ def test_a_database_on_a_full_disk_notes_the_failure_once_there_is_room(
     tmp_path: Path, disk: Callable[[str, int], Path], serve: Callable[..., Served], colours: dict[str, Path]
 ) -> None:
     small = disk("database", 8_000_000)
-    served = serve(tmp_path / "data", HELDOUT_DATABASE_URL=f"sqlite:///{small / 'heldout.db'}")
+    served = serve(tmp_path / "data", HELDOUT_DATABASE_URL=f"sqlite:///{small / 'heldout.db'}", **NO_CHAT)
     job_id = long_job(served, colours)
     served.wait(job_id, has_reached(served, "Step 12/"))
     before = served.story(job_id)
@@ -136,17 +137,56 @@ def test_a_database_on_a_full_disk_notes_the_failure_once_there_is_room(
     story = served.story(job_id)
     assert story[: len(before)] == before
     assert not any("unexpectedly" in text for text in story)
-    other = served.client.fine_tuning.jobs.create(
-        training_file=served.upload(colours["train"]), model=BASE, hyperparameters={"n_epochs": 1}, seed=1
-    )
-    assert served.wait(other.id).status == "succeeded", served.story(other.id)
+    other = long_job(served, colours, n_epochs=1)
+    assert served.wait(other).status == "succeeded", served.story(other)
 
 
 def test_a_job_that_cannot_even_have_a_log_fails_with_the_same_sentence(
     tmp_path: Path, disk: Callable[[str, int], Path], serve: Callable[..., Served], colours: dict[str, Path]
 ) -> None:
     small = disk("data/jobs", 1_000_000)
-    served = serve(tmp_path / "data")
+    served = serve(tmp_path / "data", **NO_CHAT)
     subprocess.run(["mount", "-o", "remount,nr_inodes=2", str(small)], check=True)  # room for its folder only
     job = served.wait(long_job(served, colours))
     what_a_full_disk_says(job, small)
+
+
+def refused_upload(live: Live, place: Path, content: bytes) -> None:
+    """Upload until it is refused; it is, with the sentence, and at once."""
+
+    def uploads() -> None:
+        for _ in range(1000):  # the database's log reuses the room that it has
+            live.upload(content)
+
+    with pytest.raises(openai.InternalServerError) as caught:
+        uploads()
+    refused = caught.value
+    assert (refused.status_code, refused.type, refused.code) == (507, "server_error", "disk_full")
+    assert refused.body["message"].startswith(f"The disk is full: the server could not write to {place}. ")
+    assert "Free some space" in refused.body["message"]
+    assert refused.response.headers["x-should-retry"] == "false", "the client sends nothing twice"
+
+
+@pytest.mark.parametrize("full", ["blobs", "tmp", "database"])
+def test_an_upload_that_does_not_fit_is_refused_with_the_sentence_and_leaves_nothing(
+    full: str,
+    disk: Callable[[str, int], Path],
+    start: Callable[..., Live],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = disk(full, 2_000_000)
+    if full == "tmp":
+        monkeypatch.setattr(tempfile, "tempdir", str(small))  # where an upload waits until all of it is there
+    live = start(database_url=f"sqlite:///{small / 'heldout.db'}" if full == "database" else "")
+    before = live.upload()
+    filler = fill(small, leave=100_000 if full != "database" else 0)
+    # Below a megabyte an upload waits in memory.
+    refused_upload(live, small, b"{}\n" if full == "database" else b"x" * (1 << 20 | 1))
+    kept = {file.id for file in live.client.files.list()}
+    assert before.id in kept
+    assert {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file() and path != filler} == kept
+    if full == "tmp":
+        assert list(small.iterdir()) == [filler]
+    filler.unlink()
+    assert live.client.files.content(live.upload(b"y" * (1 << 20 | 1)).id).content.startswith(b"yy")

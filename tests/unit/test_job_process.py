@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from heldout import disk
 from heldout.errors import InvalidTrainingFile, JobPaused, ModelNotFound
+from heldout.pipeline.crossfit import FoldWatch
 from heldout.pipeline.training import CurvePoint
-from heldout.processes import disk
+from heldout.pipeline.watch import InFold
 from heldout.processes.job import DbWatch, Pace
 from heldout.processes.register import put_adapter
 from heldout.records import Event, Job, JobStatus, now
@@ -52,6 +55,9 @@ def test_a_pause_is_noticed_where_nothing_is_half_done_and_not_in_between(watch:
         ("train", JobPaused(41), "Paused at step 41; resume continues from there"),
         ("train", JobPaused(), "Paused at step 41 of 100; resume continues from the last checkpoint"),
         ("zero-shot prompt", JobPaused(), "Paused at 'zero-shot prompt' (41 of 100); resume starts this stage again"),
+        ("fold 2 of 5: train", JobPaused(41), "Paused in fold 2 of 5 at step 41; resume continues from there"),
+        ("fold 2 of 5: train", JobPaused(), "Paused in fold 2 of 5 at step 41 of 100; resume continues from the last"),
+        ("fold 2 of 5: tuned model", JobPaused(), "Paused at 'fold 2 of 5: tuned model' (41 of 100); resume starts"),
     ],
 )
 def test_a_job_that_comes_to_rest_says_where_it_will_go_on(
@@ -86,6 +92,53 @@ def test_a_resumed_job_is_estimated_by_the_steps_it_took_itself() -> None:
     assert 97 * 0.05 <= left <= 97 * 0.1
     pace.step(1)
     assert pace.seconds_left(600) is None, "training began anew"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in seconds; a test moves it on."""
+    seconds = [1000.0]
+    monkeypatch.setattr("heldout.processes.job.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+def test_with_folds_the_time_left_counts_the_folds_and_the_model_to_serve(clock: list[float]) -> None:
+    pace = Pace()
+
+    def train(fold: InFold | None, steps: range) -> None:
+        for step in steps:
+            clock[0] += 1
+            pace.step(step, fold)
+
+    first, second, last = (InFold(number, 5, "train") for number in (1, 2, 5))
+    pace.progress("fold 1 of 5: zero-shot prompt")
+    clock[0] += 7
+    pace.progress("fold 1 of 5: zero-shot prompt")
+    train(first, range(1, 2))
+    assert pace.seconds_left(100) is None, "one step says nothing"
+    train(first, range(2, 52))
+    assert pace.seconds_left(100) == (49 + 7) + 5 * (100 + 7)
+    train(first, range(52, 61))  # it stops here, and is scored
+    clock[0] += 7
+    train(second, range(1, 12))
+    assert pace.seconds_left(100) == (89 + 7) + 4 * (60 + 7), "folds end before their last step"
+    train(last, range(31, 41))  # goes on where a process before this one was
+    assert pace.seconds_left(100) == (60 + 7) + (60 + 7 + 11) / 2
+    train(None, range(1, 11))
+    assert pace.seconds_left(125) == 115, "nothing is scored after it"
+
+
+def test_a_job_says_when_it_will_have_ended_while_a_fold_trains(watch: DbWatch, clock: list[float]) -> None:
+    fold = FoldWatch(watch, 2, 5)
+    fold.progress("zero-shot prompt", 1, 1)
+    for step in (1, 2, 3):
+        clock[0] += 10
+        fold.progress("train", step, 100)
+    left = watch.db.get_job(watch.job.id).estimated_finish - now()
+    assert left == pytest.approx(10 * 97 + 4 * 1000, abs=5)
+    clock[0] += 1
+    fold.progress("train", 99, 100)
+    assert watch.db.get_job(watch.job.id).estimated_finish - now() == pytest.approx(left, abs=5), "not every step"
 
 
 def test_a_full_disk_is_recognised_whoever_met_it() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from heldout import disk
 from heldout.executor.local import LocalExecutor
-from heldout.processes import disk
 from heldout.processes.worker import ATTEMPTS, CLAIM, Worker
 from heldout.records import Job, JobStatus
 from heldout.settings import Settings

@@ -48,7 +48,7 @@ def _app(settings: Settings, *, api_key: str) -> FastAPI:
     app.add_middleware(BodyLimit, max_file_bytes=settings.max_file_bytes)
     if api_key:
         app.add_middleware(KeyGuard, api_key=api_key)
-    app.add_middleware(Stamp, organization=settings.organization)
+    app.add_middleware(Stamp, settings=settings)
     app.add_api_route("/health", _health)
     return app
 

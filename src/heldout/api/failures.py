@@ -14,7 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from heldout import disk
 from heldout.errors import UserError
+from heldout.settings import Settings
 
 #: Seconds a client waits before it asks a starting engine again; its two retries then cover a cold start.
 RETRY_AFTER = 5
@@ -49,6 +51,13 @@ def user_error_reply(error: UserError) -> Response:
     return reply(of_user_error(error), error.status, headers)
 
 
+def full_disk_reply(error: Exception, settings: Settings) -> Response:
+    """The reply to a request that could not be stored."""
+    # The client would send the whole file twice more, at once.
+    headers = {"x-should-retry": "false"}
+    return reply(envelope(disk.refusal(error, settings), type="server_error", code=disk.CODE), 507, headers)
+
+
 def install(app: FastAPI) -> None:
     """Override every handler of FastAPI's. Unexpected exceptions are the middleware's: only there do the
     reply's headers still get their stamp."""
@@ -73,6 +82,8 @@ def _on_invalid_request(request: Request, error: Exception) -> Response:
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if disk.is_full(error):
+        raise error  # FastAPI takes it for a fault of the body it was reading; the middleware knows better
     message, code = str(error.detail), None
     if error.status_code == 404:
         message, code = f"Invalid URL ({request.method} {request.url.path})", "unknown_url"

@@ -32,7 +32,11 @@ def create_file(
     record = File(filename=wire.base_name(file.filename), purpose=purpose, bytes=file.size or 0)
     _check(record, settings.max_file_bytes)
     blobs.put(record.blob, file.file)
-    db.add_file(record)
+    try:
+        db.add_file(record)
+    except BaseException:
+        blobs.delete(record.blob)  # without its row nobody could ask for it, nor delete it
+        raise
     return wire.FileObject.of(record)
 
 

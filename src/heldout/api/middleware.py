@@ -14,9 +14,11 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from heldout import disk
 from heldout.api import failures
 from heldout.errors import TooLarge, Unauthorized
 from heldout.records import new_id
+from heldout.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +31,9 @@ MAX_JSON_BYTES = 32 << 20
 class Stamp:
     """Gives each request an id and each reply OpenAI's headers; answers for what nobody caught."""
 
-    def __init__(self, app: ASGIApp, organization: str) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.organization = organization
+        self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,17 +44,21 @@ class Stamp:
         started = time.perf_counter()
         try:
             await self.app(scope, receive, reply)
-        except Exception:
+        except Exception as error:
             log.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id)
             if reply.started:
                 raise  # too late for an error reply: the server closes the connection
-            await failures.reply(failures.of_bug(request_id), 500)(scope, receive, reply)
+            if disk.is_full(error):
+                response = failures.full_disk_reply(error, self.settings)
+            else:
+                response = failures.reply(failures.of_bug(request_id), 500)
+            await response(scope, receive, reply)
 
     def _stamp(self, headers: MutableHeaders, request_id: str, started: float) -> None:
         headers["x-request-id"] = request_id
         headers["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
         headers["openai-version"] = "2020-10-01"
-        headers["openai-organization"] = self.organization
+        headers["openai-organization"] = self.settings.organization
 
 
 class _StampedReply:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from heldout.pipeline.plan import TrainPlan
@@ -36,6 +37,23 @@ class Watch(Protocol):
     def kept(self) -> None:
         """Work that is nobody's checkpoint was saved: a job that is taken up again need not repeat it."""
         ...
+
+
+class InFold(NamedTuple):
+    """A stage of one fold of cross-fitting."""
+
+    number: int  # from 1
+    count: int
+    stage: str
+
+
+_IN_FOLD = re.compile(r"fold (\d+) of (\d+): (.+)")
+
+
+def in_fold(stage: str) -> InFold | None:
+    """What FoldWatch made of a fold's stage, taken apart again; None for a stage of the job itself."""
+    found = _IN_FOLD.fullmatch(stage)
+    return InFold(int(found[1]), int(found[2]), found[3]) if found else None
 
 
 class Silent:

@@ -14,11 +14,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heldout import disk
 from heldout.engine import catalogue
 from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job
-from heldout.processes import disk
+from heldout.pipeline.watch import InFold, in_fold
 from heldout.processes.register import put_adapter, register
 from heldout.records import (
     Checkpoint,
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from heldout.pipeline.outcome import Outcome
     from heldout.pipeline.plan import TrainPlan
     from heldout.pipeline.training import CurvePoint
+
+
+#: Seconds between two estimates while a fold trains; its validations are not told.
+ESTIMATE_EVERY = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,7 +133,7 @@ class DbWatch:
     def __init__(self, job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
         self.job, self.settings, self.db, self.blobs = job, settings, db, blobs
         self.name = fine_tuned_name(job.model, settings.organization, job.suffix, job.id)
-        self._looked = 0.0
+        self._looked = self._estimated = 0.0
         self._stage = ("", 0, 0)
         self._pace = Pace()
 
@@ -141,7 +146,13 @@ class DbWatch:
     def progress(self, stage: str, done: int, total: int) -> None:
         """See Watch.progress. The one place where a job is paused: nothing is half done here."""
         self._stage = (stage, done, total)
-        self._pace.progress(stage)
+        fold = in_fold(stage)
+        if fold and fold.stage == "train":
+            self._pace.step(done, fold)
+            if time.monotonic() - self._estimated > ESTIMATE_EVERY:
+                self._estimate(total)
+        else:
+            self._pace.progress(stage)
         if time.monotonic() - self._looked > 0.5:
             self.raise_if_paused()
 
@@ -164,9 +175,16 @@ class DbWatch:
                 data[f"{prefix}valid_loss"] = point.valid_loss
                 data[f"{prefix}valid_mean_token_accuracy"] = point.valid_accuracy
         self._pace.step(point.step)
-        if point.valid_loss is not None and (left := self._pace.seconds_left(total_steps)) is not None:
-            self.db.update_job(self.job.id, estimated_finish=now() + round(left))
+        if point.valid_loss is not None:
+            self._estimate(total_steps)
         self.db.add_event(Event(job_id=self.job.id, type="metrics", message=text, data=data))
+
+    def _estimate(self, total_steps: int) -> None:
+        """Note when the job will have ended, as far as that is known."""
+        left = self._pace.seconds_left(total_steps)
+        if left is not None:
+            self._estimated = time.monotonic()
+            self.db.update_job(self.job.id, estimated_finish=now() + round(left))
 
     def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
         """See Watch.checkpoint."""
@@ -221,10 +239,12 @@ class DbWatch:
     def rest(self, pause: JobPaused) -> None:
         """Put the paused job back into the queue, and say what a resumed one goes on from."""
         stage, done, total = self._stage
+        fold = in_fold(stage)
+        where = f"Paused in fold {fold.number} of {fold.count}" if fold else "Paused"
         if pause.step is not None:
-            text = f"Paused at step {pause.step}; resume continues from there"
-        elif stage == "train":
-            text = f"Paused at step {done} of {total}; resume continues from the last checkpoint"
+            text = f"{where} at step {pause.step}; resume continues from there"
+        elif stage == "train" or (fold and fold.stage == "train"):
+            text = f"{where} at step {done} of {total}; resume continues from the last checkpoint"
         elif stage:
             text = f"Paused at '{stage}' ({done} of {total}); resume starts this stage again"
         else:
@@ -238,9 +258,11 @@ class Pace:
 
     def __init__(self) -> None:
         self._scored: tuple[str, float, float] | None = None  # the first scoring stage, its begin and end
-        self._begun: tuple[int, float] | None = None  # the first step of this process, and when it was done
+        self._fold: InFold | None = None  # that is trained; None: the model to serve
+        self._begun: tuple[int, float] | None = None  # the first step of this training, and when it was done
         self._step = 0
         self._now = 0.0
+        self._folds: list[float] = []  # from the first step of a fold to the first of the next
 
     def progress(self, stage: str) -> None:
         """A stage got on. The first one scores the holdout, as the tuned model will be in the end."""
@@ -250,19 +272,33 @@ class Pace:
         elif self._scored is not None and self._scored[0] == stage:
             self._scored = (stage, self._scored[1], now)
 
-    def step(self, step: int) -> None:
-        """A step of training was done."""
-        self._step, self._now = step, time.monotonic()
+    def step(self, step: int, fold: InFold | None = None) -> None:
+        """A step of training was done: of a fold, or of the model to serve."""
+        now = time.monotonic()
+        if fold != self._fold:
+            # A fold that was taken up in the middle says nothing of a whole one.
+            if self._begun is not None and self._begun[0] == 1:
+                self._folds.append(now - self._begun[1])
+            self._fold, self._begun = fold, None
+            if fold is None:
+                self._scored = None  # the folds were scored; the model to serve is not
+        self._step, self._now = step, now
         if self._begun is None or step <= self._begun[0]:
-            self._begun = (step, self._now)
+            self._begun = (step, now)
 
     def seconds_left(self, total_steps: int) -> float | None:
-        """Of training and of the evaluation after it; None until two steps were seen."""
+        """Of this training, and of all that comes after it; None until two steps were seen."""
         if self._begun is None or self._step == self._begun[0]:
             return None
         first, began = self._begun
+        a_step = (self._now - began) / (self._step - first)
         scoring = self._scored[2] - self._scored[1] if self._scored else 0.0
-        return (self._now - began) / (self._step - first) * (total_steps - self._step) + scoring
+        left = a_step * (total_steps - self._step) + scoring
+        if self._fold is None:
+            return left
+        a_fold = sum(self._folds) / len(self._folds) if self._folds else a_step * total_steps + scoring
+        # The folds after this one, and the model to serve: it is trained for about as long as they were.
+        return left + a_fold * (self._fold.count - self._fold.number + 1)
 
 
 def _succeed(outcome: Outcome, watch: DbWatch) -> None:

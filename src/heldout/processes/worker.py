@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from heldout import disk
 from heldout.errors import InvalidValue
 from heldout.executor.base import Executor
 from heldout.executor.local import LocalExecutor
-from heldout.processes import disk
 from heldout.records import Event, Job, JobStatus, now
 from heldout.settings import Settings, read_settings
 from heldout.store.db import Db, open_db

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
@@ -22,19 +23,19 @@ _WORDS = ("no space left on device", "disk quota exceeded", "database or disk is
 
 def is_full(error: BaseException | None) -> bool:
     """True when a full disk, or a used-up quota, is what the error comes from."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    for one in _causes(error):
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         # A user's error may quote such words from a training file.
-        if not isinstance(error, UserError) and any(words in str(error).lower() for words in _WORDS):
+        if not isinstance(one, UserError) and any(words in str(one).lower() for words in _WORDS):
             return True
-        error = error.__cause__
     return False
 
 
 def sentence(error: BaseException | None, settings: Settings, job_id: str) -> str:
-    """What was full, where, and what to do. Where the error does not say: the fullest of a job's places."""
-    place = _place(error) or _fullest(settings, job_id)
+    """What a job says: what was full, where, and what to do. Where the error does not say: the fullest of a
+    job's places."""
+    place = _place(error) or _fullest([settings.work(job_id), settings.cache, *_places(settings)])
     usage = shutil.disk_usage(place)
     return (
         f"The disk is full: the job could not write to {place}. Now that its unfinished files are removed, "
@@ -43,18 +44,41 @@ def sentence(error: BaseException | None, settings: Settings, job_id: str) -> st
     )
 
 
+def refusal(error: BaseException, settings: Settings) -> str:
+    """What a request is told that could not be stored."""
+    place = _place(error) or _fullest(_places(settings))
+    usage = shutil.disk_usage(place)
+    return (
+        f"The disk is full: the server could not write to {place}. {_size(usage.free)} of {_size(usage.total)} are "
+        "free there. Nothing of this request was kept; what was there before is as it was. Free some space or give "
+        "the data directory a larger disk, then send the request again."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it comes from, what that comes from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 def _place(error: BaseException | None) -> Path | None:
     """The folder the error names, as far as it still exists."""
-    name = getattr(error, "filename", None)
-    return _existing(Path(name)) if isinstance(name, str) and Path(name).is_absolute() else None
+    names = [getattr(one, "filename", None) for one in _causes(error)]
+    return next((_existing(Path(name)) for name in names if isinstance(name, str) and Path(name).is_absolute()), None)
 
 
-def _fullest(settings: Settings, job_id: str) -> Path:
-    places = [settings.work(job_id), settings.cache, Path(tempfile.gettempdir())]
+def _places(settings: Settings) -> list[Path]:
+    """Where every process writes, as far as it is a disk of this machine: uploads pass through the first."""
+    places = [Path(tempfile.gettempdir())]
     if (database := make_url(settings.database).database) and settings.database.startswith("sqlite:"):
         places.append(Path(database).absolute())
     if settings.blobs.startswith("file:"):
         places.append(Path(settings.blobs.removeprefix("file:").removeprefix("//")).absolute())
+    return places
+
+
+def _fullest(places: list[Path]) -> Path:
     return min((_existing(place) for place in places), key=lambda place: shutil.disk_usage(place).free)
 
 
