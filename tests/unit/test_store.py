@@ -18,9 +18,17 @@ from heldout.store.blobs import FileBlobs, fetch_folder, open_blobs, put_folder
 from heldout.store.db import Db, migrate, open_db
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database that is not there yet, or is empty."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new' / 'heldout.db'}"
+    return str(request.getfixturevalue("new_postgres")())
+
+
 @pytest.fixture
-def db(tmp_path: Path) -> Db:
-    return open_db(f"sqlite:///{tmp_path / 'new' / 'heldout.db'}")
+def db(url: str) -> Db:
+    return open_db(url)
 
 
 @pytest.fixture
@@ -123,8 +131,29 @@ def test_a_job_that_was_paused_a_moment_ago_is_not_claimed(db: Db) -> None:
     assert db.claim_job(job, "worker") is False, "the worker saw it before"
 
 
-def test_a_database_of_an_earlier_version_is_brought_up_to_date_by_many_at_once(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'heldout.db'}"
+def open_together(url: str, then: str) -> list[str]:
+    """What five processes print that open the database at the same moment, and then do something with `db`."""
+    program = "from heldout.store.db import open_db; print(end='.', flush=True); input(); "
+    program += f"db = open_db({url!r}); {then}"
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    opening = [subprocess.Popen(command, text=True, **pipes) for _ in range(5)]
+    for process in opening:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == ".", "imports take longer than the moment that matters"
+    for process in opening:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate()[0].strip() for process in opening]
+
+
+def test_a_new_database_gets_its_tables_from_one_of_many_that_open_it_at_once(url: str) -> None:
+    assert open_together(url, "print(db.list_models())") == ["[]"] * 5
+
+
+def test_a_database_of_an_earlier_version_is_brought_up_to_date_by_many_at_once(url: str, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
     engine = create_engine(url)
     migrate(engine, "0001")
     with engine.begin() as connection:
@@ -135,12 +164,8 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date_by_many_at_once(
         )
         columns, places = ", ".join(job), ", ".join(f":{name}" for name in job)
         connection.execute(text(f"INSERT INTO jobs ({columns}) VALUES ({places})"), job)
-    program = f"from heldout.store.db import open_db; print(open_db({url!r}).get_job('ftjob-old').paused)"
-    opening = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(5)
-    ]
-    assert [process.communicate()[0].strip() for process in opening] == ["False"] * 5
+    engine.dispose()
+    assert open_together(url, "print(db.get_job('ftjob-old').paused)") == ["False"] * 5
     assert open_db(url).get_job("ftjob-old").status is JobStatus.QUEUED
 
 
@@ -222,8 +247,7 @@ def test_a_deleted_file_is_gone(db: Db) -> None:
             db.delete_file(file.id)
 
 
-def test_a_database_is_opened_again_with_its_rows(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'heldout.db'}"
+def test_a_database_is_opened_again_with_its_rows(url: str) -> None:
     job = added(open_db(url))
     assert open_db(url).get_job(job.id) == job
 

@@ -294,14 +294,17 @@ def _tune_sqlite(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
+#: What one process at a time gets, until it commits. The number is ours: Postgres locks have no names.
+_LOCK = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(29384913793807732)"}
+
+
 def migrate(engine: Engine, revision: str = "head") -> None:
     """Bring the tables up to a revision."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.connect() as connection:
-        if engine.dialect.name == "sqlite":
-            # Of several processes that start together one changes the tables, the others wait and find it done.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        # Of several processes that start together one changes the tables, the others wait and find it done.
+        connection.exec_driver_sql(_LOCK[engine.dialect.name])
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
         connection.commit()
