@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from heldout.engine.template import Tokens
-from heldout.errors import InvalidValue
+from heldout.errors import InvalidValue, JobPaused
 from heldout.pipeline.plan import TrainPlan
 from heldout.train import loop, sft
 from heldout.train.activations import DATA, INDEX, Activations
@@ -133,6 +133,40 @@ def test_another_cut_precision_or_model_has_activations_of_its_own(llama: Path, 
     other.prepare(rows, watch)
     assert f"for {len({row.ids[:-1] for row in rows})} examples now" in watch.messages[-1]
     assert len(list(tmp_path.rglob(DATA))) == 2
+
+
+class Pausing(Recording):
+    """Asks for a pause when so many examples are done, and notes how far each stage got."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.at, self.done = at, [(0, 0)]
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.done.append((done, total))
+        if 0 < self.at <= done:
+            raise JobPaused
+
+
+def test_a_pause_loses_nothing_that_was_computed_and_changes_no_bit(llama: Path, tmp_path: Path) -> None:
+    plan = replace(CUT, micro_tokens=64)
+    alone, watch = build(llama, tmp_path / "alone", plan), Pausing()
+    rows = tokens_of(alone.template, "everything")
+    alone.prepare(rows, watch)
+    ends = [done for done, _ in watch.done[1:]]
+    assert len(ends) > 3, "several packs"
+    for at in ends[:3]:
+        watch = Pausing(at - (ends[ends.index(at) - 1] if at != ends[0] else 0))  # one pack further
+        with pytest.raises(JobPaused):
+            build(llama, tmp_path / "paused", plan).prepare(rows, watch)
+    last = build(llama, tmp_path / "paused", plan)
+    watch = Pausing()
+    last.prepare(rows, watch)
+    assert watch.done[-1] == (ends[-1] - ends[2],) * 2, "three packs were kept"
+    assert data_of(tmp_path / "paused").read_bytes() == data_of(tmp_path / "alone").read_bytes()
+    (loss, found), (wanted_loss, wanted) = step_of(last, rows), step_of(alone, rows)
+    assert loss == wanted_loss
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("damage", ["more", "less", "no index", "half an index"])

@@ -37,9 +37,9 @@ class NotingTrainer(TorchTrainer):
         self.fitted: list[Split] = []
         self.given: list[Split] = []
 
-    def fit(self, plan: TrainPlan, split: Split, *, base_model: str) -> TrainPlan:
+    def fit(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None) -> TrainPlan:
         self.fitted.append(split)
-        return super().fit(plan, split, base_model=base_model)
+        return super().fit(plan, split, base_model=base_model, directory=directory)
 
     def train(
         self,

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import heldout
 from heldout.errors import InvalidTrainingFile, InvalidValue, JobPaused
+from heldout.pipeline import report
 from heldout.pipeline.plan import TrainPlan
+from heldout.settings import Settings
+from heldout.store.db import open_db
 from heldout.train import search, sft
 from heldout.train.search import RECORD
 from heldout.train.sft import ChatTrainee
+from tests.conftest import colour_files
 from tests.torch.conftest import PLAN, SMALL, Recording, train
 from tests.torch.plain import vector
 
@@ -100,3 +105,17 @@ def test_a_search_needs_something_to_compare_by(tiny_model: Path, tmp_path: Path
     trainee = trainee_of(tiny_model)
     with pytest.raises(InvalidValue, match="lr_search needs validation examples"):
         search.learning_rate(LIGHT, trainee, trainee.rows(SMALL.train, "x"), [], directory=tmp_path, watch=Recording())
+
+
+def test_job_and_report_show_the_rate_that_was_found_and_why(tiny_model: Path, tmp_path: Path) -> None:
+    files = colour_files(tmp_path)
+    settings = Settings(data_dir=tmp_path / "data", precision="float32")
+    out = {"model": str(tiny_model), "out": tmp_path / "out", "settings": settings}
+    result = heldout.tune(*files.values(), **out, seed=0, n_epochs=1, lr_search="light")
+    found = json.loads((tmp_path / "out" / RECORD).read_text())
+    ((job,), _) = open_db(settings.database).list_jobs(after=None, limit=9)
+    written = json.loads((tmp_path / "out" / report.JSON).read_text())
+    for plan in (result.outcome.plan.as_dict(), written["plan"], job.plan):
+        assert plan["learning_rate"] == {"value": found["rate"], "reason": found["reason"]}
+    assert result.outcome.adapter.learning_rate == found["rate"]
+    assert "the middle one of three" not in (tmp_path / "out" / report.MARKDOWN).read_text()

@@ -249,7 +249,8 @@ def test_the_story_of_training_begins_before_its_numbers(tuned: Tuned) -> None:
     begins = next(i for i, (kind, what) in enumerate(story) if kind == "message" and what.startswith("Training "))
     ends = next(i for i, (kind, what) in enumerate(story) if kind == "message" and "Training ended" in what)
     metrics = [i for i, (kind, _) in enumerate(story) if kind == "metrics"]
-    assert begins < metrics[0] <= metrics[-1] < ends
+    chosen = next(i for i, (kind, what) in enumerate(story) if kind == "message" and " is chosen" in what)
+    assert begins < metrics[0] <= metrics[-1] < ends < chosen
     assert re.search(r"Training [\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\): LoRA r=16", story[begins][1])
     assert "Verdict:" in tuned.watch.messages[-1]
     assert [what for kind, what in story if kind == "metrics"] == list(range(1, len(metrics) + 1))

@@ -228,7 +228,9 @@ def test_with_a_validation_file_the_model_to_serve_is_stopped_by_it_as_the_folds
 
 def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
     kept = Candidate(kind="best_loss", step=15, valid_loss=0.75, scores=())
+    plan = make_plan(Hyperparameters(batch_size=8), SPLIT, FACTS, seed=0)
     adapter = Adapter(
+        plan=plan,
         directory=Path("adapter"),
         checkpoint=Path("step-000015"),
         best_step=15,
@@ -245,7 +247,6 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
         selection=Selection(chosen=kept, reason="the lowest", candidates=(kept,)),
         proofs=(),
     )
-    plan = make_plan(Hyperparameters(batch_size=8), SPLIT, FACTS, seed=0)
     made = crossfit.make_fold(2, SPLIT, plan, adapter, scored())
     assert made.best_epoch == 3.0, "five steps an epoch of 40 rows"
     assert (made.number, made.train, made.valid, made.valid_loss) == (2, 40, 10, 0.75)

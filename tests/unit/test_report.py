@@ -46,6 +46,7 @@ def outcome(tmp_path: Path) -> Outcome:
         rungs=rungs,
         tuned=tuned,
         adapter=Adapter(
+            plan=make_plan(Hyperparameters(), split, FACTS, seed=5),
             directory=tmp_path / "adapter",
             checkpoint=tmp_path / "checkpoints",
             best_step=2,

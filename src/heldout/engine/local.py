@@ -28,7 +28,7 @@ class Loaded:
     def __init__(self, folder: Path, precision: torch.dtype) -> None:
         self.model = weights.load_model(folder, precision, generate.IMPLEMENTATION)
         self.template = ChatTemplate(weights.load_tokenizer(folder), _end_ids(self.model))
-        self.context = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        self.context = weights.context_of(self.model.config.to_dict())
         self._peft: PeftModel | None = None
         self._count = 0
         self._adapters: OrderedDict[str, str] = OrderedDict()  # folder -> name; a name may not contain dots

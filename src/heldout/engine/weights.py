@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
+import json
 import logging
 import os
 import re
@@ -15,34 +15,80 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from heldout.engine.catalogue import Source
-from heldout.errors import ModelNotFound
+from heldout.errors import InvalidValue, ModelNotFound
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 # peft asks transformers under an old name; nothing a user could do about it.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
+#: Kinds of layers whose attention we compute; how the settings of recurrent ones begin.
+ATTENTION = {"full_attention", "sliding_attention", "attention"}
+RECURRENT = ("mamba_", "lru_", "attn_layer_period")
+SOFTCAP, RESCALED = "attn_logit_softcapping", ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
-@functools.cache  # measured once: everything in a process must multiply alike
+#: Beside a job's checkpoints: the precision that it began with.
+PRECISION_NOTE = "precision.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_auto: torch.dtype | None = None  # what "auto" means in this process, where everything must multiply alike
+
+
 def choose_precision(setting: str = "auto") -> torch.dtype:
     """bfloat16 where this machine multiplies it clearly faster than float32, else float32.
 
-    Measured, not looked up: a CPU that emulates bfloat16 is several times slower with it. On a GPU
-    bfloat16 is taken where the hardware has it.
+    Measured, once in a process, and not looked up: a CPU that emulates bfloat16 is several times slower
+    with it. On a GPU bfloat16 is taken where the hardware has it.
     """
+    global _auto
     if setting != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+        return _DTYPES[setting]
+    if _auto is None:
+        _auto = _faster_precision()
+    return _auto
+
+
+def keep_precision(directory: Path, setting: str = "auto") -> torch.dtype:
+    """The precision that the job in `directory` began with, noted there by the first process; what "auto" means in
+    this process from now on. Measured anew, it might differ, and a resumed job would end with other bits.
+
+    Raises InvalidValue when another precision is asked for.
+    """
+    global _auto
+    note = directory / PRECISION_NOTE
+    if not note.exists():
+        chosen = choose_precision(setting)
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(".writing")
+        with temporary.open("w") as file:
+            json.dump({"precision": str(chosen).removeprefix("torch.")}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, note)
+        return chosen
+    name = json.loads(note.read_text())["precision"]
+    if setting not in ("auto", name):
+        raise InvalidValue(
+            f"This job began with {name} products, but HELDOUT_PRECISION is {setting} now: the rest would not fit what "
+            f"was trained so far. Set HELDOUT_PRECISION to {name} or auto to go on, or start a new job."
+        )
+    _auto = _DTYPES[name]
+    return _auto
+
+
+def _faster_precision() -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _gemm_rate(torch.bfloat16) > 1.2 * _gemm_rate(torch.float32) else torch.float32
@@ -137,6 +183,38 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """The model's config.json with its architecture's defaults. Raises ModelNotFound when it cannot be read."""
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelNotFound(f"The config.json in {folder} cannot be read: {error}") from error
+    return config
+
+
+def context_of(config: Mapping[str, Any]) -> int:
+    """Tokens that the model reads: its positions, or the window of its attention where that is smaller. Within its
+    window sliding attention is attention; beyond it is not supported."""
+    positions = config.get("max_position_embeddings") or 1 << 30
+    slides = config.get("use_sliding_window", True) and (
+        not config.get("layer_types") or "sliding_attention" in config["layer_types"]
+    )
+    return int(min(positions, config.get("sliding_window") or positions)) if slides else int(positions)
+
+
+def refuse_unknown_arithmetic(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelNotFound when the model computes something that our attention, loss and decoding leave out."""
+    lost = [f"layers of the kind {kind!r}" for kind in sorted({*(config.get("layer_types") or ())} - ATTENTION)]
+    # Some architectures mix attention with recurrent layers, and their config does not say which layer is which.
+    lost += [f"recurrent layers ({name})" for name in sorted(config) if name.startswith(RECURRENT)][:1]
+    lost += [f"attention scores that are capped ({SOFTCAP})"] if config.get(SOFTCAP) else []
+    lost += ["attention sinks"] if config.get("model_type") == "gpt_oss" else []
+    # Our loss and our decoding apply the output head themselves.
+    lost += [f"logits that are rescaled ({name})" for name in RESCALED if config.get(name) not in (None, 1, 1.0)]
+    if lost:
+        raise ModelNotFound(f"The model in {folder} has {', '.join(lost)}; that is not supported yet.")
+
+
 def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     """The model in evaluation mode, weights frozen. `attention` names a registered implementation."""
     try:
@@ -145,10 +223,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"The model in {folder} cannot be loaded: {error}") from error
-    # Our loss and our decoding apply the output head themselves; what a model does after it would be lost.
-    for rule in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, rule, None) not in (None, 1, 1.0):
-            raise ModelNotFound(f"The model in {folder} rescales its logits ({rule}); that is not supported yet.")
+    refuse_unknown_arithmetic(folder, model.config.to_dict())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.requires_grad_(False).eval().to(device)
 

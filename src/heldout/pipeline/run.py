@@ -74,7 +74,6 @@ class Made:
     split: Split  # of the model that is served
     left_out: tuple[Finding, ...]
     rungs: tuple[Rung, ...]
-    plan: TrainPlan
     adapter: Adapter
     tuned: Rung
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
@@ -98,7 +97,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         rungs=made.rungs,
         tuned=made.tuned,
         adapter=made.adapter,
-        plan=made.plan,
+        plan=made.adapter.plan,
         split=made.split,
         findings=(*findings, *made.left_out),
         base_model=request.base_model,
@@ -132,7 +131,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
         description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
         scores=score_tuned(adapter, split, metric, request.base_model, max_tokens, tools),
     )
-    return Made(split=split, left_out=left_out, rungs=rungs, plan=plan, adapter=adapter, tuned=tuned)
+    return Made(split=split, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned)
 
 
 def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
@@ -143,6 +142,9 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)
 
+    # In the end all rows are trained on: what is wrong with one of them is told before anything is spent.
+    whole = make_plan(request.hyperparameters, folds.splits[0], facts, seed=request.seed)
+    tools.trainer.fit(whole, folds.whole, base_model=request.base_model, directory=request.directory)
     plans = [
         within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
         for split in folds.splits
@@ -163,9 +165,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     prove_serving(adapter, request.base_model, tools)
     found = CrossFit(folds=fitted, groups=folds.groups)
     tools.watch.message(f"Mind that {found.sentence}")
-    return Made(
-        split=folds.whole, left_out=left_out, rungs=rungs, plan=plan, adapter=adapter, tuned=tuned, crossfit=found
-    )
+    return Made(split=folds.whole, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned, crossfit=found)
 
 
 def climb(
@@ -239,7 +239,7 @@ def activations(request: Request) -> Path:
 def within_memory(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> TrainPlan:
     """The plan made to fit into memory. Raises InvalidValue when it cannot."""
     replay = replay_for(plan, split, request, tools)
-    return tools.trainer.fit(plan, mixed(split, replay), base_model=request.base_model)
+    return tools.trainer.fit(plan, mixed(split, replay), base_model=request.base_model, directory=request.directory)
 
 
 def replay_for(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> Replay:
@@ -265,7 +265,7 @@ def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, dire
     if replay.examples:
         tools.watch.message(replay.sentence, data={"examples": len(replay.examples), "different": replay.different})
     tools.engine.close()  # training needs the memory
-    adapter = tools.trainer.train(
+    return tools.trainer.train(
         plan,
         mixed(split, replay),
         base_model=request.base_model,
@@ -273,8 +273,6 @@ def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, dire
         watch=tools.watch,
         cache=activations(request),
     )
-    tools.watch.message(f"Training ended: {adapter.stopped}")
-    return adapter
 
 
 def check_files(request: Request, kind: str | None = None) -> tuple[Parts, tuple[Finding, ...]]:
@@ -361,7 +359,7 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
         tools.engine,
         request.base_model,
         made.adapter.directory,
-        replay_ratio=made.plan.replay_ratio,
+        replay_ratio=made.adapter.plan.replay_ratio,
         directory=request.directory,
         watch=tools.watch,
     )

@@ -58,6 +58,7 @@ class Proof:
 class Adapter:
     """A trained adapter in the standard PEFT layout: the best checkpoint, not the last."""
 
+    plan: TrainPlan  # as it was run: with the learning rate that a search chose, and why
     directory: Path
     checkpoint: Path  # of `best_step` itself; the adapter may be an average of it and its neighbours
     best_step: int
@@ -82,8 +83,11 @@ class Trainer(Protocol):
         """What the base model is like. Raises ModelNotFound."""
         ...
 
-    def fit(self, plan: TrainPlan, split: Split, *, base_model: str) -> TrainPlan:
+    def fit(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None) -> TrainPlan:
         """The plan with its memory predicted, and micro-batches and checkpointing chosen so that it fits.
+
+        The precision of products is settled here: `directory`, the job's, keeps it for every process that
+        takes the job up.
 
         Raises InvalidValue when it cannot, and InvalidTrainingFile as `train` does.
         """

@@ -46,7 +46,8 @@ class Activations:
         return Activations(root / key, body, dtype, int(body.model.config.hidden_size), tokens)
 
     def prepare(self, examples: Iterable[Tokens], tell: Callable[[int, int], None] = lambda done, total: None) -> int:
-        """Compute what is missing; the number of examples that were computed."""
+        """Compute what is missing; the number of examples that were computed. When `tell` raises, because the job is
+        paused, what is done is kept."""
         missing = list({_key(one): one for one in examples if _key(one) not in self._spans}.values())
         done = 0
         for rows in micro_batches(missing, range(len(missing)), limit=self.tokens) if missing else []:
@@ -57,7 +58,12 @@ class Activations:
                 self._spans[_key(example)] = [[self._rows + start, end - start] for start, end in spans]
             self._rows += one.layout.segments[-1].end
             done += len(chosen)
-            tell(done, len(missing))
+            try:
+                tell(done, len(missing))
+            except BaseException:
+                # The packs that are left will be the same ones: they are cut greedily, in the order of their tokens.
+                self._close_index()
+                raise
         if missing:
             self._close_index()
         return len(missing)

@@ -7,10 +7,12 @@ the tokens alone: it is computed once for an example and kept (train/activations
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from heldout.engine.weights import context_of
 from heldout.errors import InvalidValue
 from heldout.train import norms
 from heldout.train.attention import Layout
@@ -24,33 +26,43 @@ FUSED = ("llama", "mistral", "qwen2")
 WALKED = (*FUSED, "qwen3")
 
 
+def refuse(config: Mapping[str, Any], *, cut: int, checkpoint: bool = False) -> None:
+    """Raise InvalidValue when a model of this config cannot be cut, or not be checkpointed."""
+    kind = config["model_type"]
+    if cut and kind not in WALKED:
+        raise InvalidValue(
+            f"freeze_layers={cut} is not supported for models of type {kind!r}; leave it at 0.",
+            param="hyperparameters.freeze_layers",
+        )
+    if checkpoint and not _is_fused(config):
+        raise InvalidValue(
+            "This job needs checkpointing to fit into HELDOUT_MEMORY_LIMIT, but checkpointing is not supported "
+            f"for models of type {kind!r}. Use shorter examples, a smaller model, or a higher limit.",
+            param="model",
+        )
+
+
+def _is_fused(config: Mapping[str, Any]) -> bool:
+    return config["model_type"] in FUSED and config["hidden_act"] == "silu"
+
+
 class Body:
     """A decoder without its output head. Shapes: L packed tokens, h hidden size."""
 
     def __init__(self, model: Any, dropout: Dropout, *, cut: int = 0, checkpoint: bool = False) -> None:
-        """Raises InvalidValue when this architecture cannot be cut, or not be checkpointed."""
+        """Raises InvalidValue as `refuse` does."""
         self.model, self.dropout, self.cut, self.checkpoint = model, dropout, cut, checkpoint
-        kind = model.config.model_type
-        if cut and kind not in WALKED:
-            raise InvalidValue(
-                f"freeze_layers={cut} is not supported for models of type {kind!r}; leave it at 0.",
-                param="hyperparameters.freeze_layers",
-            )
+        config = model.config.to_dict()
+        refuse(config, cut=cut, checkpoint=checkpoint)
+        kind = config["model_type"]
         self._inner = model.base_model
         self._walks = kind in WALKED
         self._blocks: list[Block] = []
-        if kind in FUSED and model.config.hidden_act == "silu":
+        if _is_fused(config):
             self._blocks = [Block.of(layer, index) for index, layer in enumerate(self._inner.layers)]
-        elif checkpoint:
-            raise InvalidValue(
-                "This job needs checkpointing to fit into HELDOUT_MEMORY_LIMIT, but checkpointing is not supported "
-                f"for models of type {kind!r}. Use shorter examples, a smaller model, or a higher limit.",
-                param="model",
-            )
         else:
             norms.fuse(model)
-        window = getattr(model.config, "sliding_window", None)
-        self._window = window if getattr(model.config, "use_sliding_window", True) else None
+        self._context = context_of(config)
 
     def below(self, pack: Pack) -> torch.Tensor:
         """What enters the first trained layer, [L, h], without gradient."""
@@ -81,8 +93,8 @@ class Body:
 
     def _walk(self, x: torch.Tensor, layout: Layout, first: int, last: int, rows: torch.Tensor | None) -> torch.Tensor:
         longest = max(one.offset + len(one) for one in layout.segments)
-        if self._window is not None and longest > self._window:
-            raise InvalidValue(f"examples of {longest} tokens exceed the model's sliding window of {self._window}")
+        if longest > self._context:
+            raise InvalidValue(f"an example has {longest} tokens, but the model reads {self._context}")
         if first == last:
             return x
         angles = self._inner.rotary_emb(x[None], layout.position_ids)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from heldout.engine import weights
 from heldout.engine.template import ChatTemplate, Tokens
-from heldout.errors import InvalidTrainingFile, InvalidValue
+from heldout.errors import InvalidTrainingFile, InvalidValue, ModelNotFound
 from heldout.pipeline.memory import Shapes, Sizes
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
@@ -26,6 +26,17 @@ from heldout.train.dropout import Dropout
 from heldout.train.method import Losses
 from heldout.train.packing import Pack, micro_batches, pack
 
+#: What must be known of a model's size.
+SHAPES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+#: Lines that are named in one refusal.
+SHOWN = 20
 #: Packed tokens of one validation pack: nothing is kept for a backward pass, so more fit than in training.
 VALID_TOKENS = 4096
 
@@ -196,6 +207,20 @@ def valid_tokens(plan: TrainPlan) -> int:
     return min(VALID_TOKENS, 2 * plan.micro_tokens)
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """The chat model's config. Raises ModelNotFound when it is none that can be trained."""
+    config = weights.config_of(folder)
+    missing = [name for name in SHAPES if not isinstance(config.get(name), int)]
+    if missing:
+        raise ModelNotFound(
+            f"The model in {folder} is not a chat model we can train: its config.json (type {config['model_type']!r}) "
+            f"does not say {', '.join(missing)}. What can be trained are decoders with the layers of Llama, Mistral, "
+            "Qwen or a like one."
+        )
+    weights.refuse_unknown_arithmetic(folder, config)
+    return config
+
+
 def shapes(config: Mapping[str, Any], parameters: int, number: int) -> Shapes:
     """A base model's sizes from its config.json; `number` is the bytes of a weight."""
     heads = config["num_attention_heads"]
@@ -265,28 +290,40 @@ def linear_names(model: Any) -> list[str]:
 def tokenize(template: ChatTemplate, examples: Sequence[Example], max_length: int, part: str) -> list[Tokens]:
     """Tokens of every example, proven: labels cover exactly the answers and their end-of-turn tokens,
     nothing is cut, nothing is empty. Raises InvalidTrainingFile naming every line that fails."""
-    tokens, problems = [], []
+    tokens: list[Tokens] = []
+    long: list[str] = []
+    problems: list[str] = []
     for example in examples:
         try:
             one = template.encode(example.messages, example.weights)
-            _prove(template, example, one, max_length)
+            if len(one) > max_length:
+                long.append(f"line {example.line} ({len(one)} tokens)")
+                continue
+            _prove(template, example, one)
         except InvalidValue as error:
             problems.append(f"line {example.line}: {error}")
         else:
             tokens.append(one)
+    refusals = []
+    if long:
+        refusals.append(
+            f"{len(long)} examples of {part} are longer than max_length ({max_length} tokens), and their answers would "
+            f"be cut: {_first(long, ', ')}. Shorten them, or raise max_length as far as the model reads."
+        )
     if problems:
-        shown = "; ".join(problems[:20]) + ("; …" if len(problems) > 20 else "")
-        raise InvalidTrainingFile(f"{len(problems)} examples of {part} cannot be trained on: {shown}")
+        refusals.append(f"{len(problems)} examples of {part} cannot be trained on: {_first(problems, '; ')}")
+    if refusals:
+        raise InvalidTrainingFile("\n".join(refusals))
     return tokens
 
 
-def _prove(template: ChatTemplate, example: Example, tokens: Tokens, max_length: int) -> None:
+def _first(found: Sequence[str], between: str) -> str:
+    more = len(found) - SHOWN
+    return between.join(found[:SHOWN]) + (f"{between}and {more} more" if more > 0 else "")
+
+
+def _prove(template: ChatTemplate, example: Example, tokens: Tokens) -> None:
     """Check one example's labels against its messages, by a way that does not reuse how they were made."""
-    if len(tokens) > max_length:
-        raise InvalidValue(
-            f"{len(tokens)} tokens, but max_length is {max_length}; the answer would be cut. "
-            "Shorten the example or raise max_length."
-        )
     runs: list[list[int]] = []
     for i, (token, supervised) in enumerate(zip(tokens.ids, tokens.supervised, strict=True)):
         if supervised:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,15 +12,15 @@ import torch
 
 from heldout import machine
 from heldout.engine import catalogue, weights
-from heldout.engine.template import ChatTemplate
-from heldout.errors import ModelNotFound
+from heldout.engine.template import ChatTemplate, Tokens
+from heldout.errors import InvalidState, InvalidTrainingFile
 from heldout.pipeline import memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, ModelFacts, Proof
 from heldout.pipeline.types import Split
-from heldout.pipeline.watch import Watch
-from heldout.train import checkpoint, classifier, loop, search, sft
+from heldout.pipeline.watch import Silent, Watch
+from heldout.train import body, checkpoint, classifier, loop, search, sft
 from heldout.train.loop import Course
 from heldout.train.memory import PeakMemory, keep_freed_memory
 from heldout.train.method import Trainee
@@ -55,33 +55,34 @@ class TorchTrainer:
         folder = self._folder(base_model)
         if catalogue.kind_of(folder) == catalogue.ENCODER:
             return classifier.facts(folder, _stored_parameters(folder))
-        config = json.loads((folder / "config.json").read_text())
-        try:
-            return ModelFacts(
-                hidden_size=config["hidden_size"],
-                layers=config["num_hidden_layers"],
-                context=config["max_position_embeddings"],
-                parameters=_stored_parameters(folder),
-            )
-        except KeyError as missing:
-            raise ModelNotFound(
-                f"The model in {folder} is not a chat model we can train: {missing} is not in its config.json"
-            ) from missing
+        config = sft.config_of(folder)
+        return ModelFacts(
+            hidden_size=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            context=weights.context_of(config),
+            parameters=_stored_parameters(folder),
+        )
 
-    def fit(self, plan: TrainPlan, split: Split, *, base_model: str) -> TrainPlan:
+    def fit(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None) -> TrainPlan:
         """See Trainer.fit."""
         folder = self._folder(base_model)
         if catalogue.kind_of(folder) == catalogue.ENCODER:
             return plan
+        precision = (
+            weights.keep_precision(directory, self._precision)
+            if directory
+            else weights.choose_precision(self._precision)
+        )
+        config = sft.config_of(folder)
+        body.refuse(config, cut=plan.freeze_layers)
         template = ChatTemplate(weights.load_tokenizer(folder))
-        rows = sft.tokenize(template, split.train, plan.max_length, "the training data")
-        others = sft.tokenize(template, split.valid, plan.max_length, "the validation data")
-        config = json.loads((folder / "config.json").read_text())
-        number = weights.choose_precision(self._precision).itemsize
-        shapes = sft.shapes(config, _stored_parameters(folder), number)
+        rows, others = _tokenize(template, split, plan.max_length)
+        shapes = sft.shapes(config, _stored_parameters(folder), precision.itemsize)
         steps = range(1, math.ceil(len(rows) / plan.batch_size) + 1)
         batches = [[rows[row] for row in loop.batch_rows(plan, len(rows), step)] for step in steps]
-        return memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), self.memory_limit)
+        plan = memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), self.memory_limit)
+        body.refuse(config, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
+        return plan
 
     def train(
         self,
@@ -94,6 +95,8 @@ class TorchTrainer:
         cache: Path | None = None,
     ) -> Adapter:
         """See Trainer.train."""
+        if catalogue.kind_of(self._folder(base_model)) == catalogue.CHAT:  # a classifier is float32 in any case
+            weights.keep_precision(directory, self._precision)
         with PeakMemory() as peak:
             trainee = self.build(plan, split, base_model, cache)
             keep_freed_memory()
@@ -104,7 +107,8 @@ class TorchTrainer:
             if plan.lr_search == "light":
                 plan = search.learning_rate(plan, trainee, train, valid, directory=directory, watch=watch)
             course = loop.run(plan, trainee, train, valid, checkpoints=directory / "checkpoints", watch=watch)
-            selection, chosen = choose(trainee, valid, course, checkpoints=directory / "checkpoints")
+            watch.message(f"Training ended: {course.stopped}")
+            selection, chosen = choose(trainee, valid, course, checkpoints=directory / "checkpoints", watch=watch)
         watch.message(selection.reason, data=selection.as_dict())
         # Restored from disk: what is proven below is what was saved.
         trainee.load(chosen)
@@ -113,6 +117,7 @@ class TorchTrainer:
             for example in (split.valid or split.train)[:PROOFS]
         ]
         return Adapter(
+            plan=plan,
             directory=checkpoint.publish(chosen, directory / "adapter"),
             checkpoint=checkpoint.read(directory / "checkpoints", selection.chosen.step)[0],
             best_step=selection.chosen.step,
@@ -142,32 +147,81 @@ class TorchTrainer:
         return weights.prepare(source, self.cache)
 
 
-def choose(trainee: Trainee[Row], valid: Sequence[Row], course: Course, *, checkpoints: Path) -> tuple[Selection, Path]:
+def choose(
+    trainee: Trainee[Row], valid: Sequence[Row], course: Course, *, checkpoints: Path, watch: Watch = Silent()
+) -> tuple[Selection, Path]:
     """The checkpoint to hand over, and where it lies: the lowest validation loss, the most answers right,
-    the last, or the average of three neighbours, by pipeline/selection.py."""
+    the last, or the average of three neighbours, by pipeline/selection.py.
+
+    A damaged one is left out, and the watch is told. Raises InvalidState when none is left.
+    """
     stopping = course.stopping
+    wanted = {course.step, *((stopping.best_step, stopping.top_step, *stopping.neighbours()) if valid else ())}
+    sound, damaged = _sound(checkpoints, course, wanted, watch)
+    if not sound:
+        raise InvalidState(f"no checkpoint of this training can be handed over: {'; '.join(damaged)}. Start a new job.")
     if not valid:
-        last = Candidate(kind="last", step=course.step, valid_loss=math.nan, scores=())
-        reason = f"step {last.step} (the last) is taken: there are no validation examples to choose by"
-        folder, _ = checkpoint.read(checkpoints, last.step)
-        return Selection(chosen=last, reason=reason, candidates=(last,)), folder
+        last = Candidate(kind="last", step=max(sound), valid_loss=math.nan, scores=())
+        named = "the last" if last.step == course.step else "the last that can be read"
+        reason = f"step {last.step} ({named}) is taken: there are no validation examples to choose by"
+        return Selection(chosen=last, reason=reason, candidates=(last,)), sound[last.step]
     losses = {point.step: point.valid_loss for point in course.curve if point.valid_loss is not None}
 
     def candidate(kind: Kind, step: int, loss: float, right: Sequence[bool]) -> Candidate:
         return Candidate(kind=kind, step=step, valid_loss=loss, scores=tuple(map(float, right)))
 
-    steps: dict[Kind, int] = {"best_loss": stopping.best_step, "best_metric": stopping.top_step, "last": course.step}
+    finite = [step for step in sound if math.isfinite(losses[step])]
+    if not finite:
+        raise InvalidState(f"no checkpoint whose validation loss is a number can be read: {'; '.join(damaged)}.")
+    best = stopping.best_step if stopping.best_step in sound else min(finite, key=lambda step: losses[step])
+    steps: dict[Kind, int] = {"best_loss": best, "best_metric": stopping.top_step, "last": course.step}
+    steps = {kind: step for kind, step in steps.items() if step in sound}
     candidates = [candidate(kind, step, losses[step], course.answered[step]) for kind, step in steps.items()]
-    folders: dict[Kind, Path] = {kind: checkpoint.read(checkpoints, step)[0] for kind, step in steps.items()}
-    if len(neighbours := stopping.neighbours()) == 3:
-        several = [checkpoint.read(checkpoints, step)[0] for step in neighbours]
-        folders["average"] = checkpoint.average(several, checkpoints / "average")
+    folders: dict[Kind, Path] = {kind: sound[step] for kind, step in steps.items()}
+    neighbours = stopping.neighbours()
+    if len(neighbours) == 3 and sound.keys() >= set(neighbours):
+        folders["average"] = checkpoint.average([sound[step] for step in neighbours], checkpoints / "average")
         trainee.load(folders["average"])
         seen = loop.validate(trainee, valid)
         mean = sum(seen.losses) / len(seen.losses)
         candidates.append(candidate("average", stopping.best_step, mean, seen.right))
     selection = select(candidates, metric="share of answers that are right")
+    if damaged:
+        selection = replace(selection, reason=f"of the checkpoints that can be read, {selection.reason}")
     return selection, folders[selection.chosen.kind]
+
+
+def _sound(checkpoints: Path, course: Course, wanted: set[int], watch: Watch) -> tuple[dict[int, Path], list[str]]:
+    """Where the checkpoints of these steps lie, and what is wrong with those that cannot be read. With one of
+    them gone, every other one that has been validated may take its place."""
+    sound: dict[int, Path] = {}
+    damaged: list[str] = []
+
+    def look(steps: set[int]) -> None:
+        for step in sorted(steps - sound.keys()):
+            try:
+                sound[step] = checkpoint.read(checkpoints, step)[0]
+            except InvalidState as error:
+                damaged.append(str(error))
+                watch.message(f"Left out when choosing what to hand over: {error}", level="warn")
+
+    look(wanted)
+    if damaged:
+        look((set(checkpoint.steps(checkpoints)) & course.answered.keys()) - wanted)
+    return sound, damaged
+
+
+def _tokenize(template: ChatTemplate, split: Split, max_length: int) -> tuple[list[Tokens], list[Tokens]]:
+    """Train and valid as tokens. Raises InvalidTrainingFile naming the lines of both that cannot be trained on."""
+    found, problems = [], []
+    for examples, part in ((split.train, "the training data"), (split.valid, "the validation data")):
+        try:
+            found.append(sft.tokenize(template, examples, max_length, part))
+        except InvalidTrainingFile as error:
+            problems.append(str(error))
+    if problems:
+        raise InvalidTrainingFile("\n".join(problems))
+    return found[0], found[1]
 
 
 def _announce(trainee: Trainee[Row], watch: Watch) -> int:
