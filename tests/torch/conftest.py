@@ -38,6 +38,7 @@ PLAN = TrainPlan(
     freeze_layers=0,
     weight_decay=0.0,
     max_grad_norm=1.0,
+    ema_decay=0.0,
     label_smoothing=0.0,
     neftune_noise_alpha=0.0,
     prompt_loss_weight=0.0,
@@ -135,7 +136,7 @@ class Recording(Silent):
 
 
 #: 6 steps an epoch, a checkpoint every 3; dropout draws random numbers in every step.
-NOISY = replace(PLAN, lora_dropout=0.2, n_epochs=2, batch_size=4, total_steps=12, eval_every=3)
+NOISY = replace(PLAN, lora_dropout=0.2, ema_decay=0.6, n_epochs=2, batch_size=4, total_steps=12, eval_every=3)
 SMALL = parts(24, 6)
 
 #: Enough for the tiny model to answer most colours.

@@ -58,7 +58,7 @@ def test_a_job_whose_best_checkpoint_is_damaged_hands_over_the_best_of_the_rest(
     assert f"the checkpoint of step {best} is damaged: its checksums do not hold" in warning
     left = {one.step: one for one in after.selection.candidates}
     assert best not in left
-    losses = {p.step: p.valid_loss for p in after.curve if p.valid_loss is not None and p.step != best}
+    losses = {p.step: p.valid_calibrated_loss for p in after.curve if p.valid_loss is not None and p.step != best}
     there = {step: losses[step] for step in checkpoint.steps(root) if step in losses}
     (lowest,) = [one for one in after.selection.candidates if one.kind == "best_loss"]
     assert lowest.valid_loss == min(there.values())
@@ -66,7 +66,7 @@ def test_a_job_whose_best_checkpoint_is_damaged_hands_over_the_best_of_the_rest(
     trainee = sft.build_model(PLAN, tiny_model, torch.float32)
     trainee.load(after.directory)
     seen = loop.validate(trainee, trainee.rows(SMALL.valid, "valid"))
-    assert sum(seen.losses) / len(seen.losses) == pytest.approx(after.selection.chosen.valid_loss, rel=1e-5)
+    assert sum(seen.calibrated) / len(seen.calibrated) == pytest.approx(after.selection.chosen.valid_loss, rel=1e-5)
 
 
 def trained(model: Path, folder: Path, *, valid: bool) -> tuple[ChatTrainee, list[Any], Course]:

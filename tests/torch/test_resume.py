@@ -18,6 +18,7 @@ import torch
 from heldout.errors import InvalidState, JobPaused
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.train import checkpoint, loop, sft
+from heldout.train.averaging import Average
 from heldout.train.checkpoint import ADAPTER, CONFIG, OPTIMIZER, STATE
 from tests.torch.cases import make_family
 from tests.torch.conftest import NOISY, PLAN, SMALL, Recording, examples, same_training
@@ -160,12 +161,14 @@ def two_checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     rows = trainee.rows(examples(range(8)), "train")
     root = tmp_path_factory.mktemp("checkpoints")
     optimizer = torch.optim.AdamW(trainee.parameters.values(), fused=True)
+    average = Average(trainee.parameters, 0.6)
     course = loop.Course.of(PLAN, len(rows))
     for step in (1, 2):
         loop.gradients(trainee, rows, step)
         loop.update(PLAN, trainee, optimizer, 1e-3)
+        average.update(step)
         course.step = step
-        checkpoint.save(root, step, trainee, optimizer, course.state())
+        checkpoint.save(root, step, trainee, optimizer, average, course.state())
     return root
 
 
@@ -251,17 +254,22 @@ def test_without_a_sound_checkpoint_training_begins_anew(tiny_model: Path, tmp_p
     assert [what for kind, what in watch.story if kind == "metrics"] == list(range(1, 13))
 
 
-def test_restoring_gives_back_every_number_of_adapter_and_optimizer(two_checkpoints: Path, tiny_model: Path) -> None:
+def test_restoring_gives_back_every_number_of_adapter_average_and_optimizer(
+    two_checkpoints: Path, tiny_model: Path
+) -> None:
     trainee = sft.build_model(replace(PLAN, seed=5), tiny_model, torch.float32)
     rows = trainee.rows(examples(range(8)), "train")
     results = []
     for _ in range(2):
         optimizer = torch.optim.AdamW(trainee.parameters.values(), fused=True)
+        average = Average(trainee.parameters, 0.6)
         folder, _state = checkpoint.read(two_checkpoints, 2)
-        checkpoint.restore(folder, trainee, optimizer)
+        checkpoint.restore(folder, trainee, optimizer, average)
         loop.gradients(trainee, rows, 3)
         loop.update(PLAN, trainee, optimizer, 1e-2)
-        results.append(torch.cat([p.detach().flatten() for p in trainee.parameters.values()]))
+        average.update(3)
+        weights = (*trainee.parameters.values(), *average.weights.values())
+        results.append(torch.cat([one.detach().flatten() for one in weights]))
         steps = {float(state["step"]) for state in optimizer.state.values()}
         assert steps == {3.0}
     assert torch.equal(*results)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heldout.engine.template import Tokens
@@ -17,10 +18,11 @@ from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.watch import Silent
 from heldout.train import attention, body, head, loop, packing, sft
 from heldout.train.dropout import Dropout
+from heldout.train.method import TEMPERATURES
 from heldout.train.packing import pack
 from heldout.train.sft import ChatTrainee
 from tests.torch.cases import FAMILIES, KINDS, make_family, tokens_of
-from tests.torch.conftest import PLAN, difference, gradients, stirred
+from tests.torch.conftest import PLAN, difference, examples, gradients, stirred
 from tests.torch.plain import Plain, vector
 
 #: 30 steps that learn something: 1e-3 of a loss that does not move would prove little.
@@ -210,11 +212,15 @@ def test_the_head_gives_the_cross_entropy_of_full_logits(smoothing: float, chunk
     targets[:5] = logits[:5].argmax(dim=-1)
     wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     (wanted_gradient,) = torch.autograd.grad((wanted * outer).sum(), hidden)
-    loss, nll, right = head.losses(hidden, weight, targets, smoothing=smoothing, chunk=chunk)
+    loss, nll, right, tempered = head.losses(
+        hidden, weight, targets, smoothing=smoothing, temperatures=(0.5, 1.0, 3.0), chunk=chunk
+    )
     (gradient,) = torch.autograd.grad((loss * outer).sum(), hidden)
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
     torch.testing.assert_close(gradient, wanted_gradient)
+    for row, temperature in zip(tempered, (0.5, 1.0, 3.0), strict=True):
+        torch.testing.assert_close(row, F.cross_entropy(logits / temperature, targets, reduction="none"))
     assert right.tolist() == (logits.argmax(dim=-1) == targets).tolist()
     assert 5 <= right.sum() < 25
 
@@ -232,7 +238,7 @@ def test_the_head_keeps_no_logits_and_needs_no_gradient_in_validation() -> None:
             return out
 
     with Sizes():
-        loss, _, _ = head.losses(hidden, weight, targets, chunk=64)
+        loss, *_ = head.losses(hidden, weight, targets, temperatures=(0.5, 2.0), chunk=64)
     assert biggest == 64
     assert not loss.requires_grad
 
@@ -398,6 +404,42 @@ def test_validation_is_the_mean_loss_of_every_example(families: dict[str, Path])
     plain, seen = Plain(families[LLAMA], trainee), loop.validate(trainee, rows)
     assert seen.losses == pytest.approx([plain.valid_loss([row]) for row in rows], rel=1e-4)
     assert len(seen.right) == len(rows)
+
+
+def test_calibrated_losses_are_those_at_the_best_temperature_for_all_examples_together(
+    families: dict[str, Path],
+) -> None:
+    trainee = build(families[LLAMA])
+    rows = tokens_of(trainee.template, "everything")
+    plain, seen = Plain(families[LLAMA], trainee), loop.validate(trainee, rows)
+
+    def losses(row: Tokens, temperature: float) -> float:
+        logits, targets = plain.logits(row)
+        supervised = torch.tensor(row.supervised[1:])
+        return float(F.cross_entropy(logits.detach()[supervised] / temperature, targets[supervised]))
+
+    wanted = {one: [losses(row, one) for row in rows] for one in TEMPERATURES}
+    best = min(wanted, key=lambda one: sum(wanted[one]))
+    assert best != 1.0, "an untrained model is not calibrated"
+    assert seen.temperature == best
+    assert seen.calibrated == pytest.approx(wanted[best], rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_model_that_is_only_surer_of_the_same_answers_has_the_same_calibrated_loss(
+    families: dict[str, Path], tmp_path: Path, factor: float
+) -> None:
+    trainee = build(families[LLAMA])
+    learned = trainee.rows(examples(range(32)), "train")
+    loop.run(PLAN, trainee, learned, [], checkpoints=tmp_path, watch=Silent())
+    rows = [*learned, *tokens_of(trainee.template, "everything")]
+    before = loop.validate(trainee, rows)
+    assert TEMPERATURES[2] <= before.temperature <= TEMPERATURES[-3], "twice or half as high is still tried"
+    trainee.head.weight = torch.nn.Parameter(trainee.head.weight * factor, requires_grad=False)
+    after = loop.validate(trainee, rows)
+    assert after.losses != pytest.approx(before.losses, rel=1e-2)
+    assert after.calibrated == pytest.approx(before.calibrated, rel=1e-4)
+    assert (after.temperature, after.right) == (pytest.approx(factor * before.temperature), before.right)
 
 
 def test_an_answer_counts_as_right_when_greedy_decoding_would_give_it(families: dict[str, Path]) -> None:

@@ -235,7 +235,16 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
         checkpoint=Path("step-000015"),
         best_step=15,
         last_step=20,
-        curve=(CurvePoint(step=15, train_loss=0.5, train_accuracy=0.5, valid_loss=0.75, valid_accuracy=0.5),),
+        curve=(
+            CurvePoint(
+                step=15,
+                train_loss=0.5,
+                train_accuracy=0.5,
+                valid_loss=0.75,
+                valid_calibrated_loss=0.5,
+                valid_accuracy=0.5,
+            ),
+        ),
         trained_tokens=1,
         trained_parameters=1,
         examples_per_second=1.0,

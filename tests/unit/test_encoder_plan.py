@@ -43,7 +43,9 @@ def test_wider_encoders_learn_at_the_customary_rates() -> None:
     assert plan(hidden=768, learning_rate_multiplier=2).learning_rate == pytest.approx(5e-5)
 
 
-@pytest.mark.parametrize(("asked", "frozen"), [("full", 0), ("fast", 3), ("turbo", 4), (2, 2), (0.5, 3), (6, 6)])
+@pytest.mark.parametrize(
+    ("asked", "frozen"), [(None, 3), ("full", 0), ("fast", 3), ("turbo", 4), (2, 2), (0.5, 3), (6, 6)]
+)
 def test_lower_layers_are_frozen_up_to_all_of_them(asked: Any, frozen: int) -> None:
     resolved = plan(freeze_layers=asked)
     assert resolved.freeze_layers == frozen

@@ -90,6 +90,7 @@ def test_wider_models_learn_at_a_lower_rate() -> None:
         ("neftune_noise_alpha", 5.0),
         ("prompt_loss_weight", 0.1),
         ("replay_ratio", 0.25),
+        ("ema_decay", 0.75),
         ("max_length", 99),
         ("early_stopping", False),
     ],
@@ -105,6 +106,13 @@ def test_patience_is_asked_for_together_with_early_stopping() -> None:
     resolved = plan(early_stopping={"enabled": True, "patience": 9})
     assert (resolved.early_stopping, resolved.patience) == (True, 9)
     assert resolved.reasons["patience"] == "set in the request"
+
+
+def test_weights_are_averaged_over_half_an_epoch_and_at_most_a_twentieth_of_all_steps() -> None:
+    long, short, tiny = plan(240, n_epochs=20), plan(240, n_epochs=4), plan(30, n_epochs=3)
+    assert long.ema_decay == pytest.approx(1 - 1 / 15, abs=1e-4), "30 steps an epoch"
+    assert short.ema_decay == pytest.approx(1 - 1 / 6, abs=1e-4), "120 steps"
+    assert tiny.ema_decay == 0.0, "12 steps: an average of less than one is none"
 
 
 def test_what_knobs_do_by_default_is_nothing() -> None:

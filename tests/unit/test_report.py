@@ -28,8 +28,12 @@ ATTACK = "<script>alert(1)</script> | a"
 
 CURVE = (
     CurvePoint(step=1, train_loss=2.5, train_accuracy=0.25),
-    CurvePoint(step=2, train_loss=1.5, train_accuracy=0.5, valid_loss=1.25, valid_accuracy=0.625),
-    CurvePoint(step=3, train_loss=0.5, train_accuracy=1.0, valid_loss=1.75, valid_accuracy=0.5),
+    CurvePoint(
+        step=2, train_loss=1.5, train_accuracy=0.5, valid_loss=1.25, valid_calibrated_loss=1.125, valid_accuracy=0.625
+    ),
+    CurvePoint(
+        step=3, train_loss=0.5, train_accuracy=1.0, valid_loss=1.75, valid_calibrated_loss=1.5, valid_accuracy=0.5
+    ),
 )
 
 
@@ -123,8 +127,8 @@ def test_the_markdown_report_has_a_table_of_the_rungs(written: Path) -> None:
     assert [row.split(" | ")[0] for row in rows] == ["| constant", "| zero-shot", "| tuned"]
     assert rows[1] == "| zero-shot | 60.0% | 50.2% to 69.1% |  | the prompt |"
     assert ATTACK.replace("|", "\\|") in rows[0], "a bar in a text does not end the cell"
-    assert "| 2 (kept) | 1.5000 | 1.2500 |" in lines
-    assert "| 3 | 0.5000 | 1.7500 |" in lines
+    assert "| 2 (kept) | 1.5000 | 1.2500 | 1.1250 |" in lines
+    assert "| 3 | 0.5000 | 1.7500 | 1.5000 |" in lines
     assert not any(line.startswith("| 1 |") for line in lines), "nothing was validated at step 1"
     assert any("9.5 examples a second, peak memory 1.50 GiB" in line for line in lines)
 
@@ -190,7 +194,9 @@ def test_a_report_of_a_cross_fitted_job_says_who_was_measured_and_shows_the_fold
     taken = Selection(chosen=last, reason="step 3 (the last) is taken", candidates=(last,))
     outcome = replace(outcome, adapter=replace(outcome.adapter, selection=taken))
     found = CrossFit(folds=tuple(replace(fold, number=number) for number in range(1, 6)), groups=100)
-    measured_nothing = replace(outcome.adapter, curve=tuple(replace(point, valid_loss=None) for point in CURVE))
+    measured_nothing = replace(
+        outcome.adapter, curve=tuple(replace(point, valid_loss=None, valid_calibrated_loss=None) for point in CURVE)
+    )
     whole = replace(outcome.split, valid=(), holdout=())
     crossfitted = replace(outcome, crossfit=found, adapter=measured_nothing, split=whole)
     text, html = report.markdown(crossfitted), report.page(crossfitted)

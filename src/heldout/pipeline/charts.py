@@ -40,12 +40,13 @@ def intervals(rungs: Sequence[Rung]) -> str:
 
 
 def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
-    """Training and validation loss over steps on a logarithmic axis, with the step that was kept and, if it
-    came before the planned last one, the step at which training stopped."""
+    """Training and validation loss over steps on a logarithmic axis, validation also calibrated, with the step
+    that was kept and, if it came before the planned last one, the step at which training stopped."""
     left, right, top, bottom = 60, WIDTH - 20, 14, 250
     valid = [(p.step, p.valid_loss) for p in curve if p.valid_loss is not None]
+    calibrated = [(p.step, p.valid_calibrated_loss) for p in curve if p.valid_calibrated_loss is not None]
     train = _smooth([(p.step, p.train_loss) for p in curve])
-    values = [max(v, 1e-6) for _, v in (*valid, *train)]
+    values = [max(v, 1e-6) for _, v in (*valid, *calibrated, *train)]
     low, high = math.log10(min(values)), math.log10(max(values))
     high = high if high - low > 0.1 else low + 0.1
     ended = curve[-1].step
@@ -72,10 +73,13 @@ def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
         f"kept: step {best_step}</text>",
         *(_stop(at(ended, values[0])[0], right, top, bottom, ended, planned) if ended < planned else ()),
         _line([at(*point) for point in train], BLUE),
-        _line([at(*point) for point in valid], ORANGE),
-        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ORANGE}"/>' for x, y in (at(*p) for p in valid)),
+        _line([at(*point) for point in valid], ORANGE, dashed=True),
+        _line([at(*point) for point in calibrated], ORANGE),
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ORANGE}"/>' for x, y in (at(*p) for p in calibrated)),
         f'<text x="{left}" y="{bottom + 26}" fill="{BLUE}">training loss (mean of 5 steps)</text>',
-        f'<text x="{left + 230}" y="{bottom + 26}" fill="{ORANGE}">validation loss</text>' if valid else "",
+        f'<text x="{left + 230}" y="{bottom + 26}" fill="{ORANGE}">validation loss: - - as it is, — calibrated</text>'
+        if valid
+        else "",
         f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps'
         f"{' planned' if ended < planned else ''}</text>",
     ]
@@ -101,9 +105,10 @@ def _smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[
     return smooth
 
 
-def _line(points: Sequence[tuple[float, float]], colour: str) -> str:
+def _line(points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = False) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+    dashes = ' stroke-dasharray="4 4" opacity="0.7"' if dashed else ""
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>'
 
 
 def _svg(height: float, parts: Sequence[str]) -> str:

@@ -137,6 +137,11 @@ class Hyperparameters:
     prompt_loss_weight: float | None = _knob(
         REGULARISATION, _FROM_0_TO_1, "Weight of a prompt's token in the loss; an answer's is 1."
     )
+    ema_decay: float | None = _knob(
+        REGULARISATION,
+        _FROM_0_TO_BELOW_1,
+        "What a step leaves of the averaged weights, which are validated and kept; 0: no average.",
+    )
     replay_ratio: float | None = _knob(
         REGULARISATION, _FROM_0_TO_1, "General examples added against forgetting, as a share of the training examples."
     )

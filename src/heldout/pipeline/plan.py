@@ -47,6 +47,7 @@ class TrainPlan:
     freeze_layers: int  # lower decoder layers that get no adapter
     weight_decay: float
     max_grad_norm: float
+    ema_decay: float  # of the averaged weights, for each step; 0: no average
     label_smoothing: float
     neftune_noise_alpha: float  # 0: no noise
     prompt_loss_weight: float  # weight of a prompt's token in the loss; an answer's is 1
@@ -115,6 +116,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         "checkpointing": Choice(False, "not needed: a third more work for less memory"),
         "predicted_memory_bytes": Choice(0, "not predicted"),
         **_rate(asked, facts.hidden_size, batch.value, total),
+        "ema_decay": ema_decay(asked, an_epoch, total),
         **_adapter(asked, facts.layers),
         **regularisation,
         **stopping(asked),
@@ -268,6 +270,17 @@ def _dropout(n: int) -> Choice:
     if n < 1_000:
         return Choice(0.05, f"auto: {n} examples are fewer than 1000")
     return Choice(0.0, f"auto: {n} examples are enough without")
+
+
+def ema_decay(asked: Hyperparameters, steps_per_epoch: int, total_steps: int) -> Choice:
+    """How much of the averaged weights a step leaves: they remember about 1 / (1 - decay) steps."""
+
+    def auto() -> Choice:
+        steps = min(steps_per_epoch / 2, total_steps / 20)
+        reason = f"auto: averages about {steps:.0f} steps, half an epoch and at most a twentieth of all"
+        return Choice(round(1 - 1 / steps, 4), reason) if steps > 1 else Choice(0.0, "auto: too few steps to average")
+
+    return asked_or(asked.ema_decay, auto)
 
 
 def eval_every(steps_per_epoch: int, n: int, n_valid: int) -> Choice:

@@ -185,11 +185,11 @@ def _validations(adapter: Adapter) -> list[str]:
     if not measured:
         return []
     return [
-        "| step | training loss | validation loss |",
-        "|--:|--:|--:|",
+        "| step | training loss | validation loss | calibrated |",
+        "|--:|--:|--:|--:|",
         *(
             f"| {point.step}{' (kept)' if point.step == adapter.best_step else ''} | {point.train_loss:.4f} | "
-            f"{point.valid_loss:.4f} |"
+            f"{point.valid_loss:.4f} | {point.valid_calibrated_loss:.4f} |"
             for point in measured
         ),
     ]

@@ -27,7 +27,7 @@ class Candidate:
 
     kind: Kind
     step: int  # of an average: the middle one
-    valid_loss: float  # nats per example, each with the same weight; may not be a number
+    valid_loss: float  # calibrated, nats per example, each with the same weight; may not be a number
     scores: tuple[float, ...]  # task metric of each validation example, 0 to 1; all candidates in one order
 
     @property

@@ -27,12 +27,14 @@ class ModelFacts:
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
     """One step of training. Losses are mean negative log-likelihoods in nats: `train_loss` per supervised
-    token of the batch, `valid_loss` per example (each example weighs the same) over all of valid."""
+    token of the batch, `valid_loss` per example (each example weighs the same) over all of valid, and the same at
+    the temperature at which it is lowest."""
 
     step: int
     train_loss: float
     train_accuracy: float  # share of supervised tokens that are the argmax
     valid_loss: float | None = None
+    valid_calibrated_loss: float | None = None  # what stopping and selection go by
     valid_accuracy: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class CurvePoint:
             "train_loss": self.train_loss,
             "train_accuracy": self.train_accuracy,
             "valid_loss": self.valid_loss,
+            "valid_calibrated_loss": self.valid_calibrated_loss,
             "valid_accuracy": self.valid_accuracy,
         }
 

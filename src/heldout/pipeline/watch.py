@@ -43,7 +43,7 @@ class InFold(NamedTuple):
     """A stage of one fold of cross-fitting."""
 
     number: int  # from 1
-    count: int
+    of: int  # folds
     stage: str
 
 

@@ -240,7 +240,7 @@ class DbWatch:
         """Put the paused job back into the queue, and say what a resumed one goes on from."""
         stage, done, total = self._stage
         fold = in_fold(stage)
-        where = f"Paused in fold {fold.number} of {fold.count}" if fold else "Paused"
+        where = f"Paused in fold {fold.number} of {fold.of}" if fold else "Paused"
         if pause.step is not None:
             text = f"{where} at step {pause.step}; resume continues from there"
         elif stage == "train" or (fold and fold.stage == "train"):
@@ -298,7 +298,7 @@ class Pace:
             return left
         a_fold = sum(self._folds) / len(self._folds) if self._folds else a_step * total_steps + scoring
         # The folds after this one, and the model to serve: it is trained for about as long as they were.
-        return left + a_fold * (self._fold.count - self._fold.number + 1)
+        return left + a_fold * (self._fold.of - self._fold.number + 1)
 
 
 def _succeed(outcome: Outcome, watch: DbWatch) -> None:

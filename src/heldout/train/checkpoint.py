@@ -15,20 +15,34 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heldout.errors import InvalidState
+from heldout.train.averaging import Average
 from heldout.train.method import Trainee
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+#: Behind a parameter's name: its value at this step, where the adapter holds an average.
+NOW = "now"
 
 
-def save(root: Path, step: int, trainee: Trainee[Any], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step` below `root`; a reader sees all of it or nothing."""
+def save(
+    root: Path,
+    step: int,
+    trainee: Trainee[Any],
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    state: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of `step` below `root`; a reader sees all of it or nothing.
+
+    The adapter's file holds the average; the weights of this very step lie with the optimizer's state.
+    """
     folder = root / f"step-{step:06d}"
     with _written_whole(folder) as temporary:
-        trainee.save(temporary)
-        save_file(_optimizer_tensors(trainee, optimizer), temporary / OPTIMIZER)
+        with average.in_place():
+            trainee.save(temporary)
+        save_file(_optimizer_tensors(trainee, optimizer, average), temporary / OPTIMIZER)
         _write_state(temporary, state)
     return folder
 
@@ -72,10 +86,11 @@ def rewind(root: Path, step: int, state: dict[str, Any]) -> None:
             _delete(root / f"step-{later:06d}")
 
 
-def restore(folder: Path, trainee: Trainee[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Put adapter and optimizer back as they were."""
+def restore(folder: Path, trainee: Trainee[Any], optimizer: torch.optim.Optimizer, average: Average) -> None:
+    """Put adapter, average and optimizer back as they were."""
     trainee.load(folder)
     tensors = load_file(folder / OPTIMIZER)
+    average.restart({name: tensors[f"{name}.{NOW}"] for name in average.weights})
     optimizer.state.clear()
     for name, parameter in trainee.parameters.items():
         if f"{name}.step" in tensors:  # the checkpoint of step 0 has no state yet
@@ -156,12 +171,15 @@ def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _optimizer_tensors(trainee: Trainee[Any], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
+def _optimizer_tensors(
+    trainee: Trainee[Any], optimizer: torch.optim.Optimizer, average: Average
+) -> dict[str, torch.Tensor]:
+    moments = {
         f"{name}.{key}": value.contiguous()
         for name, parameter in trainee.parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    return moments | {f"{name}.{NOW}": trainee.parameters[name].detach().contiguous() for name in average.weights}
 
 
 def _checksum(path: Path) -> str:

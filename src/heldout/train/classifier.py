@@ -21,7 +21,7 @@ from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
-from heldout.train.method import Losses
+from heldout.train.method import TEMPERATURES, Losses
 
 #: Inverse strength of the penalty on the first head. Stronger than the rung has it: a head that fits train
 #: perfectly would leave the layers nothing to learn from.
@@ -131,6 +131,9 @@ class ClassifierTrainee:
             right=logits.argmax(dim=-1) == targets,
             owners=torch.arange(len(rows), device=logits.device),
             weights=torch.ones(len(rows), device=logits.device),
+            tempered=torch.stack([cross_entropy(logits.detach() / t, targets, reduction="none") for t in TEMPERATURES])
+            if not self._training
+            else logits.new_empty(0, len(rows)),
         )
 
     def _vectors(self, rows: Sequence[Row]) -> torch.Tensor:

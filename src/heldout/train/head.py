@@ -6,6 +6,7 @@ logits are: both are computed chunk by chunk in the forward pass, and no logits 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ CHUNK = 256
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        smoothing: float,
+        temperatures: Sequence[float],
+        chunk: int,
     ) -> Any:
         count = len(targets)
         loss = torch.empty(count, device=hidden.device)
         plain, right = torch.empty_like(loss), torch.empty(count, dtype=torch.bool, device=hidden.device)
+        tempered = torch.empty(len(temperatures), count, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
@@ -31,7 +39,11 @@ class _Loss(torch.autograd.Function):
             aimed = logits.gather(1, aims[:, None])[:, 0]
             mean = logits.mean(dim=-1) if smoothing else aimed
             highest = logits.amax(dim=-1, keepdim=True)
-            powers = logits.sub_(highest).exp_()
+            logits.sub_(highest)
+            for row, temperature in enumerate(temperatures):
+                sums = torch.div(logits, temperature).exp_().sum(dim=-1)
+                tempered[row, part] = sums.log() + (highest[:, 0] - aimed) / temperature
+            powers = logits.exp_()
             sums = powers.sum(dim=-1, keepdim=True)
             total = (highest + sums.log())[:, 0]
             plain[part] = total - aimed
@@ -44,26 +56,33 @@ class _Loss(torch.autograd.Function):
                 probabilities[torch.arange(len(aims), device=aims.device), aims] -= 1 - smoothing
                 gradient[part] = probabilities.to(hidden.dtype) @ weight
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(plain, right)
-        return loss, plain, right
+        ctx.mark_non_differentiable(plain, right, tempered)
+        return loss, plain, right, tempered
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None].to(gradient.dtype), None, None, None, None
+        return gradient * grad[:, None].to(gradient.dtype), None, None, None, None, None
 
 
 def losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0, chunk: int = CHUNK
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    smoothing: float = 0.0,
+    temperatures: Sequence[float] = (),
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy of each prediction, without logits kept.
 
     Args:
         hidden: [U, h]; weight: [V, h], frozen; targets: [U].
         smoothing: share e of the target's mass spread evenly over the vocabulary.
+        temperatures: K numbers above 0 that logits are divided by.
 
     Returns:
         The loss with smoothing and with gradient, negative log-likelihood without either (nats), and
-        whether the target is the argmax; [U] each.
+        whether the target is the argmax; [U] each. Negative log-likelihood at every temperature, [K, U].
     """
-    return _Loss.apply(hidden, weight, targets, smoothing, chunk)
+    return _Loss.apply(hidden, weight, targets, smoothing, temperatures, chunk)

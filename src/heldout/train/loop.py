@@ -17,8 +17,9 @@ from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Watch
 from heldout.train import checkpoint
+from heldout.train.averaging import Average
 from heldout.train.guard import Alarm, Guard
-from heldout.train.method import Trainee
+from heldout.train.method import TEMPERATURES, Trainee
 from heldout.train.stopping import EarlyStopping
 
 Row = TypeVar("Row")
@@ -87,6 +88,8 @@ class Validation(NamedTuple):
     losses: list[float]  # mean nats per supervised token
     right: list[bool]  # every supervised token is the argmax: greedy decoding would give this answer
     accuracy: float  # share of all supervised tokens that are the argmax
+    calibrated: list[float]  # losses at the one temperature at which their mean is lowest
+    temperature: float
 
 
 def run(
@@ -105,8 +108,9 @@ def run(
     optimizer = torch.optim.AdamW(
         trainee.parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
     )
+    average = Average(trainee.parameters, plan.ema_decay)
     course = Course.of(plan, len(train))
-    _resume(checkpoints, trainee, optimizer, course, watch)
+    _resume(checkpoints, trainee, optimizer, average, course, watch)
     started = time.monotonic() - course.seconds
     while course.step < plan.total_steps and not course.stopped:
         step, clock = course.step + 1, time.perf_counter()
@@ -115,30 +119,34 @@ def run(
         saved = course.stopping.can_go_back_to(checkpoint.steps(checkpoints))
         if alarm := course.guard.look(step, found.loss, found.norm, saved):
             watch.message(alarm.sentence, level="warn")
-            _start_again(alarm, checkpoints, trainee, optimizer, course)
+            _start_again(alarm, checkpoints, trainee, optimizer, average, course)
             continue
         update(plan, trainee, optimizer, learning_rate(plan, step, course.guard.learning_rate))
+        average.update(step)
         course.step = step
         course.step_seconds += time.perf_counter() - clock
         course.examples += len(rows)
         course.trained_tokens += sum(map(len, rows))  # type: ignore[arg-type]
-        seen = validate(trainee, valid) if is_due(plan, len(train), step) else None
+        seen = None
+        if is_due(plan, len(train), step):
+            with average.in_place():
+                seen = validate(trainee, valid)
         point = _note(course, plan, found, seen)
         course.seconds = time.monotonic() - started
         try:
             watch.metrics(point, plan.total_steps)
             watch.progress("train", step, plan.total_steps)
         except JobPaused:
-            _save(checkpoints, trainee, optimizer, course)
+            _save(checkpoints, trainee, optimizer, average, course)
             raise JobPaused(step) from None
         if seen:
-            folder = _save(checkpoints, trainee, optimizer, course)
+            folder = _save(checkpoints, trainee, optimizer, average, course)
             if step % course.stopping.steps_per_epoch == 0:
                 watch.checkpoint(step, folder, point.as_dict())
     if course.stopping.best_step == 0:
         raise _diverged(plan, f"no validation loss was a number until step {course.step}")
     course.stopped = course.stopped or (
-        f"all {plan.total_steps} steps taken; the lowest validation loss is that of step {course.stopping.best_step}"
+        f"all {plan.total_steps} steps taken; the lowest calibrated validation loss is that of step {course.stopping.best_step}"
         if valid
         else f"all {plan.total_steps} steps taken; there are no validation examples, so the last step is kept"
     )
@@ -197,20 +205,31 @@ def update(plan: TrainPlan, trainee: Trainee[Row], optimizer: torch.optim.Optimi
 
 @torch.no_grad()
 def validate(trainee: Trainee[Row], valid: Sequence[Row]) -> Validation:
-    """Losses of every example; with nothing to look at, nothing."""
+    """Losses of every example; with nothing to look at, nothing.
+
+    Calibrated losses are those after temperature scaling (Guo et al. 2017): how sure a model is of its answers
+    does not change which one is the likeliest, so it must not decide when training stops.
+    """
     trainee.stop()
     losses, right = [0.0] * len(valid), [False] * len(valid)
+    tempered = torch.zeros(len(TEMPERATURES), len(valid))
     hits = count = 0
     for rows in trainee.micro_batches(valid, training=False) if valid else []:
         found = trainee.losses([valid[row] for row in rows])
         sums = torch.zeros(len(rows), device=found.nll.device).index_add_(0, found.owners, found.nll)
         wrong = torch.bincount(found.owners[~found.right], minlength=len(rows))
         counts = torch.bincount(found.owners, minlength=len(rows))
+        scaled = torch.zeros(len(TEMPERATURES), len(rows), device=found.nll.device)
+        tempered[:, rows] = (scaled.index_add_(1, found.owners, found.tempered) / counts).cpu()
         for row, mean, misses in zip(rows, (sums / counts).tolist(), wrong.tolist(), strict=True):
             losses[row], right[row] = mean, misses == 0
         hits += int(found.right.sum())
         count += len(found.right)
-    return Validation(losses, right, hits / count if count else 0.0)
+    means = tempered.mean(dim=1).tolist() if valid else []
+    lowest = min(range(len(means)), key=lambda row: means[row], default=0)
+    # Where the loss is not a number, no temperature makes it one.
+    calibrated = tempered[lowest].tolist() if all(map(math.isfinite, losses)) else losses
+    return Validation(losses, right, hits / count if count else 0.0, calibrated, TEMPERATURES[lowest])
 
 
 def _note(course: Course, plan: TrainPlan, found: Step, seen: Validation | None) -> CurvePoint:
@@ -220,20 +239,23 @@ def _note(course: Course, plan: TrainPlan, found: Step, seen: Validation | None)
         train_loss=found.loss,
         train_accuracy=found.accuracy,
         valid_loss=sum(seen.losses) / len(seen.losses) if seen and seen.losses else None,
+        valid_calibrated_loss=sum(seen.calibrated) / len(seen.calibrated) if seen and seen.losses else None,
         valid_accuracy=seen.accuracy if seen and seen.losses else None,
     )
     course.curve.append(point)
     if seen:
         course.answered[course.step] = seen.right
         score = sum(seen.right) / len(seen.right) if seen.right else None
-        course.stopping.update(course.step, seen.losses, score)
+        course.stopping.update(course.step, seen.calibrated, score)
         if plan.early_stopping:
             course.stopped = course.stopping.reason
     return point
 
 
-def _save(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course) -> Path:
-    folder = checkpoint.save(root, course.step, trainee, optimizer, course.state())
+def _save(
+    root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, average: Average, course: Course
+) -> Path:
+    folder = checkpoint.save(root, course.step, trainee, optimizer, average, course.state())
     _prune(root, course)
     return folder
 
@@ -244,13 +266,20 @@ def _prune(root: Path, course: Course) -> None:
     checkpoint.prune(root, {0, *course.stopping.keep(), *newest})
 
 
-def _resume(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course, watch: Watch) -> None:
+def _resume(
+    root: Path,
+    trainee: Trainee[Row],
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    course: Course,
+    watch: Watch,
+) -> None:
     found = checkpoint.latest(root)
     if found is None:
-        checkpoint.save(root, 0, trainee, optimizer, course.state())
+        checkpoint.save(root, 0, trainee, optimizer, average, course.state())
         return
     folder, state = found
-    checkpoint.restore(folder, trainee, optimizer)
+    checkpoint.restore(folder, trainee, optimizer, average)
     course.restore(state)
     _prune(root, course)  # a process that was killed in between leaves more, and a restart must not see it
     if course.step:
@@ -261,7 +290,12 @@ def _resume(root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer,
 
 
 def _start_again(
-    alarm: Alarm, root: Path, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, course: Course
+    alarm: Alarm,
+    root: Path,
+    trainee: Trainee[Row],
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    course: Course,
 ) -> None:
     """Go back to an earlier checkpoint with a smaller learning rate, as if what came after had never been."""
     if alarm.restart_from is None:
@@ -269,7 +303,7 @@ def _start_again(
     folder, state = checkpoint.read(root, alarm.restart_from)
     state["guard"] = course.guard.state()
     checkpoint.rewind(root, alarm.restart_from, state)
-    checkpoint.restore(folder, trainee, optimizer)
+    checkpoint.restore(folder, trainee, optimizer, average)
     optimizer.zero_grad(set_to_none=True)
     course.restore(state)
     _prune(root, course)

@@ -14,6 +14,9 @@ from heldout.pipeline.watch import Watch
 
 Row = TypeVar("Row")
 
+#: What logits are divided by to find the temperature at which validation loss is lowest: from 0.35 to 5.7.
+TEMPERATURES = tuple(2 ** (k / 2) for k in range(-3, 6))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
@@ -25,6 +28,7 @@ class Losses:
     right: torch.Tensor  # [T] bool, the argmax is the target
     owners: torch.Tensor  # [T] index of the example within the micro-batch
     weights: torch.Tensor  # [T] 1 for what is to be learned; less for prompt tokens
+    tempered: torch.Tensor  # [K, T] nll at each of TEMPERATURES; [0, T] in training
 
 
 class Trainee(Protocol[Row]):

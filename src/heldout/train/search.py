@@ -119,7 +119,7 @@ def _train(
 
 
 def _loss(trainee: Trainee[Row], valid: Sequence[Row]) -> float:
-    losses = loop.validate(trainee, valid).losses
+    losses = loop.validate(trainee, valid).calibrated
     mean = sum(losses) / len(losses)
     return mean if math.isfinite(mean) else math.inf
 

@@ -23,7 +23,7 @@ from heldout.train.activations import Activations
 from heldout.train.attention import IMPLEMENTATION
 from heldout.train.body import Body
 from heldout.train.dropout import Dropout
-from heldout.train.method import Losses
+from heldout.train.method import TEMPERATURES, Losses
 from heldout.train.packing import Pack, micro_batches, pack
 
 #: What must be known of a model's size.
@@ -129,11 +129,12 @@ class ChatTrainee:
         hidden = self.body.above(self._enter(one, rows, number), one)
         # index_select, here and below: where a row is taken several times, its gradient is added up in a fixed order.
         # That of plain indexing is added in whatever order threads come, and a resumed job would end elsewhere.
-        loss, nll, right = head.losses(
+        loss, nll, right, tempered = head.losses(
             hidden.index_select(0, one.sources),
             self.head.weight,
             one.targets,
             smoothing=plan.label_smoothing if training else 0.0,
+            temperatures=() if training else TEMPERATURES,
         )
         entries = one.entries
         return Losses(
@@ -142,6 +143,7 @@ class ChatTrainee:
             right=right[entries],
             owners=one.owners,
             weights=one.weights,
+            tempered=tempered[:, entries],
         )
 
     def _enter(self, one: Pack, rows: Sequence[Tokens], number: int) -> torch.Tensor:

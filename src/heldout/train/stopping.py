@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class EarlyStopping:
-    """Watches the validation losses of every example.
+    """Watches the calibrated validation losses of every example (loop.Validation).
 
     *Best* is the evaluation with the lowest mean loss: a checkpoint that really exists. *Progress* is
     judged more strictly, on the median of each example's last three losses: the mean of these must lie
@@ -45,8 +45,7 @@ class EarlyStopping:
     recent: list[Evaluation] = field(default_factory=list)  # the last three
     best: Evaluation | None = None
     progress: Evaluation | None = None  # its losses are the smoothed ones
-    risen: int = 0  # evaluations in a row far above the best, whose answers are no better either
-    best_score: float | None = None  # the task score at the best step
+    risen: int = 0  # evaluations in a row far above the best
     top_step: int = 0  # the highest task score so far; at a tie the earlier step
     top_score: float | None = None
     relied: dict[int, list[int]] = field(default_factory=dict)  # kept step -> checkpoints that it relies on
@@ -86,11 +85,11 @@ class EarlyStopping:
         now = _evaluation(step, losses)
         self.steps.append(step)
         self.recent = [*self.recent, now][-SMOOTHED:]
-        self.risen = self.risen + 1 if self._far_above_best(now) and not self._answers_better(score) else 0
+        self.risen = self.risen + 1 if self._far_above_best(now) else 0
         if score is not None and (self.top_score is None or score > self.top_score):
             self.top_step, self.top_score = step, score
         if is_best := self.best is None or now.mean < self.best.mean:
-            self.best, self.best_score = now, score
+            self.best = now
         smoothed = self._smoothed()
         if self.progress is None or self._is_progress(smoothed, self.progress):
             self.progress = smoothed
@@ -127,7 +126,6 @@ class EarlyStopping:
             "best": [self.best.step, self.best.losses] if self.best else None,
             "progress": [self.progress.step, self.progress.losses] if self.progress else None,
             "risen": self.risen,
-            "best_score": self.best_score,
             "top_step": self.top_step,
             "top_score": self.top_score,
             "relied": {str(step): relied for step, relied in self.relied.items()},
@@ -140,7 +138,7 @@ class EarlyStopping:
         self.recent = [_evaluation(*one) for one in state["recent"]]
         self.best = _evaluation(*state["best"]) if state["best"] else None
         self.progress = _evaluation(*state["progress"]) if state["progress"] else None
-        self.risen, self.reason, self.best_score = state["risen"], state["reason"], state["best_score"]
+        self.risen, self.reason = state["risen"], state["reason"]
         self.top_step, self.top_score = state["top_step"], state["top_score"]
         self.relied = {int(step): list(relied) for step, relied in state["relied"].items()}
 
@@ -179,10 +177,6 @@ class EarlyStopping:
         rise, error = paired(now.losses, self.best.losses)
         return rise > RISE * self.best.mean and rise > RISE_ERRORS * error
 
-    def _answers_better(self, score: float | None) -> bool:
-        """Loss may rise while answers still get better: the model is only surer of what it gets wrong."""
-        return score is not None and self.best_score is not None and score > self.best_score
-
     def _why_stop(self, now: Evaluation) -> str:
         assert self.best is not None
         assert self.progress is not None
@@ -190,13 +184,13 @@ class EarlyStopping:
         if self.risen >= RISES:
             before = self.recent[-2]
             return (
-                f"validation loss rose from {_nats(self.best.mean)} (step {self.best.step}) to {_nats(before.mean)} "
+                f"calibrated validation loss rose from {_nats(self.best.mean)} (step {self.best.step}) to {_nats(before.mean)} "
                 f"and {_nats(now.mean)}: training has diverged from what generalises; {keeping}"
             )
         if self.waited >= self.patience and now.step - self.progress.step >= self.steps_per_epoch:
             # A later evaluation may be the lowest by less than the noise; it is kept all the same.
             word = "clearly improved" if self.best.step > self.progress.step else "improved"
-            return f"validation loss has not {word} for {self.waited} evaluations; {keeping}"
+            return f"calibrated validation loss has not {word} for {self.waited} evaluations; {keeping}"
         return ""
 
     def _not_a_number(self, step: int) -> str:
@@ -204,7 +198,7 @@ class EarlyStopping:
             return f"validation loss is not a number at step {step}, and no evaluation before it was; stopping"
         return (
             f"validation loss is not a number at step {step}; stopping there, keeping step {self.best.step} "
-            f"(validation loss {_nats(self.best.mean)})"
+            f"(calibrated validation loss {_nats(self.best.mean)})"
         )
 
 

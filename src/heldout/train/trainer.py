@@ -165,7 +165,8 @@ def choose(
         named = "the last" if last.step == course.step else "the last that can be read"
         reason = f"step {last.step} ({named}) is taken: there are no validation examples to choose by"
         return Selection(chosen=last, reason=reason, candidates=(last,)), sound[last.step]
-    losses = {point.step: point.valid_loss for point in course.curve if point.valid_loss is not None}
+    seen_losses = ((point.step, point.valid_calibrated_loss) for point in course.curve)
+    losses = {step: loss for step, loss in seen_losses if loss is not None}
 
     def candidate(kind: Kind, step: int, loss: float, right: Sequence[bool]) -> Candidate:
         return Candidate(kind=kind, step=step, valid_loss=loss, scores=tuple(map(float, right)))
@@ -183,7 +184,7 @@ def choose(
         folders["average"] = checkpoint.average([sound[step] for step in neighbours], checkpoints / "average")
         trainee.load(folders["average"])
         seen = loop.validate(trainee, valid)
-        mean = sum(seen.losses) / len(seen.losses)
+        mean = sum(seen.calibrated) / len(seen.calibrated)
         candidates.append(candidate("average", stopping.best_step, mean, seen.right))
     selection = select(candidates, metric="share of answers that are right")
     if damaged:
