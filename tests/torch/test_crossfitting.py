@@ -187,7 +187,11 @@ def test_the_story_tells_the_cost_in_advance_and_what_was_measured_at_the_end(do
 def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, root: Path) -> None:
     assert {cache for _, _, _, cache in done.trainer.given} == {root / "out" / "activations"}
     for folder in FOLDERS:
-        assert sorted(path.name for path in (root / "out" / folder).iterdir()) == ["fold.json", "ladder.json"]
+        assert sorted(path.name for path in (root / "out" / folder).iterdir()) == [
+            "fold.json",
+            "ladder.json",
+            "precision.json",
+        ]
     report = json.loads((root / "out" / "report.json").read_text())
     assert [one["fold"] for one in report["crossfit"]["folds"]] == [1, 2, 3, 4, 5]
     assert report["data"] | {"sources": {}} == {
