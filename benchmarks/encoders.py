@@ -1,6 +1,6 @@
 """How well and how fast encoder classifiers train: holdout accuracy and wall time of a job's training.
 
-    .venv/bin/python benchmarks/encoders.py [--tasks banking12 banking77] [--seeds 0 1 2] [--freeze full]
+    .venv/bin/python benchmarks/encoders.py [--tasks banking12 banking77] [--seeds 0 1 2] [--freeze auto]
 
 Time is that of everything between the split and the checkpoint to hand over: tokens, the head's start from the
 frozen encoder, steps, validations, checkpoints, selection. "Frozen" is the encoder that nobody trained under a
@@ -41,6 +41,7 @@ def run(task: str, seed: int, freeze: str, model: str, directory: Path) -> str:
     seconds = time.monotonic() - began
     trainee.load(folder)
     score = mean(loop.validate(trainee, holdout).right)
+    print(f"{course.stopped}; {selection.reason}", file=sys.stderr)
     return (
         f"| {task} | {seed} | {freeze} | {len(train)} | {len(holdout)} | {frozen:.1%} | {score:.1%} | "
         f"{seconds:.0f} s | {looked:.0f} s | {selection.chosen.step}, {course.step} of {plan.total_steps} |"
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["banking12", "banking77"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--freeze", default="full")
+    parser.add_argument("--freeze", default="auto", help="freeze_layers: auto, full, fast, turbo")
     parser.add_argument("--model", default=ENCODER)
     asked = parser.parse_args()
     print("| task | seed | layers | train | holdout | frozen | trained | all | of it start | step kept, of |")

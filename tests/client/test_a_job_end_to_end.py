@@ -398,6 +398,11 @@ def test_the_server_answers_while_a_job_trains_and_the_job_says_what_it_computes
         served.wait(job_id, has_reached(served, "Step 12/"))
         (process,) = served.job_processes()
         niceness = process.nice()
+        autogroup = Path(
+            f"/proc/{process.pid}/autogroup"
+        )  # Linux may share out time by session, whatever processes are
+        if autogroup.exists():
+            assert autogroup.read_text().split()[-1] == str(niceness)
         asked = colour_row(3001)["messages"][:2]  # type: ignore[index]
         answer = served.client.chat.completions.create(model=BASE, messages=asked, max_tokens=5)
         assert answer.usage.completion_tokens >= 1

@@ -93,7 +93,12 @@ def test_weights_come_back_after_an_error_while_their_average_was_in_place() -> 
     average = Average({"w": parameter}, 0.5)
     with torch.no_grad():
         parameter.add_(1.0)
-    with pytest.raises(KeyboardInterrupt), average.in_place():
-        assert parameter.tolist() == [1.0, 2.0]
-        raise KeyboardInterrupt
+
+    def fail_in_place() -> None:
+        with average.in_place():
+            assert parameter.tolist() == [1.0, 2.0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_in_place()
     assert parameter.tolist() == [2.0, 3.0]

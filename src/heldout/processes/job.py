@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heldout import disk
+from heldout import disk, machine
 from heldout.engine import catalogue
 from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.hyperparameters import Hyperparameters
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_settings()
     # A job may take all cores; whoever asks the server something goes first. Before any library starts
     # threads: on Linux each has a niceness of its own, taken over from the one that starts it.
-    os.nice(settings.nice)
+    machine.give_way(settings.nice)
     try:
         db, blobs = open_db(settings.database), open_blobs(settings.blobs)
         _work(db.get_job(asked.job), settings, db, blobs, check=asked.check)

@@ -146,7 +146,8 @@ def run(
     if course.stopping.best_step == 0:
         raise _diverged(plan, f"no validation loss was a number until step {course.step}")
     course.stopped = course.stopped or (
-        f"all {plan.total_steps} steps taken; the lowest calibrated validation loss is that of step {course.stopping.best_step}"
+        f"all {plan.total_steps} steps taken; "
+        f"the lowest calibrated validation loss is that of step {course.stopping.best_step}"
         if valid
         else f"all {plan.total_steps} steps taken; there are no validation examples, so the last step is kept"
     )

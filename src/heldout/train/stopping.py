@@ -184,8 +184,8 @@ class EarlyStopping:
         if self.risen >= RISES:
             before = self.recent[-2]
             return (
-                f"calibrated validation loss rose from {_nats(self.best.mean)} (step {self.best.step}) to {_nats(before.mean)} "
-                f"and {_nats(now.mean)}: training has diverged from what generalises; {keeping}"
+                f"calibrated validation loss rose from {_nats(self.best.mean)} (step {self.best.step}) to "
+                f"{_nats(before.mean)} and {_nats(now.mean)}: training has diverged from what generalises; {keeping}"
             )
         if self.waited >= self.patience and now.step - self.progress.step >= self.steps_per_epoch:
             # A later evaluation may be the lowest by less than the noise; it is kept all the same.
