@@ -227,6 +227,18 @@ def test_one_checkpoint_is_the_best(db: Db) -> None:
     assert [(one.step, one.best) for one in checkpoints] == [(15, False), (10, True), (5, False)]
 
 
+def test_checkpoints_come_by_step_however_late_one_is_recorded(db: Db) -> None:
+    job = added(db)
+    for step in (5, 15, 30, 28):  # the kept one is recorded after the last
+        model = Model(id=f"ft:{step}", job_id=job.id, base_model="m", blobs="b", owned_by="o")
+        db.add_checkpoint(Checkpoint(job_id=job.id, step=step, model=model.id), model)
+    first, more = db.list_checkpoints(job.id, after=None, limit=2)
+    assert more
+    rest, more = db.list_checkpoints(job.id, after=first[-1].id, limit=10)
+    assert not more
+    assert [one.step for one in (*first, *rest)] == [30, 28, 15, 5]
+
+
 def test_jobs_are_found_by_metadata_and_status(db: Db) -> None:
     plain, tagged = added(db), added(db, metadata={"it's": 'a "key"', "b": "c"}, status=JobStatus.RUNNING)
     assert [one.id for one in db.list_jobs(after=None, limit=9, metadata={"it's": 'a "key"'})[0]] == [tagged.id]

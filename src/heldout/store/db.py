@@ -198,9 +198,10 @@ class Db:
             _insert(connection, model)
 
     def list_checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
-        """One page of a job's checkpoints, newest first."""
+        """One page of a job's checkpoints, those of the latest steps first: the one that is kept is recorded last,
+        when it is not the end of an epoch."""
         condition = schema.checkpoints.c.job_id == job_id
-        return self._page(Checkpoint, [condition], after=after, limit=limit, order="desc")
+        return self._page(Checkpoint, [condition], after=after, limit=limit, order="desc", by="step")
 
     def mark_best(self, job_id: str, step: int) -> None:
         """Say which checkpoint the fine-tuned model is."""
@@ -247,18 +248,27 @@ class Db:
         return _record(kind, row)
 
     def _page(
-        self, kind: type[Record], conditions: list[Any], *, after: str | None, limit: int, order: Order
+        self,
+        kind: type[Record],
+        conditions: list[Any],
+        *,
+        after: str | None,
+        limit: int,
+        order: Order,
+        by: str = "seq",
     ) -> tuple[list[Record], bool]:
+        """Records in the order of a column in which no two of them are alike."""
         table = _TABLES[kind]
+        place = table.c[by]
         query = select(table).where(*conditions)
         with self._engine.connect() as connection:
             if after is not None:
-                seq = connection.execute(select(table.c.seq).where(table.c.id == after, *conditions)).scalar()
-                if seq is None:
+                last = connection.execute(select(place).where(table.c.id == after, *conditions)).scalar()
+                if last is None:
                     # Page 1 here would make a client that follows the cursor loop for ever.
                     raise InvalidValue(f"after={after!r}: no such object in this list", param="after")
-                query = query.where(table.c.seq < seq if order == "desc" else table.c.seq > seq)
-            ordered = table.c.seq.desc() if order == "desc" else table.c.seq.asc()
+                query = query.where(place < last if order == "desc" else place > last)
+            ordered = place.desc() if order == "desc" else place.asc()
             rows = connection.execute(query.order_by(ordered).limit(limit + 1)).mappings().all()
         return [_record(kind, row) for row in rows[:limit]], len(rows) > limit
 
