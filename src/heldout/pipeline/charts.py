@@ -66,12 +66,14 @@ def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
                 f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#5b6673">{tick:g}</text>'
             )
     kept = at(best_step, values[0])[0]
-    anchor, shift = ("end", -6) if kept > (left + right) / 2 else ("start", 6)
+    stop = at(ended, values[0])[0]
+    beyond = stop - kept < 110 and kept - left > 110  # its label would lie across the line where training stopped
+    anchor, shift = ("end", -6) if beyond or kept > (left + right) / 2 else ("start", 6)
     parts += [
         f'<line x1="{kept:.1f}" x2="{kept:.1f}" y1="{top}" y2="{bottom}" stroke="{GREEN}" stroke-dasharray="5 4"/>',
         f'<text x="{kept + shift:.1f}" y="{top + 12}" text-anchor="{anchor}" fill="{GREEN}">'
         f"kept: step {best_step}</text>",
-        *(_stop(at(ended, values[0])[0], right, top, bottom, ended, planned) if ended < planned else ()),
+        *(_stop(stop, right, top, bottom, ended, planned) if ended < planned else ()),
         _line([at(*point) for point in train], BLUE),
         _line([at(*point) for point in valid], ORANGE, dashed=True),
         _line([at(*point) for point in calibrated], ORANGE),
