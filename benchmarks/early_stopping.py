@@ -26,21 +26,25 @@ from benchmarks.common import MODEL, mean, plan_of, split_of, trainee_of
 from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Silent
 from heldout.train import checkpoint, loop
+from heldout.train.averaging import Average
 from heldout.train.trainer import choose
 
 
 class Looking(Silent):
-    """Scores the holdout whenever validation was looked at."""
+    """Scores the holdout whenever validation was looked at, with the averaged weights that are saved then."""
 
-    def __init__(self, trainee: Any, holdout: list[Any]) -> None:
+    def __init__(self, trainee: Any, holdout: list[Any], decay: float) -> None:
         self.trainee, self.holdout = trainee, holdout
+        self.average = Average(trainee.parameters, decay)
         self.scores: dict[int, float] = {}  # step -> share of answers that are right
-        self.losses: dict[int, float] = {}
+        self.losses: dict[int, tuple[float, float]] = {}  # on validation, and calibrated
 
     def metrics(self, point: CurvePoint, total_steps: int) -> None:
-        if point.valid_loss is not None:
-            self.losses[point.step] = point.valid_loss
-            self.scores[point.step] = mean(loop.validate(self.trainee, self.holdout).right)
+        self.average.update(point.step)
+        if point.valid_loss is not None and point.valid_calibrated_loss is not None:
+            self.losses[point.step] = (point.valid_loss, point.valid_calibrated_loss)
+            with self.average.in_place():
+                self.scores[point.step] = mean(loop.validate(self.trainee, self.holdout).right)
 
 
 def run(task: str, seed: int, epochs: int, model: str, asked: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def run(task: str, seed: int, epochs: int, model: str, asked: dict[str, Any], di
     split = split_of(task, seed)
     plan = plan_of(split, seed, model, n_epochs=epochs, **asked)
     trainee, train, valid, holdout = trainee_of(plan, split, directory / "activations", model)
-    watch, checkpoints = Looking(trainee, holdout), directory / "checkpoints"
+    watch, checkpoints = Looking(trainee, holdout, plan.ema_decay), directory / "checkpoints"
     course = loop.run(plan, trainee, train, valid, checkpoints=checkpoints, watch=watch)
     stopped = course.step
     selection, folder = choose(trainee, valid, course, checkpoints=checkpoints)
