@@ -68,7 +68,7 @@ def test_the_candidates_of_a_selection_are_what_they_say(tiny_model: Path, tmp_p
     watch = Recording()
     plan = replace(OFTEN, learning_rate=0.04, warmup_steps=5, n_epochs=4, total_steps=24)
     adapter = train(tiny_model, tmp_path, plan, SMALL, watch)
-    losses = {point.step: point.valid_loss for point in adapter.curve}
+    losses = {point.step: point.valid_calibrated_loss for point in adapter.curve}
     by_kind = {one.kind: one for one in adapter.selection.candidates}
     best = by_kind["best_loss"]
     assert set(by_kind) == {"best_loss", "best_metric", "last", "average"}
@@ -87,7 +87,7 @@ def test_the_candidates_of_a_selection_are_what_they_say(tiny_model: Path, tmp_p
         for name, parameter in trainee.parameters.items():
             parameter.copy_(sum(one[name.replace(".default.", ".")] for one in several) / 3)
     seen = loop.validate(trainee, trainee.rows(SMALL.valid, "valid"))
-    assert by_kind["average"].valid_loss == pytest.approx(sum(seen.losses) / len(seen.losses), rel=1e-4)
+    assert by_kind["average"].valid_loss == pytest.approx(sum(seen.calibrated) / len(seen.calibrated), rel=1e-4)
     assert by_kind["average"].scores == tuple(map(float, seen.right))
 
 
@@ -106,7 +106,7 @@ def test_what_is_chosen_is_what_is_handed_over(
     trainee = sft.build_model(plan, tiny_model, torch.float32)
     trainee.load(adapter.directory)
     seen = loop.validate(trainee, trainee.rows(SMALL.valid, "valid"))
-    assert sum(seen.losses) / len(seen.losses) == pytest.approx(adapter.selection.chosen.valid_loss, rel=1e-5)
+    assert sum(seen.calibrated) / len(seen.calibrated) == pytest.approx(adapter.selection.chosen.valid_loss, rel=1e-5)
     assert adapter.proofs[0].log_prob == pytest.approx(trainee.log_prob(SMALL.valid[0]), rel=1e-5)
 
 

@@ -355,7 +355,7 @@ def test_an_example_that_cannot_be_trained_on_fails_before_the_first_step(
     watch = Recording()
     split = parts()
     long = replace(split.valid[3], messages=(*split.valid[3].messages[:2], {"role": "assistant", "content": "x" * 900}))
-    with pytest.raises(InvalidTrainingFile, match=rf"validation data .* line {long.line}: \d+ tokens"):
+    with pytest.raises(InvalidTrainingFile, match=rf"validation data are longer .* line {long.line} \(\d+ tokens\)"):
         train(tiny_model, tmp_path, plan(), replace(split, valid=(*split.valid[:3], long)), watch)
     assert watch.story == []
     assert not (tmp_path / "adapter").exists()
