@@ -18,7 +18,7 @@ class Average:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = dict(parameters), decay
-        self.weights = {name: one.detach().clone() for name, one in parameters.items()} if decay else {}
+        self.weights = copy(parameters) if decay else {}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -31,21 +31,27 @@ class Average:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The parameters hold their average meanwhile."""
-        now = {name: self.parameters[name].detach().clone() for name in self.weights}
-        self.put(self.weights)
+        now = copy(self.parameters) if self.weights else {}
+        put(self.parameters, self.weights)
         try:
             yield
         finally:
-            self.put(now)
+            put(self.parameters, now)
 
     def restart(self, now: Mapping[str, torch.Tensor]) -> None:
         """Go on where the parameters hold the average as it was saved, and `now` the weights of that step."""
         for name, weight in self.weights.items():
             weight.copy_(self.parameters[name].detach())
-        self.put(now)
+        put(self.parameters, now)
 
-    @torch.no_grad()
-    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give these parameters these values."""
-        for name, weight in weights.items():
-            self.parameters[name].copy_(weight)
+
+def copy(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Their values now, which later steps do not change."""
+    return {name: one.detach().clone() for name, one in parameters.items()}
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
+    """Give those parameters that are named these values, in place."""
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)

@@ -16,6 +16,7 @@ from heldout.errors import InvalidTrainingFile, InvalidValue
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.watch import Watch
 from heldout.train import loop
+from heldout.train.averaging import copy, put
 from heldout.train.method import Trainee
 
 Row = TypeVar("Row")
@@ -56,7 +57,7 @@ def learning_rate(
     record = directory / RECORD
     if record.is_file():
         return _with_rate(plan, json.loads(record.read_text()), watch)
-    fresh = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}
+    fresh = copy(trainee.parameters)
     trials = [Trial(plan.learning_rate * multiple, fresh) for multiple in MULTIPLES]
     steps = max(AT_LEAST, round(SHARE * math.ceil(len(train) / plan.batch_size)))
     total, done = steps * (len(trials) + 2), 0
@@ -80,7 +81,7 @@ def learning_rate(
             f"{max(MULTIPLES) * plan.learning_rate:.2g} leads to a validation loss that is a number",
             param="hyperparameters.learning_rate",
         )
-    _put(trainee, fresh)
+    put(trainee.parameters, fresh)
     found = {
         "rate": best.rate,
         "reason": f"lr_search: the lowest validation loss of three rates after {2 * steps} steps ({best.loss:.3g})",
@@ -102,7 +103,7 @@ def _train(
 ) -> bool:
     """Take these steps at the trial's rate after a warm-up, from where the trial was left. False if one of
     them was not a number."""
-    _put(trainee, trial.weights)
+    put(trainee.parameters, trial.weights)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), weight_decay=plan.weight_decay, fused=True)
     if trial.optimizer:
         optimizer.load_state_dict(trial.optimizer)
@@ -113,7 +114,7 @@ def _train(
             return False
         loop.update(plan, trainee, optimizer, trial.rate * min(1.0, step / max(1, plan.warmup_steps)))
         tell()
-    trial.weights = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}
+    trial.weights = copy(trainee.parameters)
     trial.optimizer = optimizer.state_dict()
     return True
 
@@ -122,12 +123,6 @@ def _loss(trainee: Trainee[Row], valid: Sequence[Row]) -> float:
     losses = loop.validate(trainee, valid).calibrated
     mean = sum(losses) / len(losses)
     return mean if math.isfinite(mean) else math.inf
-
-
-def _put(trainee: Trainee[Row], weights: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in trainee.parameters.items():
-            parameter.copy_(weights[name])
 
 
 def _with_rate(plan: TrainPlan, found: dict[str, Any], watch: Watch) -> TrainPlan:
