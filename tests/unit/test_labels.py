@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from heldout.engine.catalogue import CHAT, ENCODER
 from heldout.engine.labels import Label, Labels, read_label, text_of, varies_in_system
 from heldout.errors import InvalidTrainingFile
-from heldout.pipeline.checks import Parts, check
+from heldout.pipeline.checks import ModelTools, Parts, check
 from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.types import Dataset, Example, Finding
 from tests.unit.conftest import example, labelled
@@ -73,7 +74,7 @@ def test_a_system_prompt_is_read_only_where_it_tells_rows_apart() -> None:
 
 
 def refused(parts: Parts, kind: str | None = ENCODER) -> list[Finding]:
-    return [one for one in check(parts, kind) if one.code == "answers_are_no_labels"]
+    return [one for one in check(replace(parts, model=ModelTools(kind=kind))) if one.code == "answers_are_no_labels"]
 
 
 def files(answers: tuple[str, ...], n: int = 30, **others: tuple[str, ...]) -> Parts:

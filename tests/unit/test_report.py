@@ -105,7 +105,7 @@ def test_the_json_report_has_every_key_scripts_read(written: Path, outcome: Outc
         "sources": {},
     }
     assert found["findings"] == [
-        {"code": "odd", "severity": "warning", "message": ATTACK, "file": "<b>.jsonl", "lines": [3]}
+        {"code": "odd", "severity": "warning", "message": ATTACK, "file": "<b>.jsonl", "lines": [3], "example": ""}
     ]
     assert found["plan"]["n_epochs"]["value"] == outcome.plan.n_epochs
     assert found["plan"]["n_epochs"]["reason"]

@@ -14,7 +14,7 @@ from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
 from heldout.pipeline import crossfit, ladder, report
-from heldout.pipeline.checks import Parts, check
+from heldout.pipeline.checks import ModelTools, Parts, check
 from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import read_dataset
@@ -282,8 +282,8 @@ def check_files(request: Request, kind: str | None = None) -> tuple[Parts, tuple
     valid, valid_findings = _read(request.validation) if request.validation else (None, ())
     holdout, holdout_findings = _read(request.holdout) if request.holdout else (None, ())
     assert train is not None
-    parts = Parts(train=train, valid=valid, holdout=holdout)
-    return parts, (*findings, *valid_findings, *holdout_findings, *check(parts, kind))
+    parts = Parts(train=train, valid=valid, holdout=holdout, model=ModelTools(kind=kind))
+    return parts, (*findings, *valid_findings, *holdout_findings, *check(parts))
 
 
 def check_lengths(parts: Parts, request: Request, facts: ModelFacts, engine: Engine) -> tuple[Finding, ...]:

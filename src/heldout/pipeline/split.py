@@ -113,7 +113,7 @@ def split_into_folds(train: Dataset, valid: Dataset | None, *, seed: int) -> tup
     if len(units) < FOLDS:
         raise InvalidTrainingFile(_too_small(train, len(groups), holdout=True, valid=valid is None))
     findings = list(_never_held_out(train, {group for unit in units for group in unit}))
-    once = {row.line for row in _once(train.examples, train.name, findings)}
+    once = {row.line for row in _once(tuple(train.examples), train.name, findings)}
     valid_rows: _Examples = ()
     if valid is not None:
         valid_rows = _valid_beside(train, valid, judged=set(groups), findings=findings)
@@ -146,7 +146,9 @@ def split_into_folds(train: Dataset, valid: Dataset | None, *, seed: int) -> tup
         "valid": "none" if valid is None else f"validation file {valid.name}",
         "holdout": f"none: every row of {train.name} is answered by the one of {FOLDS} models that never saw it",
     }
-    whole = Split(train=train.examples, valid=valid_rows, holdout=(), seed=seed, groups=len(groups), sources=sources)
+    whole = Split(
+        train=tuple(train.examples), valid=valid_rows, holdout=(), seed=seed, groups=len(groups), sources=sources
+    )
     return Folds(splits=splits, whole=whole), tuple(findings)
 
 

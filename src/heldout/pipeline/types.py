@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,12 +16,14 @@ class Example:
     """One training row: a conversation that ends with the assistant's answer.
 
     `line` is the row's line in the user's file, counted from 1. `weights[i]` is 1 if message i is an
-    assistant message to learn from, else 0 (OpenAI's `weight: 0` masks an assistant message).
+    assistant message to learn from, else 0 (OpenAI's `weight: 0` masks an assistant message). `group` is
+    what the user declared in `metadata.group`: rows of one group (a customer, a document) stay together.
     """
 
     messages: tuple[Message, ...]
     weights: tuple[int, ...]
     line: int
+    group: str | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -35,10 +38,13 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The examples of one file, in the file's order. `name` is how reports call the file."""
+    """The examples of one file, in the file's order. `name` is how reports call the file.
+
+    The examples of a big file lie on disk: going through them in order is cheap, keeping them is not.
+    """
 
     name: str
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -48,7 +54,8 @@ class Dataset:
 class Finding:
     """Something a check saw. A check never prints, never drops and never changes a row.
 
-    `lines` are lines of the file called `file`, counted from 1 by line feed, blank lines included.
+    `lines` are lines of the file called `file`, counted from 1 by line feed, blank lines included. One
+    defect of many lines is one finding.
     """
 
     code: str
@@ -56,6 +63,7 @@ class Finding:
     message: str  # what is wrong and what to do, one or two sentences
     file: str
     lines: tuple[int, ...] = ()
+    example: str = ""  # what it looks like in the first of the lines, short; empty where the message shows it
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes on the wire and into the report."""
@@ -65,6 +73,7 @@ class Finding:
             "message": self.message,
             "file": self.file,
             "lines": list(self.lines),
+            "example": self.example,
         }
 
 

@@ -5,16 +5,17 @@ A new check is a function `Parts -> Iterable[Finding]` in the file of its family
 
 from __future__ import annotations
 
+from heldout.engine.base import Progress
 from heldout.engine.catalogue import ENCODER
 from heldout.pipeline.checks.classes import find_no_labels
 from heldout.pipeline.checks.duplicates import find_conflicting_answers, find_exact_duplicates
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks
-from heldout.pipeline.checks.parts import Check, Parts
+from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.size import find_too_few_examples
 from heldout.pipeline.types import Finding
 
-__all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "Parts", "check"]
+__all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "ModelTools", "Parts", "check"]
 
 CHECKS: tuple[Check, ...] = (
     find_too_few_examples,
@@ -29,10 +30,15 @@ CHECKS: tuple[Check, ...] = (
 ENCODER_CHECKS: tuple[Check, ...] = (find_no_labels,)
 
 
-def check(datasets: Parts, kind: str | None = None) -> tuple[Finding, ...]:
+def check(parts: Parts, progress: Progress | None = None) -> tuple[Finding, ...]:
     """Everything the checks see, in their order. An "error" means that the job must not start.
 
-    `kind` is the base model's (catalogue.CHAT or ENCODER), None where it is not known yet.
+    `progress` is told how many checks are done, and of how many.
     """
-    checks = CHECKS + ENCODER_CHECKS if kind == ENCODER else CHECKS
-    return tuple(finding for one in checks for finding in one(datasets))
+    checks = CHECKS + ENCODER_CHECKS if parts.model.kind == ENCODER else CHECKS
+    findings: list[Finding] = []
+    for done, one in enumerate(checks):
+        if progress:
+            progress(done, len(checks))
+        findings += one(parts)
+    return tuple(findings)

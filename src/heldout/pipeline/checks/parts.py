@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from heldout.pipeline.types import Dataset, Finding
+from heldout.pipeline.types import Dataset, Example, Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTools:
+    """What checks may ask of models; None where nobody is there to answer (an upload, a check without a model)."""
+
+    kind: str | None = None  # of the base model: catalogue.CHAT or ENCODER
+    limit: int | None = None  # tokens of an example, at most: `max_length`
+    #: Tokens of each example as the base model's template renders it.
+    count_tokens: Callable[[Sequence[Example]], list[int]] | None = None
+    #: A vector of length 1 for each text, by an encoder as it is.
+    embed: Callable[[Sequence[str]], Sequence[Sequence[float]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +27,7 @@ class Parts:
     train: Dataset
     valid: Dataset | None = None
     holdout: Dataset | None = None
+    model: ModelTools = ModelTools()
 
     def given(self) -> Iterator[Dataset]:
         """The files that there are."""
