@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from heldout.errors import InvalidValue
+from heldout.pipeline import encoder_memory
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.memory import GIB, Shapes, Sizes, fit, predict
 from heldout.pipeline.plan import TrainPlan, make_plan
@@ -74,3 +75,28 @@ def test_what_cannot_fit_is_refused_with_the_numbers_and_the_setting() -> None:
 
 def test_a_micro_batch_is_never_smaller_than_the_longest_example() -> None:
     assert peak(replace(PLAN, micro_tokens=64), BIG) == peak(replace(PLAN, micro_tokens=600), BIG)
+
+
+#: The bundled encoder with its upper half trained.
+ENCODER = encoder_memory.EncoderShapes(
+    parameters=22_713_216, trained=5_312_256, layers=3, hidden=384, intermediate=1536, heads=12
+)
+LARGE = encoder_memory.EncoderShapes(
+    parameters=355_000_000, trained=302_000_000, layers=24, hidden=1024, intermediate=4096, heads=16
+)
+
+
+def test_a_classifier_needs_room_for_what_is_trained_and_for_its_longest_text() -> None:
+    def need(shapes: encoder_memory.EncoderShapes, longest: int = 40) -> int:
+        return encoder_memory.predict(shapes, PLAN, longest=longest, valid_tokens=512)
+
+    assert need(ENCODER) < need(replace(ENCODER, trained=10 * ENCODER.trained)) < need(LARGE)
+    assert need(ENCODER, longest=8000) > need(ENCODER)
+
+
+def test_a_classifier_that_fits_says_what_it_needs_and_one_that_cannot_is_refused() -> None:
+    fitted = encoder_memory.fit(PLAN, ENCODER, GIB, longest=40, valid_tokens=512)
+    assert 0.5 * GIB < fitted.predicted_memory_bytes < GIB
+    assert "what is trained 0.08" in fitted.reasons["predicted_memory_bytes"]
+    with pytest.raises(InvalidValue, match=r"needs \d+\.\d\d GiB, and 1.00 GiB may be used .* or raise freeze_layers"):
+        encoder_memory.fit(PLAN, LARGE, GIB, longest=40, valid_tokens=512)

@@ -47,7 +47,7 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(256, "padded tokens: few, so that short texts are not padded to long ones"),
         "checkpointing": Choice(False, "not needed: encoders are small"),
-        "predicted_memory_bytes": Choice(0, "not predicted: encoders are small"),
+        "predicted_memory_bytes": Choice(0, "not predicted"),
         **_rate(asked, facts),
         "warmup_ratio": warmup,
         "warmup_steps": Choice(

@@ -17,6 +17,7 @@ from heldout.engine.catalogue import ENCODER
 from heldout.engine.encoder import BATCH_TOKENS, Encoder, batches, context
 from heldout.engine.labels import CLASSIFIER, Labels, text_of, varies_in_system
 from heldout.errors import InvalidTrainingFile
+from heldout.pipeline.encoder_memory import EncoderShapes
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Example, Split
@@ -190,6 +191,28 @@ def facts(folder: Path, parameters: int) -> ModelFacts:
         parameters=parameters,
         kind=ENCODER,
     )
+
+
+def shapes(plan: TrainPlan, folder: Path, parameters: int, split: Split) -> tuple[EncoderShapes, int]:
+    """What memory depends on, without loading the encoder: its sizes, and the tokens of the longest text."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    hidden, layers = config.hidden_size, config.num_hidden_layers - plan.freeze_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    examples = (*split.train, *split.valid, *split.holdout)
+    with_system = varies_in_system([example.prompt for example in examples])
+    texts = [text_of(example.prompt, with_system=with_system) for example in examples]
+    ids = tokenizer(texts, truncation=False, verbose=False).input_ids
+    found = EncoderShapes(
+        parameters=parameters,
+        # Four square matrices of attention and two of the inner layer; biases and norms are next to nothing.
+        trained=layers * hidden * (4 * hidden + 2 * inner) + hidden * len({one.target for one in split.train}),
+        layers=layers,
+        hidden=hidden,
+        intermediate=inner,
+        heads=config.num_attention_heads,
+    )
+    return found, max(map(len, ids))
 
 
 def build_model(plan: TrainPlan, folder: Path, split: Split) -> ClassifierTrainee:

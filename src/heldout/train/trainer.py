@@ -12,9 +12,10 @@ import torch
 
 from heldout import machine
 from heldout.engine import catalogue, weights
+from heldout.engine.encoder import BATCH_TOKENS
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidState, InvalidTrainingFile
-from heldout.pipeline import memory
+from heldout.pipeline import encoder_memory, memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, ModelFacts, Proof
@@ -67,7 +68,8 @@ class TorchTrainer:
         """See Trainer.fit."""
         folder = self._folder(base_model)
         if catalogue.kind_of(folder) == catalogue.ENCODER:
-            return plan
+            encoder, longest = classifier.shapes(plan, folder, _stored_parameters(folder), split)
+            return encoder_memory.fit(plan, encoder, self.memory_limit, longest=longest, valid_tokens=BATCH_TOKENS)
         precision = (
             weights.keep_precision(directory, self._precision)
             if directory
