@@ -56,6 +56,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def sound_rows(self) -> int:
+        """Examples, and sound rows that are none."""
+        return len(self.examples) + self.other_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:

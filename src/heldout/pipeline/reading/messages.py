@@ -17,10 +17,9 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-CALL_KEYS = ("tool_calls", "function_call")
 TEXT_ONLY = "This version trains on text only; leave the example out or write it as text."
 
-_KNOWN_KEYS = {"role", "content", "weight", "name", "tool_call_id", "audio", *CALL_KEYS}
+_KNOWN_KEYS = {"role", "content", "weight", "name", "tool_call_id", "audio", "tool_calls", "function_call"}
 _IMAGE_PARTS = ("image_url", "input_image", "image", "image_file")
 
 
@@ -32,7 +31,7 @@ def role_of(message: Any) -> str | None:
 
 def calls_tools(message: Any) -> bool:
     """True for an assistant's turn that calls a function instead of, or beside, saying something."""
-    return isinstance(message, dict) and any(message.get(key) for key in CALL_KEYS)
+    return isinstance(message, dict) and bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def text_of(content: Any) -> str:

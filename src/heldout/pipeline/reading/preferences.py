@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from heldout.pipeline.reading.messages import message_problems, order_problems, role_of, text_of
+from heldout.pipeline.reading.messages import message_problems, order_problems, role_of
 from heldout.pipeline.reading.problems import Problem
-from heldout.pipeline.reading.tools import tool_problems, uses_tools
+from heldout.pipeline.reading.tools import tool_problems
 from heldout.pipeline.reading.words import kind
 
 #: (key of the preferred answer, key of the other one). The first two stand beside OpenAI's 'input', the last
@@ -17,7 +17,7 @@ _SIDES = (
     ("preferred_completion", "non_preferred_completion"),
     ("chosen", "rejected"),
 )
-TOP_LEVEL_KEYS = {"input", "prompt", "tools", "parallel_tool_calls", "metadata", *(key for two in _SIDES for key in two)}
+TOP_LEVEL_KEYS = {"input", "prompt", "tools", "parallel_tool_calls", "metadata"}.union(*_SIDES)
 
 
 class Pair(NamedTuple):
@@ -72,7 +72,7 @@ def preference_problems(row: dict[str, Any], pairs: list[Pair]) -> Iterator[Prob
         yield Problem("missing_messages", f"there is no {where}: what the two answers answer. Add it.")
         return
     yield from _conversation_problems(Pair(prompt, preferred, other, owner), keys)
-    if preferred == other or _texts(preferred) == _texts(other):
+    if list(map(_stripped, preferred)) == list(map(_stripped, other)):
         yield _same()
     pairs.append(Pair(prompt, preferred, other, owner))
 
@@ -96,8 +96,7 @@ def _conversation_problems(pair: Pair, keys: tuple[str, str]) -> Iterator[Proble
             yield from message_problems(message, f"message {position} of {key!r}")
         conversation = [*pair.prompt, *answer]
         found = list(order_problems(conversation))
-        if uses_tools(pair.row, conversation):
-            found += tool_problems(pair.row, conversation)
+        found += tool_problems(pair.row, conversation)
         # Messages are counted over prompt and answer here.
         yield from (problem._replace(text=f"with {key!r} as the answer, {problem.text}") for problem in found)
 
@@ -127,12 +126,10 @@ def _without_shared_beginning(
     return prompt, chosen, rejected
 
 
-def _texts(messages: list[Any]) -> list[str] | None:
-    """The texts of messages that are nothing but text; None for others."""
-    try:
-        return [text_of(message["content"]).strip() for message in messages if set(message) <= {"role", "content"}] or None
-    except (KeyError, TypeError):
-        return None
+def _stripped(message: Any) -> Any:
+    """A message without the white space around its text: two answers that differ in that say the same."""
+    text = message.get("content") if isinstance(message, dict) else None
+    return {**message, "content": text.strip()} if isinstance(text, str) else message
 
 
 def _what(value: Any) -> str:

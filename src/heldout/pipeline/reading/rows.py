@@ -65,13 +65,21 @@ class Row(msgspec.Struct, frozen=True):
     is_sound: bool = False
 
 
-class _PlainMessage(TypedDict):
+class _PlainMessageNeeds(TypedDict):
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class _PlainRow(TypedDict):
+class _PlainMessage(_PlainMessageNeeds, total=False):
+    weight: Literal[0, 1]
+
+
+class _PlainRowNeeds(TypedDict):
     messages: list[_PlainMessage]
+
+
+class _PlainRow(_PlainRowNeeds, total=False):
+    metadata: dict[str, str | int | float | bool | None]
 
 
 _plain_rows = msgspec.json.Decoder(_PlainRow)
@@ -103,17 +111,23 @@ def read_row(line: Line, tell: Tell) -> Row:
 
 
 def _read_plain(line: Line) -> Example | None:
-    """The example of a row as most files have them: nothing but messages, with nothing but role and content.
+    """The example of a sound row with nothing but messages and flat metadata, as most files have them.
 
-    The same as the long way round, and about five times as fast. None leaves the row to the long way.
+    The same as the long way round, and several times as fast. None leaves the row to the long way.
     """
     if line.is_too_long:
         return None
     try:
-        messages = _plain_rows.decode(line.raw)["messages"]
+        row = _plain_rows.decode(line.raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if not _has_quotes(line.raw, 2 + 8 * len(messages)):
+    messages, metadata = row["messages"], row.get("metadata")
+    texts = 1 + sum(map(len, messages)) + 2 * len(messages)  # keys, and texts that are values
+    if metadata is not None:
+        texts += 1 + len(metadata) + sum(isinstance(value, str) for value in metadata.values())
+        if isinstance(metadata.get("group"), bool):
+            return None
+    if not _has_quotes(line.raw, 2 * texts):
         return None
     first = 1 if messages and messages[0]["role"] == "system" else 0
     turns = len(messages) - first
@@ -126,7 +140,20 @@ def _read_plain(line: Line) -> Example | None:
         if message["role"] != expected or not text or text.isspace():
             return None
         expected = "assistant" if expected == "user" else "user"
-    return Example(messages=tuple(messages), weights=_plain_weights(first, turns), line=line.number)  # type: ignore[arg-type]
+    weights = _plain_weights(first, turns)
+    if texts > 1 + 4 * len(messages) and any("weight" in message for message in messages):
+        if not _has_plain_weights(messages):
+            return None
+        weights = tuple(message.pop("weight", weight) for message, weight in zip(messages, weights, strict=True))
+    group = _group(row) if metadata else None  # type: ignore[arg-type]
+    return Example(messages=tuple(messages), weights=weights, line=line.number, group=group)  # type: ignore[arg-type]
+
+
+def _has_plain_weights(messages: Sequence[_PlainMessage]) -> bool:
+    """True when only answers have weights, and the last one is learned."""
+    return messages[-1].get("weight", 1) == 1 and not any(
+        "weight" in message for message in messages if message["role"] != "assistant"
+    )
 
 
 def _has_quotes(raw: bytes, n: int) -> bool:
@@ -168,8 +195,7 @@ def _problems(row: Any, repeated: str | None, pairs: list[Pair]) -> Iterator[Pro
         yield from message_problems(message, f"message {position}")
     yield from order_problems(messages)
     yield from learning_problems(messages)
-    if uses_tools(row, messages):
-        yield from tool_problems(row, messages)
+    yield from tool_problems(row, messages)
 
 
 def _unknown_keys(row: dict[str, Any], known: set[str]) -> Iterator[Problem]:
@@ -180,7 +206,7 @@ def _unknown_keys(row: dict[str, Any], known: set[str]) -> Iterator[Problem]:
 
 def _metadata_problems(row: dict[str, Any]) -> Iterator[Problem]:
     group = _declared_group(row)
-    if group is None or isinstance(group, (str, int, float)) and not isinstance(group, bool):
+    if group is None or (isinstance(group, (str, int, float)) and not isinstance(group, bool)):
         return
     yield Problem(
         "invalid_group",

@@ -36,15 +36,17 @@ def uses_tools(row: dict[str, Any], messages: Sequence[Any]) -> bool:
     """True for a row that declares functions, calls one or has a tool's turn."""
     if row.get("tools") or row.get("functions"):
         return True
-    return any(
-        isinstance(message, dict)
-        and (calls_tools(message) or message.get("tool_call_id") or role_of(message) == "tool")
-        for message in messages
-    )
+    return any(calls_tools(message) or _is_answer(message) for message in messages)
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and bool(role_of(message) == "tool" or message.get("tool_call_id"))
 
 
 def tool_problems(row: dict[str, Any], messages: Sequence[Any]) -> Iterator[Problem]:
     """Everything about functions that is wrong in a row. `row` has `tools`, `messages` is its conversation."""
+    if not uses_tools(row, messages):
+        return
     declared: dict[str, _Function] = {}
     yield from _declaration_problems(row, declared)
     open_ids: dict[str, str] = {}  # ids that no tool's turn has answered yet -> who called
@@ -227,9 +229,7 @@ def _judge_call(call: _Call, declared: dict[str, _Function]) -> Iterator[Problem
         )
 
 
-def _answer_problems(
-    message: dict[str, Any], where: str, open_ids: dict[str, str], called: bool
-) -> Iterator[Problem]:
+def _answer_problems(message: dict[str, Any], where: str, open_ids: dict[str, str], called: bool) -> Iterator[Problem]:
     """Whether a tool's turn answers a call; takes the call out of `open_ids`."""
     if message.get("role") == "function":
         if not message.get("name"):
