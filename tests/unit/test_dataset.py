@@ -69,7 +69,6 @@ def test_a_sound_file_becomes_examples_with_their_line_numbers():
         (b'{"messages": []}', "missing_messages", "an empty list"),
         (b'{"message": []}', "missing_messages", "Rename"),
         (b'{"prompt": "a", "completion": "b"}', "missing_messages", "prompt/completion format"),
-        (b'{"input": {}, "preferred_output": []}', "missing_messages", "preference (DPO) format"),
         (b'{"text": "a"}', "missing_messages", "keys found: 'text'"),
         (row(USER, "hi"), "not_an_object", "message 2 is a string"),
         (row({"content": "hi"}, ANSWER), "missing_field", "message 1 has no 'role'"),
@@ -93,14 +92,8 @@ def test_a_sound_file_becomes_examples_with_their_line_numbers():
         (row(USER, {**ANSWER, "weight": 0.5}), "invalid_weight", "0.5"),
         (row({**USER, "weight": 1}, ANSWER), "misplaced_weight", "message 1"),
         (row(USER, {**ANSWER, "weight": 0}), "nothing_to_learn", "weight"),
-        (row(USER, ANSWER, tools=[{"type": "function"}]), "unsupported_content", "text only"),
-        (row(USER, {"role": "assistant", "tool_calls": [{}]}), "unsupported_content", "'tool_calls'"),
-        (row(USER, {"role": "tool", "content": "x"}, ANSWER), "unsupported_content", "'tool'"),
-        (
-            row({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER),
-            "unsupported_content",
-            "'image_url'",
-        ),
+        (row(USER, {**ANSWER, "audio": {"id": "a"}}), "unsupported_content", "text only"),
+        (row({"role": "user", "content": [{"type": "input_audio"}]}, ANSWER), "unsupported_content", "'input_audio'"),
         (b'{"messages": [], "messages": []}', "duplicate_json_key", "'messages' occurs twice"),
     ],
 )
@@ -114,7 +107,7 @@ def test_an_unsound_line_is_an_error_that_says_what_and_where(line: bytes, code:
 
 
 def test_one_problem_is_reported_once_and_no_others_with_it():
-    for line in (row(USER), row(USER, {"role": "assistant", "tool_calls": [{}]}), row(USER, USER, ANSWER)):
+    for line in (row(USER), row(USER, {"role": "assistant", "audio": {"id": "a"}}), row(USER, USER, ANSWER)):
         assert len(read(line)[1]) == 1
 
 
@@ -143,16 +136,40 @@ def test_blank_lines_are_counted_and_only_warned_about():
     assert findings["blank_line"].lines == (2, 3)
 
 
-def test_line_ends_of_windows_and_a_missing_last_one_are_fine():
-    dataset, findings = read_dataset(GOOD + b"\r\n" + GOOD, name="a")
-    assert len(dataset) == 2
-    assert not findings
+def noted(content: bytes) -> list[tuple[str, str]]:
+    """(code, severity) of the findings about a file of two sound rows."""
+    dataset, findings = read_dataset(content, name="a")
+    assert [example.line for example in dataset.examples] == [1, 2]
+    assert dataset.examples[0].messages == dataset.examples[1].messages == (USER, ANSWER)
+    return [(finding.code, finding.severity) for finding in findings]
+
+
+def test_line_ends_of_windows_and_a_missing_last_one_are_noted_and_lose_nothing():
+    assert noted(GOOD + b"\r\n" + GOOD + b"\r\n") == [("crlf_line_ends", "note")]
+    assert noted(GOOD + b"\n" + GOOD) == [("no_final_newline", "note")]
+    assert noted(GOOD + b"\n" + GOOD + b"\n") == []
 
 
 def test_a_utf8_byte_order_mark_is_tolerated_with_a_note():
-    dataset, findings = read_dataset(b"\xef\xbb\xbf" + GOOD, name="a")
-    assert len(dataset) == 1
-    assert [(finding.code, finding.severity) for finding in findings] == [("byte_order_mark", "note")]
+    assert noted(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD + b"\n") == [("byte_order_mark", "note")]
+
+
+def test_every_rejected_byte_is_named_by_its_place_in_the_line_and_in_the_file():
+    bad = GOOD.replace(b"card", b"\x92ard")
+    at = bad.index(b"\x92")
+    (finding,) = read_dataset(b"\n".join([bad, GOOD, bad, bad, b""]), name="a")[1]
+    third = 2 * len(GOOD) + 2
+    assert f"Line 1: byte {at} of the line (counted from 0) is not UTF-8: 92. It is byte {at} of" in finding.message
+    assert f"line 3 (byte {at}, of the file {third + at}) and line 4 (byte {at}, of the" in finding.message
+    assert r"my \x92ard" in finding.example
+
+
+def test_a_byte_order_mark_counts_as_bytes_of_its_line():
+    content = b"\xef\xbb\xbf" + GOOD.replace(b"card", b"\xffard") + b"\n"
+    finding = read_dataset(content, name="a")[1][0]
+    place = content.index(b"\xff")
+    assert f"byte {place} of the line" in finding.message
+    assert f"byte {place} of the file" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -167,6 +184,14 @@ def test_a_utf8_byte_order_mark_is_tolerated_with_a_note():
         (json.dumps([json.loads(GOOD)] * 20, indent=2).encode(), "not_json_lines", "one JSON array"),
         (json.dumps(json.loads(GOOD), indent=2).encode(), "not_json_lines", "several lines"),
         (b"", "empty_file", "no examples"),
+        (b"\n \r\n\t\n", "empty_file", "3 blank lines"),
+        (b"[" + GOOD + b", " + GOOD + b"]", "not_json_lines", "one JSON array"),
+        (b"[" + GOOD + b",\n" + GOOD + b"]\n", "not_json_lines", "one JSON array"),
+        (b"[" + b",".join([GOOD] * 30_000) + b"]\n", "not_json_lines", "one JSON array"),
+        (GOOD + b"\r" + GOOD + b"\r", "cr_line_ends", "line feeds"),
+        (bytes(5000), "not_a_text_file", "NUL bytes"),
+        (b"PAR1" + bytes(100), "not_a_text_file", "Parquet"),
+        (b"a" * 257 + b"ustar", "not_a_text_file", "tar archive"),
     ],
 )
 def test_another_kind_of_file_is_one_clear_finding(content: bytes, code: str, words: str):
@@ -182,6 +207,31 @@ def test_a_stream_reads_like_bytes_whatever_its_length():
     content = b"\n".join(lines)
     assert read_dataset(io.BytesIO(content), name="a") == read_dataset(content, name="a")
     assert len(read_dataset(content, name="a")[0]) == 399
+
+
+@pytest.mark.parametrize(
+    ("group", "read_as"),
+    [("kim", "kim"), (7, "7"), (0, "0"), (1.5, "1.5"), (" kim\n", "kim"), ("", None), (None, None)],
+)
+def test_a_declared_group_is_read(group: Any, read_as: str | None):
+    dataset, findings = read(row(USER, ANSWER, metadata={"group": group, "source": "x"}))
+    assert dataset.examples[0].group == read_as
+    assert not findings
+
+
+@pytest.mark.parametrize(("group", "words"), [(True, "true or false"), (["a"], "a list"), ({"id": 1}, "an object")])
+def test_a_group_of_another_type_is_warned_about_and_ignored(group: Any, words: str):
+    dataset, findings = read(row(USER, ANSWER, metadata={"group": group}))
+    assert dataset.examples[0].group is None
+    assert findings["invalid_group"].severity == "warning"
+    assert words in findings["invalid_group"].message
+
+
+def test_metadata_that_is_no_object_has_no_group():
+    for metadata in ("group", ["group"], 7, None):
+        dataset, findings = read(row(USER, ANSWER, metadata=metadata))
+        assert dataset.examples[0].group is None
+        assert not findings
 
 
 def test_weights_are_honoured():
@@ -251,10 +301,29 @@ def test_every_planted_defect_is_found_with_its_kind_and_no_other_line_is_flagge
 
 
 @needs_data
+@pytest.mark.parametrize("name", ["broken_lines", "mixed"])
+def test_every_planted_byte_position_is_told(name: str):
+    expected = json.loads((DATA / "dirty" / f"{name}.expected.json").read_text(encoding="utf-8"))
+    _, findings = read_dataset((DATA / "dirty" / f"{name}.jsonl").read_bytes(), name=name)
+    (finding,) = (finding for finding in findings if finding.code == "invalid_utf8")
+    planted = [defect for defect in expected["defects"] if defect["kind"] == "invalid_utf8"]
+    assert finding.lines == tuple(line for defect in planted for line in defect["lines"])
+    first, *others = planted
+    assert f"byte {first['byte_in_line']} of the line" in finding.message
+    assert f"byte {first['byte_in_file']} of the file" in finding.message
+    for defect in others:
+        place = f"line {defect['lines'][0]} (byte {defect['byte_in_line']}, of the file {defect['byte_in_file']})"
+        assert place in finding.message
+
+
+@needs_data
 def test_encoding_oddities_inside_texts_are_still_examples():
     expected, codes, dataset = dirty("encoding")
     assert not codes
     assert len(dataset) == expected["line_count"]
+    _, findings = read_dataset((DATA / "dirty" / "encoding.jsonl").read_bytes(), name="a")
+    assert {finding.code for finding in findings} == {planted["kind"] for planted in expected["file_level"]}
+    assert all(finding.severity == "note" for finding in findings)
 
 
 @needs_data
@@ -269,4 +338,7 @@ def test_clean_files_have_no_findings(path: Path):
 def test_unusual_but_valid_rows_are_accepted():
     dataset, findings = read_dataset((DATA / "dirty" / "control_unusual.jsonl").read_bytes(), name="a")
     assert len(dataset) == 15
-    assert [(finding.code, finding.severity) for finding in findings] == [("name_ignored", "note")]
+    assert {finding.code: finding.severity for finding in findings} == {
+        "name_ignored": "note",
+        "no_final_newline": "note",
+    }

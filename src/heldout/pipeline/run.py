@@ -17,7 +17,7 @@ from heldout.pipeline import crossfit, ladder, report
 from heldout.pipeline.checks import ModelTools, Parts, check
 from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
-from heldout.pipeline.dataset import read_dataset
+from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
@@ -295,8 +295,11 @@ def check_lengths(parts: Parts, request: Request, facts: ModelFacts, engine: Eng
 
 
 def refuse_errors(request: Request, findings: Sequence[Finding]) -> None:
-    """Raise the error of the first file concerned, with every problem of every file in its message."""
-    errors = [finding for finding in findings if finding.severity == "error"]
+    """Raise the error of the first file concerned, with every problem of every file in its message.
+
+    A sound file in a format that no method trains on is a warning to who only looks, and an error to a job.
+    """
+    errors = [finding for finding in findings if finding.severity == "error" or finding.code == UNTRAINABLE]
     if not errors:
         return
     first = errors[0]

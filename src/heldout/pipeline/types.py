@@ -10,6 +10,9 @@ from heldout.engine.base import Message
 
 Severity = Literal["error", "warning", "note"]
 
+#: What the rows of a file are. "tools": conversations, some of which declare or call functions.
+Format = Literal["chat", "preference", "tools"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
@@ -40,14 +43,23 @@ class Example:
 class Dataset:
     """The examples of one file, in the file's order. `name` is how reports call the file.
 
-    The examples of a big file lie on disk: going through them in order is cheap, keeping them is not.
+    The examples of a big file lie on disk: going through them in order is cheap, keeping them is not. Of a
+    preference row, the example is the prompt with the preferred answer. Rows that declare or call functions
+    are no examples: there is no text to look at, so `other_rows` counts the sound ones.
     """
 
     name: str
     examples: Sequence[Example]
+    format: Format = "chat"
+    other_rows: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def sound_rows(self) -> int:
+        """Examples, and sound rows that are none."""
+        return len(self.examples) + self.other_rows
 
 
 @dataclass(frozen=True, kw_only=True)

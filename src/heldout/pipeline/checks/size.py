@@ -17,30 +17,30 @@ def find_too_few_examples(parts: Parts) -> Iterator[Finding]:
     """Too few rows to train on (an error), or fewer than a sound result needs (a warning)."""
     yield from _train_size(parts)
     valid, holdout = parts.valid, parts.holdout
-    if valid is not None and len(valid) < ADVISED_VALID:
+    if valid is not None and valid.sound_rows < ADVISED_VALID:
         yield Finding(
             code="small_validation",
             severity="warning",
             message=(
-                f"The validation file has {len(valid)} example(s). Fewer than {ADVISED_VALID} stop training "
+                f"The validation file has {valid.sound_rows} example(s). Fewer than {ADVISED_VALID} stop training "
                 "by chance; add some, or leave the file out and let one be split off."
             ),
             file=valid.name,
         )
-    if holdout is not None and len(holdout) < ADVISED_HOLDOUT:
+    if holdout is not None and holdout.sound_rows < ADVISED_HOLDOUT:
         yield Finding(
             code="small_holdout",
             severity="warning",
             message=(
-                f"The holdout file has {len(holdout)} example(s). Fewer than {ADVISED_HOLDOUT} can only show "
-                f"large differences{_margin(len(holdout))}; expect an inconclusive verdict."
+                f"The holdout file has {holdout.sound_rows} example(s). Fewer than {ADVISED_HOLDOUT} can only show "
+                f"large differences{_margin(holdout.sound_rows)}; expect an inconclusive verdict."
             ),
             file=holdout.name,
         )
 
 
 def _train_size(parts: Parts) -> Iterator[Finding]:
-    n = len(parts.train)
+    n = parts.train.sound_rows
     if n < MIN_TRAIN:
         # OpenAI's words: scripts look for them.
         message = f"Training file has {n} example(s), but must have at least {MIN_TRAIN} examples"
