@@ -13,19 +13,24 @@ import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from heldout.errors import InvalidTrainingFile, InvalidValue
-from heldout.pipeline.checks.groups import fingerprint
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.findings import place
 from heldout.pipeline.types import Dataset, Example, Finding
 
 _BOM = b"\xef\xbb\xbf"
 _FENCED = re.compile(r"\s*(`{3,}|~{3,}|`)[ \t]*(?:json|JSON|jsonc|javascript|js)?\s*(.*?)\s*\1\s*", re.DOTALL)
+_ZERO_WIDTH = "\u200b\u2060\ufeff\u180e\xad"
+_MORE_THAN_MESSAGES = (b'"tools"', b'"functions"', b'"tool_calls"', b'"function_call"')
+
+#: Longer lines, which no model reads, are copied in pieces.
+MAX_LINE_BYTES = 32 << 20
 
 #: code -> what was done, for one line and for many.
 _WORDS = {
@@ -166,7 +171,10 @@ class _Repair:
         """What to write for each line of the file, and what was done to it."""
         sound = iter(self._dataset.examples)
         example = next(sound, None)
-        for line, raw in enumerate(source, start=1):
+        for line, raw in _numbered(source):
+            if line is None:
+                yield raw, []
+                continue
             found, changes = self._bytes(raw, line)
             if example is not None and example.line == line:
                 if found and line not in self._broken:
@@ -193,10 +201,11 @@ class _Repair:
         return raw, changes
 
     def _row(self, raw: bytes, example: Example) -> tuple[bytes, list[Change]]:
+        last = len(example.messages) - 1
         new = {
             index: repaired
             for index, message in enumerate(example.messages)
-            if message["role"] == "assistant" and (repaired := self._answer(message["content"]))[1]
+            if (example.weights[index] or index == last) and (repaired := self._answer(message["content"]))[1]
         }
         messages = [
             {**message, "content": new[index][0]} if index in new else message
@@ -221,8 +230,9 @@ class _Repair:
         if self._bare and (fenced := _FENCED.fullmatch(text)) and _is_json(fenced[2]):
             text = fenced[2]
             codes.append("answer_code_fence")
-        if self._trim and text != text.strip() and text.strip():
-            text = text.strip()
+        trimmed = _trimmed(text)
+        if self._trim and trimmed not in (text, ""):
+            text = trimmed
             codes.append("answer_whitespace")
         return text, codes
 
@@ -232,7 +242,7 @@ def _usual_form(examples: Iterable[Example]) -> tuple[bool, bool]:
     n = trimmed = bare = 0
     for example in examples:
         n += 1
-        trimmed += example.target == example.target.strip()
+        trimmed += example.target == _trimmed(example.target)
         bare += _is_json(example.target)
     return 2 * trimmed > n, 2 * bare > n
 
@@ -248,26 +258,40 @@ def _is_json(text: str) -> bool:
     return True
 
 
+def _trimmed(text: str) -> str:
+    """Without white space, and characters that nobody sees, at its ends."""
+    while (shorter := text.strip().strip(_ZERO_WIDTH)) != text:
+        text = shorter
+    return text
+
+
 def _taught(messages: list[dict[str, Any]], example: Example, raw: bytes) -> bytes:
-    """Equal for rows of which one is enough: equal messages as the checks compare them, learned alike."""
-    digest = hashlib.sha256(fingerprint(messages).encode())
-    digest.update(bytes(example.weights))
-    other = [{name: value for name, value in one.items() if name not in ("role", "content")} for one in messages]
-    if any(other):
-        digest.update(json.dumps(other, sort_keys=True).encode())
-    if b'"tools"' in raw or b'"functions"' in raw:  # perhaps in a text: then it is only a little more work
-        row = json.loads(raw)
-        digest.update(json.dumps([row.get("tools"), row.get("functions")], sort_keys=True).encode())
-    return digest.digest()[:16]
+    """Equal for rows of which one is enough: messages equal letter for letter but for Unicode composition and
+    the spelling of JSON, and learned alike. Rows with more to them than messages must be equal byte for byte."""
+    if b'"messages"' not in raw or any(mark in raw for mark in _MORE_THAN_MESSAGES):
+        return hashlib.sha256(raw.strip()).digest()[:16]
+    turns = [(message["role"], unicodedata.normalize("NFC", message["content"])) for message in messages]
+    return hashlib.sha256(json.dumps([turns, example.weights]).encode()).digest()[:16]
+
+
+def _numbered(source: BinaryIO) -> Iterator[tuple[int | None, bytes]]:
+    """Lines with their numbers. What is beyond the first MAX_LINE_BYTES of one comes in pieces without."""
+    line, whole = 0, True
+    while raw := source.readline(MAX_LINE_BYTES):
+        line += whole
+        yield (line if whole else None), raw
+        whole = raw.endswith(b"\n")
 
 
 def _rewrite(raw: bytes, answers: dict[int, str]) -> bytes | None:
     """The line with these messages' texts, every other byte as it was where that can be done: the text's own
-    literal is exchanged. Else the row is written anew in the line's own style. None when a message has its text
-    in several parts, which stay."""
+    literal is exchanged. Else the row is written anew in the line's own style. None when that cannot be done: a
+    text in several parts, or rows of another form."""
     text = raw.decode("utf-8")
     end = text[len(text.rstrip("\r\n")) :]
     row = json.loads(text)
+    if len(row.get("messages", ())) <= max(answers):
+        return None  # preferences have their answers elsewhere
     wanted = copy.deepcopy(row)
     exchanged = text
     ascii_only = text.isascii()
