@@ -251,7 +251,8 @@ def closed_set(texts: Mapping[str, int]) -> dict[str, int]:
     """The values of a closed set, or nothing when these texts are no such thing."""
     total = sum(texts.values())
     frequent = {text: n for text, n in texts.items() if n >= FREQUENT and text}
-    if total < MIN_ANSWERS or sum(frequent.values()) < FREQUENT_SHARE * total:
+    few_others = len(texts) - len(frequent) <= max(10, 2 * len(frequent))
+    if total < MIN_ANSWERS or not few_others or sum(frequent.values()) < FREQUENT_SHARE * total:
         return {}
     return frequent
 
