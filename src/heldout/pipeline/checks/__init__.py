@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from heldout.engine.base import Progress
 from heldout.engine.catalogue import ENCODER
+from heldout.pipeline.checks.answers import find_odd_answers
 from heldout.pipeline.checks.classes import find_no_labels
 from heldout.pipeline.checks.duplicates import find_conflicting_answers, find_exact_duplicates
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
+from heldout.pipeline.checks.prompts import find_system_prompt_drift
 from heldout.pipeline.checks.size import find_too_few_examples
 from heldout.pipeline.types import Finding
 
@@ -24,6 +26,9 @@ CHECKS: tuple[Check, ...] = (
     find_exact_leaks,
     find_unknown_labels,
     find_class_imbalance,
+    # answer format, system prompt drift
+    find_odd_answers,
+    find_system_prompt_drift,
 )
 
 #: For base models that are encoders, after the others.
