@@ -9,9 +9,14 @@ from heldout.engine.base import Progress
 from heldout.engine.catalogue import ENCODER
 from heldout.pipeline.checks.answers import find_odd_answers
 from heldout.pipeline.checks.classes import find_no_labels
-from heldout.pipeline.checks.duplicates import find_conflicting_answers, find_exact_duplicates
+from heldout.pipeline.checks.duplicates import (
+    find_conflicting_answers,
+    find_exact_duplicates,
+    find_near_conflicts,
+    find_near_duplicates,
+)
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
-from heldout.pipeline.checks.leakage import find_exact_leaks
+from heldout.pipeline.checks.leakage import find_exact_leaks, find_near_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.prompts import find_system_prompt_drift
 from heldout.pipeline.checks.size import find_too_few_examples
@@ -21,9 +26,15 @@ __all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "ModelTools", "Parts", "check"]
 
 CHECKS: tuple[Check, ...] = (
     find_too_few_examples,
+    # duplicates
     find_exact_duplicates,
+    find_near_duplicates,
     find_conflicting_answers,
+    find_near_conflicts,
+    # leakage
     find_exact_leaks,
+    find_near_leaks,
+    # labels
     find_unknown_labels,
     find_class_imbalance,
     # answer format, system prompt drift

@@ -1,63 +1,136 @@
-"""Rows that say the same twice, and rows that contradict each other, within one file."""
+"""Rows that say the same twice or nearly so, and rows that contradict each other, within one file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from heldout.pipeline.checks.groups import fingerprint, fold, group_by_prompt
+import numpy as np
+
+from heldout.pipeline.checks.near import groups_of
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
+from heldout.pipeline.checks.rows import Rows, user_text
 from heldout.pipeline.types import Dataset, Example, Finding
 
 #: Up to this share of extra copies is what any real file has.
 WARN_ABOVE = 0.01
+_SHOWN = 5
 
 
 def find_exact_duplicates(parts: Parts) -> Iterator[Finding]:
-    """Rows whose messages are all equal but for case, white space and Unicode composition."""
-    for dataset in parts.given():
-        groups: dict[str, list[int]] = {}
-        for example in dataset.examples:
-            groups.setdefault(fingerprint(example.messages), []).append(example.line)
-        copies = [lines for lines in groups.values() if len(lines) > 1]
-        if copies:
-            yield _duplicates_finding(dataset, copies)
-
-
-def _duplicates_finding(dataset: Dataset, copies: list[list[int]]) -> Finding:
-    extra = sum(len(lines) - 1 for lines in copies)
-    where = name_some([name_lines(lines) for lines in copies])
-    return Finding(
-        code="exact_duplicate",
-        severity="warning" if extra > WARN_ABOVE * len(dataset) else "note",
-        message=(
-            f"{extra} of {len(dataset)} rows repeat another row ({where}). A repeated row weighs more in "
-            "training; remove the copies unless that is wanted."
-        ),
-        file=dataset.name,
-        lines=tuple(sorted(line for lines in copies for line in lines)),
-    )
+    """Rows whose messages are all equal, letter for letter (but for Unicode composition and JSON's spelling)."""
+    rows = parts.rows
+    for part, dataset in enumerate(rows.datasets):
+        groups = [_lines(rows, rows.starts[part] + group) for group in groups_of(rows.exact[rows.of(part)])]
+        if groups:
+            extra = sum(len(lines) - 1 for lines in groups)
+            where = name_some([name_lines(lines) for lines in groups[: _SHOWN + 1]], of=len(groups))
+            yield Finding(
+                code="exact_duplicate",
+                severity=_severity(extra, dataset),
+                message=(
+                    f"{extra} of {len(dataset)} rows repeat another row ({where}). A repeated row weighs more in "
+                    "training; remove the copies unless that is wanted."
+                ),
+                file=dataset.name,
+                lines=_all(groups),
+            )
 
 
 def find_conflicting_answers(parts: Parts) -> Iterator[Finding]:
-    """Rows that ask the same and are answered differently."""
-    for dataset in parts.given():
-        groups = group_by_prompt(dataset.examples).values()
-        conflicts = [group for group in groups if len({fold(example.target) for example in group}) > 1]
-        if conflicts:
+    """Rows that ask the same (but for case, punctuation and white space) and are answered differently."""
+    rows = parts.rows
+    for part, dataset in enumerate(rows.datasets):
+        answers = rows.answer[rows.of(part)]
+        groups = [group for group in groups_of(rows.key[rows.of(part)]) if len(set(answers[group].tolist())) > 1]
+        if groups:
+            shown = [_conflict(rows, rows.starts[part] + group) for group in groups[:_SHOWN]]
             yield Finding(
                 code="conflicting_answers",
                 severity="warning",
                 message=(
-                    f"{len(conflicts)} {'prompt has' if len(conflicts) == 1 else 'prompts have'} different "
-                    f"answers ({name_some([_describe(group) for group in conflicts])}). A model can learn "
+                    f"{len(groups)} {'prompt has' if len(groups) == 1 else 'prompts have'} different "
+                    f"answers ({name_some(shown, of=len(groups))}). A model can learn "
                     "one of them at most; keep the right answer, unless several are right."
                 ),
                 file=dataset.name,
-                lines=tuple(sorted(example.line for group in conflicts for example in group)),
+                lines=_all([_lines(rows, rows.starts[part] + group) for group in groups]),
+                example=shorten(user_text(rows.example(rows.starts[part] + groups[0][0]).prompt), at_most=200),
             )
 
 
-def _describe(group: list[Example]) -> str:
-    answers = {fold(example.target): example.target for example in reversed(group)}
-    shown = " against ".join(shorten(answer) for answer in list(answers.values())[::-1][:3])
-    return f"{name_lines([example.line for example in group])}: {shown}"
+def find_near_duplicates(parts: Parts) -> Iterator[Finding]:
+    """Rows that ask nearly the same and are answered the same, copies letter for letter apart."""
+    rows, near = parts.rows, parts.near
+    for part, dataset in enumerate(rows.datasets):
+        first = rows.starts[part] + np.sort(np.unique(rows.exact[rows.of(part)], return_index=True)[1])
+        groups = [first[group] for group in groups_of(near.same[first])]
+        if not groups:
+            continue
+        extra = sum(len(group) - 1 for group in groups)
+        equal = sum(len(group) - len(set(rows.key[group].tolist())) for group in groups)
+        where = name_some([name_lines(_lines(rows, group)) for group in groups[: _SHOWN + 1]], of=len(groups))
+        but = f", {equal} of them in all but case, punctuation and white space" if equal else ""
+        yield Finding(
+            code="near_duplicate",
+            severity=_severity(extra, dataset),
+            message=(
+                f"{extra} of {len(dataset)} rows say nearly the same as another row and have its answer{but} "
+                f"({where}). They add weight but little to learn; keep the best of each group, unless such "
+                "variants are wanted. A split keeps each group in one part."
+            ),
+            file=dataset.name,
+            lines=_all([_lines(rows, group) for group in groups]),
+            example=_side_by_side(rows, groups[0][:2]),
+        )
+
+
+def find_near_conflicts(parts: Parts) -> Iterator[Finding]:
+    """Rows that ask nearly the same, with the same numbers, and are answered differently."""
+    rows, near = parts.rows, parts.near
+    for part, dataset in enumerate(rows.datasets):
+        here = [
+            pair
+            for pair in near.contrasts
+            if all(rows.part(row) == part for row in pair) and rows.key[pair[0]] != rows.key[pair[1]]
+        ]
+        if here:
+            where = name_some([name_lines(_lines(rows, pair)) for pair in here[: _SHOWN + 1]], of=len(here))
+            yield Finding(
+                code="near_conflict",
+                severity="note",
+                message=(
+                    f"{len(here)} {'pair of rows looks' if len(here) == 1 else 'pairs of rows look'} nearly the same "
+                    f"and {'is' if len(here) == 1 else 'are'} answered differently ({where}). Where the small "
+                    "difference explains the answers (a negation, a name), such pairs are the most useful rows there "
+                    "are: keep both. Where it does not, one answer is wrong: correct it."
+                ),
+                file=dataset.name,
+                lines=_all([_lines(rows, pair) for pair in here]),
+                example=_side_by_side(rows, here[0]),
+            )
+
+
+def _severity(extra: int, dataset: Dataset) -> str:
+    return "warning" if extra > WARN_ABOVE * len(dataset) else "note"
+
+
+def _lines(rows: Rows, which: Sequence[int]) -> list[int]:
+    return [int(rows.line[row]) for row in which]
+
+
+def _all(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sorted({line for group in groups for line in group}))
+
+
+def _side_by_side(rows: Rows, which: Sequence[int]) -> str:
+    return " and ".join(shorten(user_text(rows.example(row).prompt), at_most=200) for row in which)
+
+
+def _conflict(rows: Rows, group: Sequence[int]) -> str:
+    """The first rows of a group with their different answers."""
+    first: dict[int, Example] = {}
+    for row in group:
+        if int(rows.answer[row]) not in first and len(first) < 3:
+            first[int(rows.answer[row])] = rows.example(row)
+    shown = " against ".join(shorten(example.target) for example in first.values())
+    return f"{name_lines(_lines(rows, group))}: {shown}"

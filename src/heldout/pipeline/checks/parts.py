@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from heldout.pipeline.types import Dataset, Example, Finding
+
+if TYPE_CHECKING:
+    from heldout.pipeline.checks.near import Near
+    from heldout.pipeline.checks.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,20 @@ class Parts:
         """The files that there are."""
         return (dataset for dataset in (self.train, self.valid, self.holdout) if dataset is not None)
 
+    @cached_property
+    def rows(self) -> Rows:
+        """What comparisons need of each row of the given files, in one pass that all checks share."""
+        from heldout.pipeline.checks.rows import Rows
+
+        return Rows.read(tuple(self.given()))
+
+    @cached_property
+    def near(self) -> Near:
+        """Which rows of all files ask nearly the same; found once for all checks."""
+        from heldout.pipeline.checks.near import find_near
+
+        return find_near(self.rows)
+
 
 #: A check looks at the data and yields what it sees; it never prints, drops or changes a row.
 Check = Callable[[Parts], Iterable[Finding]]
@@ -53,7 +73,7 @@ def shorten(text: str, *, at_most: int = 60) -> str:
     return shown if len(shown) <= at_most else f"{shown[: at_most - 1]}…"
 
 
-def name_some(items: Sequence[str], *, at_most: int = 5) -> str:
-    """The first few items, and how many more there are."""
-    more = len(items) - at_most
+def name_some(items: Sequence[str], *, at_most: int = 5, of: int | None = None) -> str:
+    """The first few items, and how many more there are: of `of`, when only the first were written down."""
+    more = (len(items) if of is None else of) - at_most
     return "; ".join(items[:at_most]) + (f"; and {more} more" if more > 0 else "")

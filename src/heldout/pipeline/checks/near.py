@@ -1,0 +1,196 @@
+"""Which rows ask the same or nearly the same: candidates by MinHash, each judged by its true similarity.
+
+See docs/design/near-duplicates.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from heldout.pipeline.checks.rows import Hashes, Numbers, Rows, asked_text, grams, jaccard, mix, plain, system_text
+
+#: Shared 4-grams. One typo in a text of 30 characters leaves 0.75; different questions on one subject, below 0.45.
+SIMILAR = 0.7
+#: Texts with other numbers in them ask something else, unless there are this many other characters, nearly all
+#: the same, and the same answer: a letter with another date.
+WORDY, SAME_WORDS = 60, 0.9
+#: Free answers to the same question are worded freely; above this they say the same.
+ALIKE_ANSWERS = 0.5
+#: A bucket of more texts than this is compared with a few of its texts, not each with each.
+SMALL_BUCKET, REPRESENTATIVES, FEW_REPRESENTATIVES, HUGE_BUCKET = 32, 8, 2, 1_000
+_CACHED_CHARACTERS = 500_000
+_REMEMBERED = 2_000_000
+
+_DIGITS = re.compile(r"[\d]+")
+
+
+class Relation(Enum):
+    """What two rows are to each other."""
+
+    NONE = 0
+    SAME = 1  # nearly the same question, the same answer
+    OTHER_ANSWER = 2  # nearly the same question, another answer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Near:
+    """Rows by what they ask. Rows with equal numbers in `same` (or `joined`) belong together."""
+
+    same: Numbers  # nearly the same question, the same answer
+    joined: Numbers  # nearly the same question, whatever the answer
+    contrasts: tuple[tuple[int, int], ...]  # pairs of rows: nearly the same question, another answer
+
+
+def find_near(rows: Rows) -> Near:
+    """Compare all rows of all files."""
+    # Rows that are equal after normalising are one text here.
+    _, first, text = np.unique(mix(rows.key, rows.answer), return_index=True, return_inverse=True)
+    search = _Search(rows, first, labels=rows.labels())
+    for band in range(len(rows.bands)):
+        for bucket in _buckets(np.asarray(rows.bands[band])[first]):
+            search.compare_all(bucket)
+    return Near(
+        same=search.same.roots()[text],
+        joined=search.joined.roots()[text],
+        contrasts=tuple((int(first[one]), int(first[other])) for one, other in search.contrasts),
+    )
+
+
+def groups_of(numbers: Numbers | Hashes) -> Iterator[Numbers]:
+    """The positions of equal numbers, where there are two or more, by first position."""
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    borders = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    starts = np.concatenate([[0], borders])
+    sizes = np.diff(np.concatenate([starts, [len(ordered)]]))
+    found = [order[start : start + size] for start, size in zip(starts, sizes, strict=True) if size > 1]
+    return iter(sorted(found, key=lambda group: int(group[0])))
+
+
+def _buckets(values: np.ndarray) -> Iterator[list[int]]:
+    """The texts that share a band's value."""
+    for group in groups_of(values):
+        yield group.tolist()
+
+
+class _Sets:
+    """Disjoint sets of texts; the root of a set is its first text."""
+
+    def __init__(self, n: int) -> None:
+        self._parent = np.arange(n)
+
+    def root(self, text: int) -> int:
+        parent = self._parent
+        while (above := int(parent[text])) != text:
+            parent[text] = parent[above]
+            text = above
+        return text
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self.root(one), self.root(other)))
+        self._parent[high] = low
+
+    def roots(self) -> Numbers:
+        found = self._parent
+        while True:
+            above = found[found]
+            if (above == found).all():
+                return found
+            found = above
+
+
+class _Search:
+    """Compares the texts of each bucket, and remembers what came out."""
+
+    def __init__(self, rows: Rows, first: Numbers, *, labels: bool) -> None:
+        self._rows, self._first, self._labels = rows, first, labels
+        self.same, self.joined = _Sets(len(first)), _Sets(len(first))
+        self.contrasts: list[tuple[int, int]] = []
+        self._known: dict[int, Relation] = {}
+        self._grams: OrderedDict[tuple[str, int], frozenset[str]] = OrderedDict()
+        self._characters = 0
+
+    def compare_all(self, bucket: Sequence[int]) -> None:
+        """Join what belongs together. In a big bucket a text is compared with a few representatives only."""
+        n = len(bucket)
+        most = n if n <= SMALL_BUCKET else REPRESENTATIVES if n <= HUGE_BUCKET else FEW_REPRESENTATIVES
+        representatives: list[int] = []
+        for text in bucket:
+            root = self.same.root(text)
+            if any(self.same.root(one) == root for one in representatives):
+                continue
+            if not any(self._compare(one, text) is Relation.SAME for one in representatives) and (
+                len(representatives) < most
+            ):
+                representatives.append(text)
+
+    def _compare(self, one: int, other: int) -> Relation:
+        pair = one * len(self._first) + other
+        relation = self._known.get(pair)
+        if relation is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            relation = self._known[pair] = self._relation(int(self._first[one]), int(self._first[other]))
+            if relation is not Relation.NONE:
+                self.joined.join(one, other)
+            if relation is Relation.SAME:
+                self.same.join(one, other)
+            elif relation is Relation.OTHER_ANSWER:
+                self.contrasts.append((one, other))
+        return relation
+
+    def _relation(self, one: int, other: int) -> Relation:
+        rows = self._rows
+        same_answer = bool(rows.answer[one] == rows.answer[other])
+        if not self._ask_the_same(one, other, same_answer=same_answer):
+            return Relation.NONE
+        if same_answer or (not self._labels and self._similarity("answer", one, other) >= ALIKE_ANSWERS):
+            return Relation.SAME
+        return Relation.OTHER_ANSWER
+
+    def _ask_the_same(self, one: int, other: int, *, same_answer: bool) -> bool:
+        rows = self._rows
+        same_numbers = bool(rows.numbers[one] == rows.numbers[other])
+        short, long = sorted((int(rows.length[one]), int(rows.length[other])))
+        if short * 2 < long or not (same_numbers or (same_answer and short >= WORDY)):
+            return False
+        if rows.system[one] != rows.system[other] and self._similarity("system", one, other) < SIMILAR:
+            return False
+        if rows.asked[one] == rows.asked[other]:
+            return True
+        if same_numbers:
+            return self._similarity("asked", one, other) >= SIMILAR
+        return self._similarity("words", one, other) >= SAME_WORDS
+
+    def _similarity(self, what: str, one: int, other: int) -> float:
+        return jaccard(self._grams_of(what, one), self._grams_of(what, other))
+
+    def _grams_of(self, what: str, row: int) -> frozenset[str]:
+        """The grams of one of a row's texts; those asked for last are kept."""
+        found = self._grams.get((what, row))
+        if found is None:
+            found = self._grams[what, row] = grams(self._text(what, row))
+            self._characters += len(found)
+            while self._characters > _CACHED_CHARACTERS and len(self._grams) > 2:
+                self._characters -= len(self._grams.popitem(last=False)[1])
+        else:
+            self._grams.move_to_end((what, row))
+        return found
+
+    def _text(self, what: str, row: int) -> str:
+        example = self._rows.example(row)
+        if what == "answer":
+            return plain(example.target)
+        if what == "system":
+            return system_text(example.prompt)
+        asked = asked_text(example.prompt)
+        if what == "words":
+            words = _DIGITS.sub("0", asked)
+            return words if len(words) >= WORDY else asked
+        return asked
