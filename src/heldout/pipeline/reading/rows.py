@@ -87,9 +87,12 @@ _plain_rows = msgspec.json.Decoder(_PlainRow)
 
 def read_row(line: Line, tell: Tell) -> Row:
     """Read a line that is not blank. `tell` hears of each problem."""
-    example = _read_plain(line)
-    if example is not None:
-        return Row(example, "chat", True)
+    example = read_plain(line)
+    return read_carefully(line, tell) if example is None else Row(example, "chat", True)
+
+
+def read_carefully(line: Line, tell: Tell) -> Row:
+    """Read any line, and tell everything that is wrong with it."""
     try:
         value, repeated = parse_line(line)
         pairs: list[Pair] = []
@@ -110,7 +113,7 @@ def read_row(line: Line, tell: Tell) -> Row:
     return Row()
 
 
-def _read_plain(line: Line) -> Example | None:
+def read_plain(line: Line) -> Example | None:
     """The example of a sound row with nothing but messages and flat metadata, as most files have them.
 
     The same as the long way round, and several times as fast. None leaves the row to the long way.
