@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 _COLOURS = {"error": "bold red", "warning": "bold yellow", "note": "bold blue"}
 _VERDICTS = {"ship": "green", "dont_ship": "red"}
 
-#: Line numbers and ranges that stand behind a code.
-PLACES = 6
-#: How much is shown of a finding: one line of the terminal, up to three, or all.
-LINE, BRIEF, FULL = 0, 1, 2
-BRIEF_LINES = 3
+#: Line numbers and ranges that stand behind a code, and so many where there is only one line for all.
+PLACES, FEW_PLACES = 6, 3
+#: How much is shown of a finding: so many lines of the terminal, or all with the example.
+ONE_LINE, FULL = 1, 1_000
+LEVELS = (ONE_LINE, 2, 3, FULL)
 
 
 def print_json(document: Any) -> None:
@@ -66,11 +66,11 @@ def report_lines(report: Report, console: Console, *, height: int | None, verbos
     head = _wrap(_head(report, names), console)
     end = _wrap(Text(escaped(next_step(report)), style="bold"), console)
     groups = grouped(report.findings)
-    widest = [LINE if group.severity == "note" and not verbose else FULL for group in groups]
-    levels = widest if height is None else _levels(groups, widest, names, console, height - len(head) - len(end) - 1)
+    widest = [ONE_LINE if group.severity == "note" and not verbose else FULL for group in groups]
+    room = None if height is None else height - len(head) - len(end) - 1
+    levels = widest if room is None else _levels(groups, widest, names, console, room)
     body = [line for group, level in zip(groups, levels, strict=True) for line in _shown(group, level, names, console)]
-    less = sum(level < most for level, most in zip(levels, widest, strict=True))
-    if less and height is not None:
+    if levels != widest:
         end = [*_wrap(Text("More of each with --verbose, --html OUT or --json.", style="dim"), console), *end]
     return [*head, *body, *end]
 
@@ -79,14 +79,14 @@ def _levels(
     groups: Sequence[Group], widest: Sequence[int], names: dict[str, str], console: Console, room: int
 ) -> list[int]:
     """How much to show of each group, so that all fit into `room` lines: more of the more harmful."""
-    sizes = [{level: len(_shown(group, level, names, console)) for level in (LINE, BRIEF, FULL)} for group in groups]
-    levels = [LINE] * len(groups)
-    left = room - sum(size[LINE] for size in sizes)
-    for level in (BRIEF, FULL):
-        for place_, size in enumerate(sizes):
-            more = size[level] - size[levels[place_]]
-            if level <= widest[place_] and more <= left:
-                levels[place_] = level
+    sizes = [{level: len(_shown(group, level, names, console)) for level in LEVELS} for group in groups]
+    levels = [ONE_LINE] * len(groups)
+    left = room - sum(size[ONE_LINE] for size in sizes)
+    for level in LEVELS:
+        for position, size in enumerate(sizes):
+            more = size[level] - size[levels[position]]
+            if level <= widest[position] and more <= left:
+                levels[position] = level
                 left -= more
     return levels
 
@@ -102,7 +102,7 @@ def _head(report: Report, names: dict[str, str]) -> Text:
 
 
 def _shown(group: Group, level: int, names: dict[str, str], console: Console) -> list[Text]:
-    if level == LINE:
+    if level == ONE_LINE:
         return [_one_line(group, names, console)]
     lines = [line for finding in group.shown for line in _finding(finding, level, names, console)]
     if group.more:
@@ -118,23 +118,25 @@ def _finding(finding: Finding, level: int, names: dict[str, str], console: Conso
             lines.append(_cut(Text(f"    {escaped(finding.example)}", style="dim"), console))
         return lines
     lines = _wrap(_start(finding, names).append(escaped(brief(message))), console)
-    if len(lines) > BRIEF_LINES:
-        last = Text(f"{lines[BRIEF_LINES - 1].plain.rstrip()} {lines[BRIEF_LINES].plain.strip()}")
-        lines = [*lines[: BRIEF_LINES - 1], _cut(last, console)]
+    if len(lines) > level:
+        last = lines[level - 1]
+        last.rstrip()
+        last.append(f" {lines[level].plain.strip()}")
+        lines = [*lines[: level - 1], _cut(last, console)]
     return lines
 
 
 def _one_line(group: Group, names: dict[str, str], console: Console) -> Text:
     first = group.findings[0]
-    text = _start(first, names).append(escaped(brief(shortened(tidy(first), names))))
+    text = _start(first, names, at_most=FEW_PLACES).append(escaped(brief(shortened(tidy(first), names))))
     if len(group.findings) == 1:
         return _cut(text, console)
     more = Text(f" (+{len(group.findings) - 1})", style="dim")
     return _cut(text, console, room=len(more)).append_text(more)
 
 
-def _start(finding: Finding, names: dict[str, str]) -> Text:
-    where = f" {place(finding.lines, at_most=PLACES)}" if finding.lines else ""
+def _start(finding: Finding, names: dict[str, str], at_most: int = PLACES) -> Text:
+    where = f" {place(finding.lines, at_most=at_most)}" if finding.lines else ""
     file = "" if finding.file == next(iter(names)) else f" {names.get(finding.file, finding.file)}"  # not of train
     return Text.assemble(
         (finding.severity, _COLOURS[finding.severity]),

@@ -172,7 +172,7 @@ def test_every_outcome_has_a_headline(outcome: Outcome, verdict: str) -> None:
 def test_a_report_without_findings_says_so(outcome: Outcome) -> None:
     clean = replace(outcome, findings=())
     assert report.markdown(clean).rstrip().endswith("None.")
-    assert "<li>None.</li>" in report.page(clean)
+    assert "<p>None.</p>" in report.page(clean)
 
 
 def test_a_report_of_a_cross_fitted_job_says_who_was_measured_and_shows_the_folds(outcome: Outcome) -> None:

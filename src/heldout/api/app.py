@@ -10,6 +10,7 @@ from fastapi import APIRouter, FastAPI, Request
 
 from heldout.api import chat as chat_completions
 from heldout.api import failures, files, jobs, models
+from heldout.api.deps import Look
 from heldout.api.middleware import BodyLimit, KeyGuard, Stamp
 from heldout.engine.base import ChatService
 from heldout.settings import Settings
@@ -21,10 +22,12 @@ from heldout.store.db import Db
 THREADS = 200
 
 
-def create_app(*, settings: Settings, db: Db, blobs: Blobs, chat: ChatService) -> FastAPI:
-    """The whole surface, as the server process serves it."""
+def create_app(*, settings: Settings, db: Db, blobs: Blobs, chat: ChatService, look: Look | None = None) -> FastAPI:
+    """The whole surface, as the server process serves it. `look`: who looks at training files at upload; nobody,
+    if None."""
     app = _app(settings, api_key=settings.api_key)
     app.state.settings, app.state.db, app.state.blobs, app.state.chat = settings, db, blobs, chat
+    app.state.look = look
     _include(app, files.router, jobs.router, models.router, chat_completions.router)
     app.add_api_route("/", _about)
     return app

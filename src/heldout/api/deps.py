@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from heldout.engine.base import ChatService
+from heldout.records import File
 from heldout.settings import Settings
 from heldout.store.blobs import Blobs
 from heldout.store.db import Db
+
+#: Has an uploaded file looked at; the file with its findings, or with a note that they are to come.
+Look = Callable[[File], File]
 
 
 def _settings(request: Request) -> Settings:
@@ -32,7 +37,13 @@ def _chat(request: Request) -> ChatService:
     return chat
 
 
+def _look(request: Request) -> Look | None:
+    look: Look | None = request.app.state.look
+    return look
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DbDep = Annotated[Db, Depends(_db)]
 BlobsDep = Annotated[Blobs, Depends(_blobs)]
 ChatDep = Annotated[ChatService, Depends(_chat)]
+LookDep = Annotated[Look | None, Depends(_look)]

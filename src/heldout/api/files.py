@@ -8,7 +8,7 @@ from typing import Annotated, BinaryIO
 from fastapi import APIRouter, Form, Query, Response, UploadFile
 
 from heldout.api import wire
-from heldout.api.deps import BlobsDep, DbDep, SettingsDep
+from heldout.api.deps import BlobsDep, DbDep, LookDep, SettingsDep
 from heldout.api.streaming import ClosingStream
 from heldout.errors import InvalidValue, TooLarge
 from heldout.records import File
@@ -24,8 +24,10 @@ def create_file(
     settings: SettingsDep,
     db: DbDep,
     blobs: BlobsDep,
+    look: LookDep,
 ) -> wire.FileObject:
-    """Take the bytes as they are: a training file is judged by the job that uses it.
+    """Take the bytes as they are, whatever is wrong with them: `x_findings` says what that is, if it can be said
+    in a moment, and the job that uses the file says it in any case.
 
     `expires_after` is accepted and has no effect; `expires_at` says so.
     """
@@ -37,6 +39,8 @@ def create_file(
     except BaseException:
         blobs.delete(record.blob)  # without its row nobody could ask for it, nor delete it
         raise
+    if look and record.purpose == "fine-tune":
+        record = look(record)
     return wire.FileObject.of(record)
 
 

@@ -265,7 +265,7 @@ def tidy(finding: Finding) -> str:
 
 
 def brief(message: str) -> str:
-    """The message without its longer asides in parentheses."""
+    """The message without its longer asides in parentheses, and without those that only name lines."""
     kept: list[str] = []
     depth, aside = 0, ""
     for character in message:
@@ -277,7 +277,7 @@ def brief(message: str) -> str:
         if character == ")" and depth:
             depth -= 1
             if depth == 0:
-                kept.append(aside if len(aside) <= ASIDE else "")
+                kept.append("" if len(aside) > ASIDE or aside.startswith("(line") else aside)
                 aside = ""
     if depth:
         return message  # a parenthesis of the data, not of the sentence

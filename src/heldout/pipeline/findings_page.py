@@ -105,13 +105,14 @@ def _cards(group: Group, last_lines: Mapping[str, int], names: Mapping[str, str]
 def _card(finding: Finding, last_line: int, names: Mapping[str, str]) -> str:
     where = place(finding.lines, at_most=SHOWN) if finding.lines else "the whole file"
     file = names.get(finding.file, finding.file)
+    message = shortened(tidy(finding), names)
     every = place(finding.lines, at_most=LISTED) if finding.lines else ""
     listed = f"<details><summary>all lines</summary>{_text(every)}</details>" if every not in ("", where) else ""
     sample = f'<code class="sample">{_text(finding.example)}</code>' if finding.example else ""
     return (
         f'<div class="finding {finding.severity}"><h3><b>{finding.severity}</b> <code>{_text(finding.code)}</code> '
         f'<span class="where">{_text(file)}, {where}</span></h3>'
-        f"<p>{_text(shortened(tidy(finding), names))}</p>{sample}"
+        f"<p>{_text(message[:1].upper() + message[1:])}</p>{sample}"
         f"{bar(finding.lines, last_line)}{listed}</div>"
     )
 

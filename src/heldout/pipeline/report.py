@@ -8,11 +8,12 @@ import io
 import json
 from pathlib import Path
 
-from heldout.pipeline import charts
+from heldout.pipeline import charts, findings, findings_page
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.training import Adapter, CurvePoint
+from heldout.pipeline.types import Finding
 from heldout.pipeline.verdict import Verdict
 
 JSON, MARKDOWN, HTML, METRICS = "report.json", "report.md", "report.html", "metrics.csv"
@@ -91,7 +92,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         "## Findings in the data",
         "",
-        *([f"- {one.severity}, `{one.code}`, {one.file}: {one.message}" for one in outcome.findings] or ["None."]),
+        *findings.markdown(_ordered(outcome)),
         "",
     ]
     return "\n".join(lines)
@@ -103,10 +104,6 @@ def page(outcome: Outcome) -> str:
     plan = "".join(
         f"<tr><td>{name}</td><td class=n>{_value(choice['value'])}</td><td>{html.escape(choice['reason'])}</td></tr>"
         for name, choice in outcome.plan.as_dict().items()
-    )
-    findings = "".join(
-        f"<li><b>{one.severity}</b> {html.escape(one.file)}: {html.escape(one.message)}</li>"
-        for one in outcome.findings
     )
     rungs = "".join(
         f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.description)}</li>"
@@ -121,7 +118,7 @@ h1.ship {{ background: #1a7f4b }} h1.dont_ship {{ background: #b3261e }} h1.inco
 table {{ border-collapse: collapse }} td {{ padding: .15em .8em .15em 0; vertical-align: top }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
-</style></head><body>
+{findings_page.STYLE}</style></head><body>
 <h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
 <p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
@@ -138,9 +135,15 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
 <h2>Plan</h2><table>{plan}</table>
-<h2>Findings in the data</h2><ul>{findings or "<li>None.</li>"}</ul>
+<h2>Findings in the data</h2>
+{findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}
 </body></html>
 """
+
+
+def _ordered(outcome: Outcome) -> tuple[Finding, ...]:
+    """Those of the checks are; the split's come with them."""
+    return tuple(sorted(outcome.findings, key=lambda finding: findings.RANK[finding.severity]))
 
 
 def _question(outcome: Outcome) -> str:

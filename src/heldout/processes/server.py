@@ -16,6 +16,7 @@ import uvicorn
 from heldout.api.app import create_app
 from heldout.engine.remote import RemoteChat
 from heldout.errors import InvalidValue
+from heldout.processes.uploads import Uploads
 from heldout.settings import Settings
 from heldout.store.blobs import open_blobs
 from heldout.store.db import open_db
@@ -38,7 +39,10 @@ def serve(settings: Settings, *, host: str, port: int, out: TextIO) -> None:
             engine_url = settings.engine_url
         stack.enter_context(_kept_running(["heldout.processes.worker"]))
         chat = RemoteChat(engine_url)
-        app = create_app(settings=settings, db=open_db(settings.database), blobs=open_blobs(settings.blobs), chat=chat)
+        db, blobs = open_db(settings.database), open_blobs(settings.blobs)
+        uploads = Uploads(settings, db)
+        stack.callback(uploads.close)
+        app = create_app(settings=settings, db=db, blobs=blobs, chat=chat, look=uploads)
         _welcome(settings, host, port, out)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         # uvicorn ends in order and then raises the signal again; SIGTERM becomes Ctrl-C, so that the
