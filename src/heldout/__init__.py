@@ -3,8 +3,9 @@
     import heldout
     result = heldout.tune("tickets.train.jsonl")
     result.verdict.outcome   # "ship", "dont_ship" or "inconclusive"
+    heldout.advise("tickets.train.jsonl").recommendation.tool   # before that: is a fine-tune the right tool?
 
-Importing this package is light; torch is loaded by the first `tune`.
+Importing this package is light; torch is loaded by the first call.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from heldout.processes.advising import advise
     from heldout.processes.foreground import tune
 
 __version__ = "0.1.0"
-__all__ = ["tune"]
+__all__ = ["advise", "tune"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from heldout.processes.foreground import tune
 
         return tune
+    if name == "advise":
+        from heldout.processes.advising import advise
+
+        return advise
     raise AttributeError(f"module 'heldout' has no attribute {name!r}")
