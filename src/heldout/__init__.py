@@ -5,8 +5,9 @@
     report.findings          # what is wrong with the file, the most harmful first
     result = heldout.tune("tickets.train.jsonl")
     result.verdict.outcome   # "ship", "dont_ship" or "inconclusive"
+    heldout.advise("tickets.train.jsonl").recommendation.tool   # before that: is a fine-tune the right tool?
 
-Importing this package is light; torch is loaded by the first `tune`.
+Importing this package is light; torch is loaded by the first call that needs it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from heldout.processes.advising import advise
     from heldout.processes.checking import check
     from heldout.processes.foreground import tune
 
 __version__ = "0.1.0"
-__all__ = ["check", "tune"]
+__all__ = ["advise", "check", "tune"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from heldout.processes.foreground import tune
 
         return tune
+    if name == "advise":
+        from heldout.processes.advising import advise
+
+        return advise
     raise AttributeError(f"module 'heldout' has no attribute {name!r}")

@@ -188,6 +188,41 @@ def fix(
 
 
 @app.command()
+def advise(
+    file: Annotated[Path, typer.Argument(help="Training examples: JSONL in OpenAI's chat format.")],
+    validation: Annotated[Path | None, typer.Option(help="As for tune.")] = None,
+    holdout: Annotated[Path | None, typer.Option(help="As for tune.")] = None,
+    model: Annotated[str, typer.Option(help="The base model of the job.")] = "smollm2-135m-instruct",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter of the job by its name on the wire."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Load no model: no duration, no tokens, no costs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether to fine-tune at all, and what a job would show, take and cost. Trains nothing."""
+    from heldout.processes.advising import advise as run
+    from heldout.progress import TerminalWatch
+
+    with _told_on_stderr(), TerminalWatch() as watch:
+        advice = run(
+            file,
+            validation,
+            holdout,
+            model=model,
+            quick=quick,
+            watch=watch,
+            **_hyperparameters(set_ or [], {}),
+        )
+    if as_json:
+        _print_json(advice.as_dict())
+    else:
+        from heldout.printing_advice import print_advice
+
+        print_advice(advice)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A base model, an ft: model, or an adapter's folder.")],
     message: Annotated[str | None, typer.Argument(help="Ask once; without it, talk.")] = None,

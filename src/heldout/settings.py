@@ -57,6 +57,16 @@ class Settings(BaseSettings):
     nice: int = Field(default=10, ge=0, le=19)  # added to a job process's niceness
     memory_limit: ByteSize = ByteSize(0)  # "8GB", "512MiB" or bytes; 0: see `memory_bytes`
 
+    price_input: float | None = Field(default=None, ge=0)  # per million prompt tokens of a hosted model
+    price_output: float | None = Field(default=None, ge=0)  # per million answer tokens of a hosted model
+    price_training: float | None = Field(default=None, ge=0)  # per million tokens that a hosted service trains on
+    price_hour: float | None = Field(default=None, ge=0)  # of this machine
+
+    @field_validator("price_input", "price_output", "price_training", "price_hour", mode="before")
+    @classmethod
+    def _empty_is_no_price(cls, value: Any) -> Any:
+        return None if value == "" else value
+
     @field_validator("memory_limit", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:

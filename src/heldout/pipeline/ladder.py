@@ -110,7 +110,7 @@ def prompt_rungs(
             scores=ask(split.holdout, (), "zero-shot prompt"),
         )
     ]
-    choosers = _spread(split.valid, CHOOSERS, split.seed)
+    choosers = choosers_of(split)
     best: tuple[float, tuple[Example, ...]] = (-1.0, ())
     for shots in candidate_shots(split, metric):
         tried = ask_if_it_fits(choosers, shots, f"choosing {len(shots)} shots")
@@ -151,16 +151,10 @@ def constant_rung(split: Split, metric: Metric) -> Rung:
 
 def classical_rung(split: Split, metric: Metric) -> Rung:
     """TF-IDF of words and word pairs with logistic regression, trained on train alone."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
-        LogisticRegression(C=10.0, max_iter=1000),
-    )
-    model.fit([_asked(example) for example in split.train], [example.target for example in split.train])
-    answers = [str(answer) for answer in model.predict([_asked(example) for example in split.holdout])]
+    model = classical_model()
+    with one_thread():
+        model.fit([asked_of(example) for example in split.train], [example.target for example in split.train])
+        answers = [str(answer) for answer in model.predict([asked_of(example) for example in split.holdout])]
     return Rung(
         name="tfidf-logistic",
         kind="classical",
@@ -169,11 +163,36 @@ def classical_rung(split: Split, metric: Metric) -> Rung:
     )
 
 
+def classical_model() -> Any:
+    """What the classical rung fits."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    return make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+        LogisticRegression(C=10.0, max_iter=1000),
+    )
+
+
+def one_thread() -> Any:
+    """Fits of this size gain nothing from threads; on a busy machine threads that wait for each other made them 15 to
+    80 times slower."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
+
+
+def frozen_model() -> Any:
+    """What the frozen rung fits to vectors of length 1."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=FROZEN_C, max_iter=1000)
+
+
 def frozen_rung(split: Split, metric: Metric, engine: Engine, encoder: str, watch: Watch) -> list[Rung]:
     """An encoder as it is with logistic regression on its vectors, trained on train alone. Nothing, when a text
     is longer than the encoder reads."""
-    from sklearn.linear_model import LogisticRegression
-
     with_system = varies_in_system([example.prompt for example in split.train])
 
     def vectors(examples: Sequence[Example]) -> list[list[float]]:
@@ -189,7 +208,8 @@ def frozen_rung(split: Split, metric: Metric, engine: Engine, encoder: str, watc
     targets = [example.target for example in split.train]
     if len(set(targets)) < 2:
         return []
-    model = LogisticRegression(C=FROZEN_C, max_iter=1000).fit(seen, targets)
+    with one_thread():
+        model = frozen_model().fit(seen, targets)
     return [
         Rung(
             name="frozen-encoder",
@@ -218,12 +238,13 @@ def candidate_shots(split: Split, metric: Metric) -> list[tuple[Example, ...]]:
     return candidates
 
 
-def _asked(example: Example) -> str:
+def asked_of(example: Example) -> str:
     """What the user wrote last: all that differs between rows in most classification files."""
     return "\n".join(str(message["content"]) for message in example.prompt if message["role"] == "user")
 
 
-def _spread(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    if len(examples) <= count:
-        return list(examples)
-    return random.Random(f"{seed}/choosers").sample(list(examples), count)
+def choosers_of(split: Split) -> list[Example]:
+    """The valid examples that choose among few-shot prompts."""
+    if len(split.valid) <= CHOOSERS:
+        return list(split.valid)
+    return random.Random(f"{split.seed}/choosers").sample(list(split.valid), CHOOSERS)

@@ -79,6 +79,21 @@ class Adapter:
     proofs: tuple[Proof, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """How long the parts of a training take here, each measured on the real thing. Times are in seconds."""
+
+    build: float  # until the model and the rows are there
+    prepare: float  # for each example: what frozen layers say of it, once
+    step: float
+    validation: float  # for each example
+    save: float  # a checkpoint
+    steps: int  # that were taken to measure this
+    tokens: int  # of all training examples, once
+    supervised: int  # of them learned from; with a prompt_loss_weight prompts count at that weight
+    adapter: Path  # what these few steps made: as slow to serve as a finished one
+
+
 class Trainer(Protocol):
     """Turns a plan and a split into an adapter."""
 
@@ -112,5 +127,12 @@ class Trainer(Protocol):
         layers say of an example may be kept in `cache`, a folder that several trainings share.
 
         Raises InvalidTrainingFile naming the lines when labels would not cover exactly the answers.
+        """
+        ...
+
+    def time_steps(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, seconds: float) -> Timings:
+        """Take real steps of this plan for about so many seconds, in an empty `directory`, and look at part of valid.
+
+        Raises InvalidTrainingFile as `train` does.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from heldout.errors import InvalidState, InvalidTrainingFile
 from heldout.pipeline import encoder_memory, memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
-from heldout.pipeline.training import Adapter, ModelFacts, Proof
+from heldout.pipeline.training import Adapter, ModelFacts, Proof, Timings
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent, Watch
-from heldout.train import body, checkpoint, classifier, loop, search, sft
+from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
 from heldout.train.loop import Course
 from heldout.train.memory import PeakMemory, keep_freed_memory
 from heldout.train.method import Trainee
@@ -135,6 +136,19 @@ class TorchTrainer:
             stopped=course.stopped,
             selection=selection,
             proofs=tuple(proofs),
+        )
+
+    def time_steps(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, seconds: float) -> Timings:
+        """See Trainer.time_steps."""
+        if catalogue.kind_of(self._folder(base_model)) == catalogue.CHAT:
+            weights.keep_precision(directory, self._precision)
+        began = time.perf_counter()
+        trainee = self.build(plan, split, base_model, directory / "activations")
+        keep_freed_memory()
+        train = trainee.rows(split.train, "the training data")
+        valid = trainee.rows(split.valid, "the validation data")
+        return timing.time_parts(
+            plan, trainee, train, valid, directory=directory, seconds=seconds, build=time.perf_counter() - began
         )
 
     def build(self, plan: TrainPlan, split: Split, base_model: str, cache: Path | None) -> Trainee[Any]:

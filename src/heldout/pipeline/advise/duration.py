@@ -1,0 +1,156 @@
+"""From the measured parts to the whole job: every stage of pipeline/run.py, counted and multiplied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from heldout.pipeline.advise.measure import Measured
+from heldout.pipeline.general_prompts import HELD_BACK
+from heldout.pipeline.ladder import CHOOSERS, ORDERS
+from heldout.pipeline.plan import TrainPlan, steps_per_epoch
+from heldout.pipeline.types import Split
+
+#: Typical, where early stopping is on: the best step is half way, and patience runs out from there.
+TYPICAL_BEST = 0.5
+#: A search of the learning rate goes so often through a quarter of an epoch, at least 10 steps (train/search.py).
+TRIALS = 5
+#: Conversations by which a saved model is proven to be served as it was trained (train/trainer.py).
+PROOFS = 8
+
+
+class Stage(NamedTuple):
+    """One kind of work of a job, in seconds."""
+
+    name: str
+    at_most: float
+    typical: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """How long a job would take on this machine, as busy as it is now; from the check to the verdict."""
+
+    stages: tuple[Stage, ...]
+    trainings: int
+    steps: int  # at most, of all trainings
+    typical_steps: int
+
+    @property
+    def at_most(self) -> float:
+        """Seconds when nothing stops early."""
+        return math.fsum(stage.at_most for stage in self.stages)
+
+    @property
+    def typical(self) -> float:
+        """Seconds when every training is stopped half way, and its patience later."""
+        return math.fsum(stage.typical for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the JSON document."""
+        return {
+            "at_most": self.at_most,
+            "typical": self.typical,
+            "trainings": self.trainings,
+            "steps": self.steps,
+            "typical_steps": self.typical_steps,
+            "stages": [stage._asdict() for stage in self.stages],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training of the job, and the rows that are answered before and after it."""
+
+    train: int
+    valid: int
+    holdout: int  # 0: nothing is answered
+    steps: int
+    typical_steps: int
+    search_steps: int  # to find a learning rate, before
+    eval_every: int
+    steps_per_epoch: int
+
+    @property
+    def shorter(self) -> Training:
+        """The same, as it typically goes."""
+        return replace(self, steps=self.typical_steps)
+
+    @property
+    def validations(self) -> int:
+        """How often valid is looked at in all steps (train/loop.py, is_due)."""
+        within = [step % self.steps_per_epoch for step in range(1, self.steps + 1)]
+        due = sum(step % self.eval_every == 0 for step in within)
+        return due + (bool(within) and within[-1] % self.eval_every != 0)
+
+
+def training_of(plan: TrainPlan, split: Split) -> Training:
+    """The training that this plan makes of this split."""
+    n = len(split.train)
+    best = math.ceil(TYPICAL_BEST * plan.total_steps)
+    an_epoch = steps_per_epoch(n, plan.batch_size, plan.replay_ratio)
+    until = best + plan.patience * plan.eval_every if split.valid else best
+    return Training(
+        train=n,
+        valid=len(split.valid),
+        holdout=len(split.holdout),
+        steps=plan.total_steps,
+        typical_steps=min(plan.total_steps, until) if plan.early_stopping else plan.total_steps,
+        search_steps=TRIALS * max(10, round(0.25 * an_epoch)) if plan.lr_search == "light" else 0,
+        eval_every=plan.eval_every,
+        steps_per_epoch=an_epoch,
+    )
+
+
+def add_up(trainings: Sequence[Training], measured: Measured) -> Duration:
+    """The job that consists of these trainings: the last one is the model that is served."""
+    pairs = {
+        "loading the model": (_loading(trainings, measured),) * 2,
+        "cheap rungs and prompts": (sum(_ladder(one, measured) for one in trainings),) * 2,
+        "training and validation": (
+            sum(_training(one, measured) for one in trainings),
+            sum(_training(one.shorter, measured) for one in trainings),
+        ),
+        "answers of tuned models": (sum(one.holdout for one in trainings) * measured.tuned,) * 2,
+        "general skills": (measured.general + 2 * len(HELD_BACK) * measured.reading,) * 2,
+    }
+    return Duration(
+        stages=tuple(Stage(name, most, typical) for name, (most, typical) in pairs.items()),
+        trainings=len(trainings),
+        steps=sum(one.steps for one in trainings),
+        typical_steps=sum(one.typical_steps for one in trainings),
+    )
+
+
+def _loading(trainings: Sequence[Training], measured: Measured) -> float:
+    """The engine gives the model back before each training."""
+    return measured.load * (1 + len(trainings))
+
+
+def _ladder(one: Training, measured: Measured) -> float:
+    """The rungs of one holdout. Which prompt is the best is not known: the mean of them is."""
+    if not one.holdout:
+        return 0.0
+    seconds = measured.embedding * (one.train + one.holdout)
+    if measured.plain:
+        seconds += measured.plain.a_row * one.holdout
+    shots = [shots.a_row for shots in measured.with_shots]
+    if shots:
+        seconds += sum(shots) * ORDERS * min(CHOOSERS, one.valid) + sum(shots) / len(shots) * one.holdout
+    return seconds
+
+
+def _training(one: Training, measured: Measured) -> float:
+    timings = measured.timings
+    validation = one.valid * timings.validation
+    looks = one.validations + (1 if one.valid else 0)  # the average of checkpoints is looked at too
+    return (
+        timings.build
+        + timings.prepare * (one.train + one.valid)
+        + timings.step * (one.steps + one.search_steps)
+        + validation * looks
+        + timings.save * (one.validations + 1)
+        + 2 * PROOFS * measured.reading
+    )

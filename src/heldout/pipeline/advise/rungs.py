@@ -1,0 +1,118 @@
+"""The cheap rungs on the file itself, each row answered by a model that never saw it; what more rows would gain."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from heldout.engine.labels import text_of, varies_in_system
+from heldout.errors import ContextLengthExceeded
+from heldout.pipeline.advise.learning_curve import FEWEST_ROWS, MOST_ROWS, Fit, MoreData, draw_curve, predict
+from heldout.pipeline.checks.groups import fold, group_by_prompt
+from heldout.pipeline.evaluate.statistics import wilson
+from heldout.pipeline.ladder import asked_of, classical_model, frozen_model, one_thread
+from heldout.pipeline.types import Dataset, Example
+from heldout.pipeline.watch import Watch
+
+#: A vector of length 1 for each text.
+Embed = Callable[[Sequence[str]], Sequence[Sequence[float]]]
+
+TFIDF, FROZEN = "TF-IDF + logistic regression", "a frozen encoder + logistic regression"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheapRung:
+    """A rung that needs no training of a model, scored out of fold."""
+
+    name: str
+    score: float  # share of right answers
+    interval: tuple[float, float]  # 95 %
+    rows: int  # that were answered
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the JSON document."""
+        return {"name": self.name, "score": self.score, "interval": list(self.interval), "rows": self.rows}
+
+
+class Cheap(NamedTuple):
+    """What the cheap rungs said of a file with labels."""
+
+    rungs: tuple[CheapRung, ...]  # cheapest first
+    more: MoreData | None  # by the best of them; None with too few rows for a curve
+    embed_seconds: float  # for each text; 0 without an encoder
+
+
+def measure_cheap(dataset: Dataset, embed: Embed | None, watch: Watch, *, seed: int = 0) -> Cheap:
+    """Score the cheap rungs of a file with labels.
+
+    Args:
+        embed: the encoder of the frozen rung; None leaves that rung out.
+    """
+    groups = group_by_prompt(dataset.examples)
+    rows = [group[0] for group in groups.values()]  # a repeated prompt would be answered from memory
+    n = len(rows)
+    if n > MOST_ROWS:
+        rows = random.Random(f"{seed}/cheap").sample(rows, MOST_ROWS)
+    labels = [fold(row.target) for row in rows]
+    commonest = max(labels.count(label) for label in set(labels))
+    rungs = [_rung("always the commonest answer", commonest, len(rows))]
+    fits: list[tuple[str, Fit]] = [(TFIDF, _tfidf(rows, labels))]
+    embed_seconds = 0.0
+    if embed is not None:
+        began = time.perf_counter()
+        frozen = _frozen(rows, labels, embed, watch)
+        embed_seconds = (time.perf_counter() - began) / len(rows)
+        if frozen:
+            fits.append((FROZEN, frozen))
+    curves = []
+    for name, fit in fits:
+        watch.message(f"Scoring {name} out of fold")
+        with one_thread():
+            curve = draw_curve(labels, fit, seed=seed)
+        right = sum(answer == label for answer, label in zip(curve.answers, labels, strict=True))
+        rungs.append(_rung(name, right, len(rows)))
+        curves.append((right, name, curve))
+    _, name, best = max(curves, key=lambda one: one[0])
+    more = predict(best, n, rung=name, seed=seed) if len(rows) >= FEWEST_ROWS else None
+    return Cheap(tuple(rungs), more, embed_seconds)
+
+
+def _rung(name: str, right: int, rows: int) -> CheapRung:
+    return CheapRung(name=name, score=right / rows, interval=wilson(right, rows), rows=rows)
+
+
+def _tfidf(rows: Sequence[Example], labels: Sequence[str]) -> Fit:
+    texts = [asked_of(row) for row in rows]
+
+    def fit(taught: Sequence[int], asked: Sequence[int]) -> Sequence[str]:
+        known = [labels[row] for row in taught]
+        if len(set(known)) < 2:
+            return [known[0]] * len(asked)
+        model = classical_model().fit([texts[row] for row in taught], known)
+        return [str(answer) for answer in model.predict([texts[row] for row in asked])]
+
+    return fit
+
+
+def _frozen(rows: Sequence[Example], labels: Sequence[str], embed: Embed, watch: Watch) -> Fit | None:
+    """None, and a message, when a text is longer than the encoder reads."""
+    import numpy as np
+
+    with_system = varies_in_system([row.prompt for row in rows])
+    watch.message(f"Reading {len(rows)} texts with the encoder")
+    try:
+        vectors = np.asarray(embed([text_of(row.prompt, with_system=with_system) for row in rows]))
+    except ContextLengthExceeded as error:
+        watch.message(f"The frozen encoder is left out: {error}", level="warn")
+        return None
+
+    def fit(taught: Sequence[int], asked: Sequence[int]) -> Sequence[str]:
+        known = [labels[row] for row in taught]
+        if len(set(known)) < 2:
+            return [known[0]] * len(asked)
+        return [str(answer) for answer in frozen_model().fit(vectors[taught], known).predict(vectors[asked])]
+
+    return fit

@@ -1,0 +1,206 @@
+"""`heldout advise` and `heldout.advise`: what a job would be, from its own parts, before it is started."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from heldout.engine import catalogue
+from heldout.engine.catalogue import ENCODER
+from heldout.pipeline.advise.advice import Advice, Job, Unmeasured, count_findings, why_no_curve
+from heldout.pipeline.advise.costs import Prices, add_costs, count_tokens
+from heldout.pipeline.advise.duration import add_up, training_of
+from heldout.pipeline.advise.measure import Measured, measure
+from heldout.pipeline.advise.recommend import Prompted, Proof, recommend, what_it_proves
+from heldout.pipeline.advise.rungs import Cheap, measure_cheap
+from heldout.pipeline.advise.task import Task, infer_task, kind_of_rows
+from heldout.pipeline.checks import Parts
+from heldout.pipeline.checks.groups import group_by_prompt
+from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.run import Request, Tools, answer_room, check_files, check_lengths, refuse_errors
+from heldout.pipeline.split import is_small, part_sizes, split_dataset, split_into_folds
+from heldout.pipeline.training import ModelFacts
+from heldout.pipeline.types import Split
+from heldout.pipeline.watch import Silent, Watch
+from heldout.processes.foreground import source
+from heldout.settings import DEFAULT_MODEL, Settings, read_settings
+
+#: Seconds of training steps: a few of the slow ones, many of the fast ones.
+STEPPING = 12.0
+
+QUICK = "--quick loads no model"
+REFUSED = "a job would refuse this file; heldout check names every problem"
+
+
+def advise(
+    train: str | Path,
+    validation: str | Path | None = None,
+    holdout: str | Path | None = None,
+    *,
+    model: str = DEFAULT_MODEL,
+    quick: bool = False,
+    seed: int = 0,
+    watch: Watch | None = None,
+    settings: Settings | None = None,
+    **hyperparameters: Any,
+) -> Advice:
+    """Say what a file is good for and what a job with it would take, without training a model.
+
+    Args:
+        train, validation, holdout, model, hyperparameters: as for `heldout.tune`.
+        quick: load no model: seconds instead of a minute or two, and no duration, tokens and costs.
+        seed: decides the split; another one changes the numbers by chance only.
+
+    Raises UserError when no row can be read, or for an unknown model; its message says what to do.
+    """
+    settings, watch = settings or read_settings(), watch or Silent()
+    asked = Hyperparameters.parse(hyperparameters)
+    request = Request(
+        base_model=model,
+        training=source(train),
+        validation=source(validation) if validation else None,
+        holdout=source(holdout) if holdout else None,
+        seed=seed,
+        hyperparameters=asked,
+        directory=Path(),
+    )
+    with request.training.open() as content:
+        special = kind_of_rows(content)
+    parts, findings = check_files(request, catalogue.known_kind(model, settings.model_aliases))
+    if special is None and not len(parts.train):
+        refuse_errors(request, findings)
+    # Their rows are no plain conversations; what was read of them says little.
+    task = Task(kind=special, why="so its rows say") if special else infer_task(parts.train)
+    errors, warnings = count_findings(findings)
+    proof = _proof(parts)
+    cheap = Cheap((), None, 0.0)
+    prompted: tuple[Prompted, ...] = ()
+    job: Job | Unmeasured = Unmeasured(why=REFUSED if errors else QUICK)
+    if quick or errors:
+        if task.kind == "labels":
+            cheap = measure_cheap(parts.train, None, watch, seed=seed)
+    else:
+        # torch and transformers come in here.
+        from heldout.processes.tools import local_tools
+
+        tools = local_tools(settings, model, watch)
+        facts = tools.trainer.facts(model)
+        check_again = check_lengths(parts, request, facts, tools.engine)
+        refuse_errors(request, check_again)
+        if task.kind == "labels":
+            encoder = model if facts.kind == ENCODER else catalogue.bundled_encoder()
+            embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
+            cheap = measure_cheap(parts.train, embed, watch, seed=seed)
+        with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
+            rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap.embed_seconds)
+        job, prompted = _job(rehearsal, model, _prices(settings)), _prompted(rehearsal.measured)
+        tools.engine.close()
+    prompts = len(group_by_prompt(parts.train.examples))
+    return Advice(
+        file=request.training.name,
+        examples=len(parts.train),
+        prompts=prompts,
+        task=task,
+        recommendation=recommend(task, len(parts.train), proof, cheap.rungs, prompted),
+        cheap=cheap.rungs,
+        prompted=prompted,
+        proof=proof,
+        more_data=cheap.more or why_no_curve(task, prompts),
+        job=job,
+        errors=errors,
+        warnings=warnings,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """A job's splits and plans, the last one's is served, and what their parts take here."""
+
+    splits: Sequence[Split]
+    plans: Sequence[TrainPlan]
+    measured: Measured
+
+
+def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, embedding: float) -> Rehearsal:
+    """Split and plan as pipeline/run.py does, and measure the parts of the first of its trainings."""
+
+    def plan(split: Split, asked: Hyperparameters) -> TrainPlan:
+        made = make_plan(asked, split, facts, seed=request.seed)
+        return tools.trainer.fit(made, split, base_model=request.base_model, directory=request.directory)
+
+    asked = request.hyperparameters
+    if parts.holdout is None and is_small(parts.train):
+        folds, _ = split_into_folds(parts.train, parts.valid, seed=request.seed)
+        plans = [plan(split, asked) for split in folds.splits]
+        splits = [*folds.splits, folds.whole]
+        plans.append(plan(folds.whole, replace(asked, n_epochs=plans[0].n_epochs, lr_search="off")))
+    else:
+        split, _ = split_dataset(parts.train, parts.valid, parts.holdout, seed=request.seed)
+        splits, plans = [split], [plan(split, asked)]
+    measured = measure(
+        plans[0],
+        splits[0],
+        choose_metric([example.target for example in parts.train.examples]),
+        facts,
+        tools.engine,
+        tools.trainer,
+        base_model=request.base_model,
+        max_tokens=answer_room(tools.engine, request.base_model, splits[0]),
+        embedding=embedding,
+        directory=request.directory,
+        seconds=STEPPING,
+        watch=tools.watch,
+    )
+    return Rehearsal(splits=splits, plans=plans, measured=measured)
+
+
+def _job(rehearsal: Rehearsal, model: str, prices: Prices) -> Job:
+    measured, plans = rehearsal.measured, rehearsal.plans
+    duration = add_up([training_of(*one) for one in zip(plans, rehearsal.splits, strict=True)], measured)
+    tokens = count_tokens(measured, plans[0].n_epochs)
+    return Job(
+        base_model=model,
+        duration=duration,
+        memory_bytes=max(plan.predicted_memory_bytes for plan in plans),
+        tokens=tokens,
+        costs=add_costs(tokens, duration, measured, prices),
+        steps_measured=measured.timings.steps,
+    )
+
+
+def _prompted(measured: Measured) -> tuple[Prompted, ...]:
+    answered = [*([measured.plain] if measured.plain else []), *measured.with_shots]
+    return tuple(
+        Prompted(
+            name=f"{one.shots}-shot" if one.shots else "zero-shot",
+            score=one.scores.mean,
+            interval=one.scores.interval,
+            rows=one.rows,
+            metric=one.scores.metric,
+        )
+        for one in answered
+    )
+
+
+def _proof(parts: Parts) -> Proof:
+    """The rows that a job would answer once."""
+    if parts.holdout is not None:
+        return what_it_proves(len(parts.holdout), crossfit=False)
+    prompts = len(group_by_prompt(parts.train.examples))
+    if is_small(parts.train):
+        return what_it_proves(prompts, crossfit=True)
+    return what_it_proves(part_sizes(prompts, holdout=True, valid=parts.valid is None)[0], crossfit=False)
+
+
+def _prices(settings: Settings) -> Prices:
+    return Prices(
+        input=settings.price_input,
+        output=settings.price_output,
+        training=settings.price_training,
+        hour=settings.price_hour,
+    )
