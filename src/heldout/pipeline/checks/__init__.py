@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from heldout.engine.base import Progress
 from heldout.engine.catalogue import ENCODER
+from heldout.pipeline.checks.bias import find_group_label_correlation
 from heldout.pipeline.checks.classes import find_no_labels
 from heldout.pipeline.checks.duplicates import find_conflicting_answers, find_exact_duplicates
+from heldout.pipeline.checks.facts import find_facts
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
+from heldout.pipeline.checks.personal import find_personal_data
 from heldout.pipeline.checks.size import find_too_few_examples
 from heldout.pipeline.types import Finding
 
@@ -24,6 +27,12 @@ CHECKS: tuple[Check, ...] = (
     find_exact_leaks,
     find_unknown_labels,
     find_class_imbalance,
+    # facts
+    find_facts,
+    # personal data and secrets
+    find_personal_data,
+    # bias
+    find_group_label_correlation,
 )
 
 #: For base models that are encoders, after the others.
