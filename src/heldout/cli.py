@@ -8,16 +8,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from heldout.errors import UserError
 from heldout.pipeline.hyperparameters import KNOBS, Knob, fold
-
-if TYPE_CHECKING:
-    from heldout.pipeline.types import Finding
-    from heldout.processes.foreground import Result
 
 #: Exit codes: what was asked for was done · it failed · it was asked for wrongly, or the data is bad ·
 #: it was done, but the verdict is not `ship` (with --require-ship).
@@ -126,7 +122,9 @@ def tune(
     if as_json:
         _print_json(result.outcome.as_dict() | {"report": str(result.report), "model": result.model})
     else:
-        _print_result(result)
+        from heldout.printing import print_result
+
+        print_result(result)
     if require_ship and result.verdict.outcome != "ship":
         sys.exit(NOT_SHIPPED)
 
@@ -136,32 +134,57 @@ def check(
     file: Annotated[Path, typer.Argument(help="JSONL in OpenAI's chat format.")],
     validation: Annotated[Path | None, typer.Option(help="Checked together: leaks between them.")] = None,
     holdout: Annotated[Path | None, typer.Option(help="Checked together: leaks between them.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count lengths in this model's tokens; slower, loads torch.", show_default=False)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings make the exit code 2 as well.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at each row by itself; do not compare rows.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Every finding in full, however long.")] = False,
     as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the report as one HTML page.")] = None,
 ) -> None:
-    """Look for everything that is wrong with a training file. Exit code 2 when a job would refuse it."""
-    from heldout.pipeline.run import Request, check_files
-    from heldout.processes.foreground import source
+    """Look for everything that is wrong with training data. Exit code 2 when a job would refuse it."""
+    from heldout.processes.checking import check as run
+    from heldout.progress import TerminalWatch
 
     with _told_on_stderr():
-        training = source(file)
-        request = Request(
-            base_model="",
-            training=training,
-            validation=source(validation) if validation else None,
-            holdout=source(holdout) if holdout else None,
-            directory=Path(),
-        )
-        parts, findings = check_files(request)
+        files = [one for one in (file, validation, holdout) if one]
+        if html and any(html.resolve() == one.resolve() for one in files):
+            raise UserError(f"--html {html}: that is one of the files to check; choose another name")
+        with TerminalWatch(fleeting=True) as watch:
+            report = run(file, validation, holdout, model=model, quick=quick, watch=watch)
+        if html:
+            html.write_text(report.html(), encoding="utf-8")
     if as_json:
-        _print_json(
-            {
-                "files": {one.name: len(one) for one in parts.given()},
-                "findings": [finding.as_dict() for finding in findings],
-            }
-        )
+        _print_json(report.as_dict())
     else:
-        _print_findings(findings, {one.name: len(one) for one in parts.given()})
-    sys.exit(WRONG if any(finding.severity == "error" for finding in findings) else DONE)
+        from heldout.printing import print_report
+
+        print_report(report, verbose=verbose)
+    sys.exit(WRONG if report.refused or (strict and report.count("warning")) else DONE)
+
+
+@app.command()
+def fix(
+    file: Annotated[Path, typer.Argument(help="JSONL in OpenAI's chat format; it is not changed.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the repaired file goes.")],
+    list_: Annotated[
+        Path | None, typer.Option("--list", metavar="CHANGES", help="Write each change as a line of JSON.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT and CHANGES if they exist.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Repair what is safe to repair, into a new file, and say what was done to which line."""
+    from heldout.pipeline.fix import fix as run
+
+    with _told_on_stderr():
+        fixed = run(file, out, changes=list_, force=force)
+    if as_json:
+        _print_json(fixed.as_dict())
+    else:
+        from heldout.printing import print_fixed
+
+        print_fixed(fixed)
 
 
 @app.command()
@@ -212,7 +235,9 @@ def jobs(
         for event in story["events"]:
             print(f"{event['time']}  {event['message']}")
     else:
-        _print_jobs(rows)
+        from heldout.printing import print_jobs
+
+        print_jobs(rows)
 
 
 def _told_on_stderr() -> Any:
@@ -242,6 +267,12 @@ def _fail(error: UserError) -> NoReturn:
     sys.exit(WRONG)
 
 
+def _print_json(document: Any) -> None:
+    from heldout.printing import print_json
+
+    print_json(document)
+
+
 def _hyperparameters(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
     """What `--set` and the flags say, in the wire's form."""
     values: dict[str, Any] = {}
@@ -268,67 +299,6 @@ def _ask() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, ensure_ascii=False, indent=2))
-
-
-def _print_result(result: Result) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    colour = {"ship": "green", "dont_ship": "red"}.get(result.verdict.outcome, "yellow")
-    console.print(f"\nVerdict: [bold {colour}]{result.verdict.outcome}[/]")
-    for reason in result.verdict.reasons:
-        console.print(f"  - {reason}", markup=False)
-    table = Table(box=None, padding=(0, 2))
-    for column, side in (("rung", "left"), ("score", "right"), ("95 % interval", "right")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
-    for rung in (*result.rungs, result.tuned):
-        low, high = rung.scores.interval
-        name = f"[bold]{rung.name}[/]" if rung is result.tuned else rung.name
-        table.add_row(name, f"{rung.scores.mean:.1%}", f"{low:.1%} to {high:.1%}")
-    console.print(table)
-    console.print(f"Cheapest as good: {result.verdict.cheapest_as_good}")
-    console.print(
-        f"Model:   {result.model}\nAdapter: {result.adapter}\nReport:  {result.report}", markup=False, soft_wrap=True
-    )
-
-
-def _print_findings(findings: tuple[Finding, ...], sizes: dict[str, int]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    order = {"error": 0, "warning": 1, "note": 2}
-    colours = {"error": "red", "warning": "yellow", "note": "blue"}
-    for finding in sorted(findings, key=lambda one: order[one.severity]):
-        console.print(f"[bold {colours[finding.severity]}]{finding.severity}[/] {finding.code}", end="  ")
-        console.print(f"{finding.file}: {finding.message}", markup=False)
-    counted = ", ".join(f"{n} sound examples in {name}" for name, n in sizes.items())
-    console.print(f"{len(findings)} findings; {counted}" if findings else f"Nothing to complain about: {counted}")
-
-
-def _print_jobs(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        print("No jobs yet in this data directory.")
-        return
-    table = Table(box=None, padding=(0, 2))
-    for column in ("job", "created", "status", "verdict", "model"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row["id"],
-            row["created"],
-            row["pause"] or row["status"],
-            row["verdict"] or "",
-            row["fine_tuned_model"] or row["model"],
-        )
-    Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":

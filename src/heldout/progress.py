@@ -34,7 +34,9 @@ PLAIN_EVERY = 10.0
 class TerminalWatch:
     """A Watch for people. Use it as a context manager: the bars end with the block."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fleeting: bool = False) -> None:
+        """`fleeting`: nothing of the bars is left at the end, and what is quick is not told in plain lines."""
+        self._quiet_until = time.monotonic() + PLAIN_EVERY if fleeting else 0.0
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._bars = Progress(
             SpinnerColumn(),
@@ -46,6 +48,7 @@ class TerminalWatch:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self.console,
+            transient=fleeting,
             disable=not self.console.is_terminal,
         )
         self._stage = ""
@@ -99,7 +102,7 @@ class TerminalWatch:
 
     def _plain(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - self._told < PLAIN_EVERY:
+        if now < self._quiet_until or (done < total and now - self._told < PLAIN_EVERY):
             return
         self._told = now
         left = (now - self._started) / done * (total - done) if done else None

@@ -44,6 +44,7 @@ def test_the_package_alone_loads_neither_numpy_nor_rich() -> None:
 def test_the_package_has_tune_and_says_what_it_has_not() -> None:
     import heldout
 
-    assert heldout.__all__ == ["tune"]
+    assert heldout.__all__ == ["check", "tune"]
+    assert callable(heldout.check)
     with pytest.raises(AttributeError, match="'heldout' has no attribute 'tunes'"):
         _ = heldout.tunes

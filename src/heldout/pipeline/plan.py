@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Packed tokens of a micro-batch where memory is no concern: more are not faster.
 MICRO_TOKENS = 2048
+#: Tokens of an example of a chat model, at most, unless told otherwise.
+MAX_LENGTH = 4096
 
 
 class Choice(NamedTuple):
@@ -129,7 +131,10 @@ def _max_length(asked: Hyperparameters, context: int) -> Choice:
             f"max_length {asked.max_length} is more than this model reads ({context} tokens).",
             param="hyperparameters.max_length",
         )
-    return asked_or(asked.max_length, lambda: Choice(min(context, 4096), "auto: the model's context, at most 4096"))
+    return asked_or(
+        asked.max_length,
+        lambda: Choice(min(context, MAX_LENGTH), f"auto: the model's context, at most {MAX_LENGTH}"),
+    )
 
 
 def _rate(asked: Hyperparameters, hidden_size: int, batch_size: int, total_steps: int) -> dict[str, Choice]:

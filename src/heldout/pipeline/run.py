@@ -21,6 +21,7 @@ from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
+from heldout.pipeline.findings import grouped, most_harmful_first, name_more, on_the_wire
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
@@ -83,7 +84,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     """Check, make a model and measure it, judge, report."""
     started = time.monotonic()
     facts = tools.trainer.facts(request.base_model)
-    parts, findings = check_files(request, facts.kind)
+    parts, findings = check_files(request, ModelTools(kind=facts.kind))
     findings += check_lengths(parts, request, facts, tools.engine)
     refuse_errors(request, findings)
     tell_findings(findings, tools.watch)
@@ -275,15 +276,20 @@ def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, dire
     )
 
 
-def check_files(request: Request, kind: str | None = None) -> tuple[Parts, tuple[Finding, ...]]:
-    """Read every file and look at all of them together; every problem is in the findings. `kind` is the base
-    model's, None where it is not known yet."""
+def check_files(request: Request, model: ModelTools = ModelTools()) -> tuple[Parts, tuple[Finding, ...]]:
+    """Read every file and look at all of them together; every problem is in the findings, the most harmful
+    first. `model` is what the checks may ask of the base model."""
+    parts, seen = read_files(request, model)
+    return parts, most_harmful_first((*seen, *check(parts)), {one.name: len(one) for one in parts.given()})
+
+
+def read_files(request: Request, model: ModelTools = ModelTools()) -> tuple[Parts, tuple[Finding, ...]]:
+    """The sound rows of every file, and what is wrong with the others."""
     train, findings = _read(request.training)
     valid, valid_findings = _read(request.validation) if request.validation else (None, ())
     holdout, holdout_findings = _read(request.holdout) if request.holdout else (None, ())
-    assert train is not None
-    parts = Parts(train=train, valid=valid, holdout=holdout, model=ModelTools(kind=kind))
-    return parts, (*findings, *valid_findings, *holdout_findings, *check(parts))
+    parts = Parts(train=train, valid=valid, holdout=holdout, model=model)
+    return parts, (*findings, *valid_findings, *holdout_findings)
 
 
 def check_lengths(parts: Parts, request: Request, facts: ModelFacts, engine: Engine) -> tuple[Finding, ...]:
@@ -366,10 +372,15 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
 
 
 def tell_findings(findings: Sequence[Finding], watch: Watch) -> None:
-    """What the checks or the split saw."""
-    for finding in findings:
-        level = "warn" if finding.severity == "warning" else "info"
-        watch.message(f"{finding.file}: {finding.message}", level=level, data=finding.as_dict())
+    """What the checks or the split saw: a sentence for each, and one for what there is of a kind beyond a few."""
+    levels = {"error": "error", "warning": "warn", "note": "info"}
+    for group in grouped(findings):
+        level = levels[group.severity]
+        for finding in group.shown:
+            watch.message(f"{finding.file}: {finding.message}", level=level, data=on_the_wire(finding))
+        if group.more:
+            data = {"code": group.code, "findings": [on_the_wire(finding) for finding in group.more]}
+            watch.message(f"{group.code}: {name_more(group)}", level=level, data=data)
 
 
 def tell_split(split: Split, metric: Metric, watch: Watch) -> None:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from heldout import disk, machine
 from heldout.engine import catalogue
 from heldout.errors import JobCancelled, JobPaused, UserError
+from heldout.pipeline.checks import ModelTools
+from heldout.pipeline.findings import on_the_wire
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job
+from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job, tell_findings
 from heldout.pipeline.watch import InFold, in_fold
 from heldout.processes.register import put_adapter, register
 from heldout.records import (
@@ -71,7 +73,7 @@ def _work(job: Job, settings: Settings, db: Db, blobs: Blobs, *, check: bool) ->
     watch = DbWatch(job, settings, db, blobs)
     try:
         if check:
-            validate(job, settings, db, blobs)
+            validate(watch)
         else:
             run(watch)
     except JobCancelled:
@@ -89,15 +91,18 @@ def _work(job: Job, settings: Settings, db: Db, blobs: Blobs, *, check: bool) ->
             _fail(db, job, "server_error", f"{type(error).__name__}: {error}", None)
 
 
-def validate(job: Job, settings: Settings, db: Db, blobs: Blobs) -> None:
+def validate(watch: DbWatch) -> None:
     """Look at the files; the job becomes `queued`, or fails with every problem named."""
-    request = _request(job, settings, db, blobs)
+    job, settings, db = watch.job, watch.settings, watch.db
+    request = _request(job, settings, db, watch.blobs)
     kind = catalogue.known_kind(job.base_model, settings.model_aliases)
-    _, findings = check_files(request, kind)
+    _, findings = check_files(request, ModelTools(kind=kind))
     db.update_job(job.id, attempts=0)
     for file_id in filter(None, (job.training_file, job.validation_file, job.holdout_file)):
         name = _name(db, job, file_id)
-        db.set_findings(file_id, [one.as_dict() for one in findings if one.file == name])
+        db.set_findings(file_id, [on_the_wire(one) for one in findings if one.file == name])
+    if any(finding.severity == "error" for finding in findings):
+        tell_findings(findings, watch)  # a job that starts tells them then
     refuse_errors(request, findings)
     moved = Event(job_id=job.id, message="Files validated, moving job to queued state")
     db.move_job(job.id, JobStatus.QUEUED, moved, handle=None, attempts=0)
