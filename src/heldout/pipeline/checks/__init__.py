@@ -8,6 +8,7 @@ from __future__ import annotations
 from heldout.engine.base import Progress
 from heldout.engine.catalogue import ENCODER
 from heldout.pipeline.checks.answers import find_odd_answers
+from heldout.pipeline.checks.bias import find_group_label_correlation
 from heldout.pipeline.checks.classes import find_no_labels
 from heldout.pipeline.checks.duplicates import (
     find_conflicting_answers,
@@ -15,9 +16,11 @@ from heldout.pipeline.checks.duplicates import (
     find_near_conflicts,
     find_near_duplicates,
 )
+from heldout.pipeline.checks.facts import find_facts
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks, find_near_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
+from heldout.pipeline.checks.personal import find_personal_data
 from heldout.pipeline.checks.prompts import find_system_prompt_drift
 from heldout.pipeline.checks.size import find_too_few_examples
 from heldout.pipeline.types import Finding
@@ -40,6 +43,12 @@ CHECKS: tuple[Check, ...] = (
     # answer format, system prompt drift
     find_odd_answers,
     find_system_prompt_drift,
+    # facts
+    find_facts,
+    # personal data and secrets
+    find_personal_data,
+    # bias
+    find_group_label_correlation,
 )
 
 #: For base models that are encoders, after the others.

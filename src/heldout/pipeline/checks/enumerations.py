@@ -102,9 +102,8 @@ class _Looks:
         self.capital = all(label[:1] == label[:1].upper() for label in named)
 
     def fit(self, item: str) -> bool:
-        return (
-            item in self.named
-            or 0 < len(item) <= self.characters
+        return item in self.named or (
+            0 < len(item) <= self.characters
             and len(item.split()) <= self.words
             and (not self.lower or item == item.lower())
             and (not self.upper or item == item.upper())
