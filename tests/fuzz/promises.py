@@ -41,7 +41,7 @@ def check_promises(content: bytes, *, block: int = 1 << 20, longest: int = 16 <<
         assert len(findings) == 1
         assert dataset.sound_rows == 0
         return
-    _check_every_row_is_accounted_for(content, dataset, findings)
+    _check_every_row_is_accounted_for(content, dataset, findings, longest)
     _check_rejected_byte(content, findings, longest)
     for line in _lines(content):
         if line.size <= longest:
@@ -71,8 +71,10 @@ def _check_findings(content: bytes, findings: tuple[Finding, ...]) -> None:
         json.dumps(finding.as_dict(), ensure_ascii=False).encode("utf-8")  # it can be sent and printed
 
 
-def _check_every_row_is_accounted_for(content: bytes, dataset: Dataset, findings: tuple[Finding, ...]) -> None:
-    rows = {line.number for line in _lines(content) if line.raw.strip()}
+def _check_every_row_is_accounted_for(
+    content: bytes, dataset: Dataset, findings: tuple[Finding, ...], longest: int
+) -> None:
+    rows = {line.number for line in _lines(content) if line.raw.strip() or line.size > longest}
     kept = [example.line for example in dataset.examples]
     assert kept == sorted(set(kept))
     wrong = {
@@ -93,19 +95,27 @@ def _check_rejected_byte(content: bytes, findings: tuple[Finding, ...], longest:
     for line in _lines(content):
         if line.size > longest or not line.raw.strip():
             continue
-        try:
-            line.raw.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            (finding,) = (finding for finding in findings if finding.code == "invalid_utf8")
-            assert finding.lines[0] == line.number
-            found = re.search(r"byte (\d+) of the line .* It is byte (\d+) of the file", finding.message)
-            assert found
-            in_line, in_file = map(int, found.groups())
-            assert in_line == line.skipped + error.start
-            assert content[in_file] == line.raw[error.start]
-            assert in_file == line.start + in_line
-            return
+        wrong_at = _first_wrong_byte(line.raw.removesuffix(b"\r"))
+        if wrong_at is None:
+            continue
+        (finding,) = (finding for finding in findings if finding.code == "invalid_utf8")
+        assert finding.lines[0] == line.number
+        found = re.search(r"byte (\d+) of the line .* It is byte (\d+) of the file", finding.message)
+        assert found
+        in_line, in_file = map(int, found.groups())
+        assert in_line == line.skipped + wrong_at
+        assert in_file == line.start + in_line
+        assert content[in_file] == line.raw[wrong_at]
+        return
     assert not any(finding.code == "invalid_utf8" for finding in findings)
+
+
+def _first_wrong_byte(raw: bytes) -> int | None:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
 def _check_short_way(line: Line) -> None:

@@ -277,6 +277,16 @@ def test_a_message_stays_short_whatever_the_line_holds():
     assert all(len(finding.message) < 800 for finding in findings.values())
 
 
+def test_half_a_character_never_gets_into_a_finding():
+    half = "\ud83d"
+    rows = [half, {half: 1}, {"messages": [{half: half}]}, {"messages": [{"role": half, "content": half}]}]
+    rows += [{"messages": [USER, ANSWER], half: half, "metadata": {"group": [half]}}]
+    _, findings = read_dataset(b"\n".join(json.dumps(row).encode() for row in rows), name="a")
+    assert {"not_an_object", "missing_messages", "unknown_role", "invalid_group"} < {one.code for one in findings}
+    for finding in findings:
+        json.dumps(finding.as_dict(), ensure_ascii=False).encode("utf-8")
+
+
 def dirty(name: str) -> tuple[dict[str, Any], dict[int, set[str]], Dataset]:
     """What is expected of a file, the codes found by line, and the dataset."""
     expected = json.loads((DATA / "dirty" / f"{name}.expected.json").read_text(encoding="utf-8"))

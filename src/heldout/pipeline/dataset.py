@@ -52,7 +52,7 @@ def read_dataset(
     examples, seen = ExampleStore(spool_above), _Seen()
     for line in lines:
         number = line.number
-        if not line.raw or line.raw.isspace():
+        if not line.is_too_long and (not line.raw or line.raw.isspace()):
             report.add_line(number, _BLANK)
             continue
         row = read_row(line, lambda problem, number=number: report.add_line(number, problem))  # type: ignore[misc]
