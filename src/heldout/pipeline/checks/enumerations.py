@@ -37,7 +37,7 @@ def listed_labels(prompt: str, labels: Collection[str]) -> tuple[str, ...]:
     lists = [items for items in _lists(prompt, named) if len(named & set(items)) >= max(2, NAMED_SHARE * len(named))]
     if not lists:
         return tuple(sorted(named))
-    best = max(lists, key=lambda items: (len(named & set(items)), -len(items)))
+    best = max(lists, key=lambda items: len(named & set(items)))  # of equal ones the first: lines before sentences
     return tuple(dict.fromkeys([*best, *sorted(named)]))
 
 
@@ -102,9 +102,8 @@ class _Looks:
         self.capital = all(label[:1] == label[:1].upper() for label in named)
 
     def fit(self, item: str) -> bool:
-        return (
-            item in self.named
-            or 0 < len(item) <= self.characters
+        return item in self.named or (
+            0 < len(item) <= self.characters
             and len(item.split()) <= self.words
             and (not self.lower or item == item.lower())
             and (not self.upper or item == item.upper())
