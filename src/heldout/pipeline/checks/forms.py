@@ -35,7 +35,8 @@ FREQUENT_SHARE = 0.8
 
 _MAX_PLACES = 500
 _MAX_KEYS = 200
-_MAX_VALUES = 5000
+_MAX_VALUES = 2000
+_MAX_ORDERS = 20
 _MAX_KEY_SETS = 1000
 _VALUE_CHARACTERS = 80
 
@@ -241,7 +242,9 @@ class _Objects:
             self.orders.clear()
         elif chosen in self.sets or len(self.sets) < _MAX_KEY_SETS:
             self.sets[chosen] += times
-            self.orders.setdefault(chosen, Counter())[keys] += times
+            orders = self.orders.setdefault(chosen, Counter())
+            if keys in orders or len(orders) < _MAX_ORDERS:
+                orders[keys] += times
 
 
 @dataclass
