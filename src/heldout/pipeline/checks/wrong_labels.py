@@ -39,7 +39,7 @@ SURE, UNSURE = 0.5, 0.1
 #: Standard errors by which the models must beat chance for the labels to be predictable.
 PREDICTABLE = 3.0
 
-_RIDGE = 2.0
+_RIDGE = 4.0
 _DIMENSIONS = 256
 _EXACT_ROWS = 1_500  # up to here all dimensions are kept
 _MAX_WORDS = 20_000
