@@ -257,13 +257,17 @@ def test_with_few_labels_hard_and_noisy_look_alike_and_nothing_is_claimed():
 
 def test_rows_that_contradict_each_other_are_left_to_the_check_for_that():
     train, _ = tickets(300)
+    sound = [row for row in train.examples if "legal" not in row.target]
     other = {"role": "assistant", "content": '{"topic": "legal"}'}
-    twins = [
-        Example(messages=(*row.prompt, other), weights=row.weights, line=row.line + 300) for row in train.examples[:2]
-    ]
-    both = Dataset(name="t.jsonl", examples=(*train.examples, *twins))
-    named = {line for finding in found(find_wrong_labels, both).values() for line in finding.lines}
-    assert not named & {1, 2, 301, 302}
+    wrong = [Example(messages=(*row.prompt, other), weights=row.weights, line=row.line + 300) for row in sound[:3]]
+
+    def named(*rows: Example) -> set[int]:
+        dataset = Dataset(name="t.jsonl", examples=rows)
+        return {line for finding in found(find_wrong_labels, dataset).values() for line in finding.lines}
+
+    theirs = {row.line for row in wrong}
+    assert named(*wrong, *sound[3:]) & theirs
+    assert not named(*wrong, *sound) & theirs
 
 
 def test_an_encoder_is_asked_and_one_that_cannot_read_is_done_without():
