@@ -249,7 +249,7 @@ def test_planted_imbalance_is_found(name: str):
 @pytest.mark.parametrize(("name", "codes"), [("control_clean", []), ("control_unusual", ["few_examples"])])
 def test_controls_raise_no_false_alarm(name: str, codes: list[str]):
     _, parts = dirty(name)
-    assert [finding.code for finding in check(parts)] == codes
+    assert [finding.code for finding in check(parts) if finding.severity != "note"] == codes
 
 
 @needs_data

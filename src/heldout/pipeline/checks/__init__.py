@@ -17,12 +17,13 @@ from heldout.pipeline.checks.duplicates import (
     find_near_duplicates,
 )
 from heldout.pipeline.checks.facts import find_facts
-from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
+from heldout.pipeline.checks.labels import find_class_imbalance, find_rare_and_missing_classes, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks, find_near_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.personal import find_personal_data
 from heldout.pipeline.checks.prompts import find_system_prompt_drift
 from heldout.pipeline.checks.size import find_too_few_examples
+from heldout.pipeline.checks.wrong_labels import find_wrong_labels
 from heldout.pipeline.types import Finding
 
 __all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "ModelTools", "Parts", "check"]
@@ -39,7 +40,9 @@ CHECKS: tuple[Check, ...] = (
     find_near_leaks,
     # labels
     find_unknown_labels,
+    find_rare_and_missing_classes,
     find_class_imbalance,
+    find_wrong_labels,
     # answer format, system prompt drift
     find_odd_answers,
     find_system_prompt_drift,

@@ -7,10 +7,13 @@ label, or free text. What deviates is told by kind. A file whose answers have no
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
+from heldout.pipeline.checks.enumerations import is_word_of
 from heldout.pipeline.checks.forms import (
     COMMON_SHARE,
     MIN_ANSWERS,
@@ -18,7 +21,9 @@ from heldout.pipeline.checks.forms import (
     REQUIRED_SHARE,
     Answer,
     Form,
+    Kind,
     Place,
+    Wrap,
     kind_of,
     name_place,
     plain,
@@ -27,6 +32,7 @@ from heldout.pipeline.checks.forms import (
     spacing,
     walk,
 )
+from heldout.pipeline.checks.languages import language_of
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
 from heldout.pipeline.types import Dataset, Example, Finding, Severity
 
@@ -35,44 +41,57 @@ SURELY_REQUIRED = 0.98
 #: A spelling is a slip beside another one that is so many times as frequent.
 SLIP_RATIO = 5
 
+#: Answers up to this length, and so many of them, are remembered in order not to read equal ones twice.
+_REPEATED_CHARACTERS = 500
+_REPEATED = 10_000
+
 Turn = Literal["last", "earlier"]
 
 
 class _Kind(NamedTuple):
     severity: Severity
-    what: str  # continues "3 answers "
+    what: str
     advice: str
 
 
 #: In the order of harm: what breaks the program that reads the answers, then what only looks different.
 _KINDS = {
-    "answer_invalid_json": _Kind("warning", "are not valid JSON", "Correct them: a model learns to break JSON."),
-    "answer_prose": _Kind("warning", "have no JSON, where the others are JSON", "Write them as JSON, like the others."),
+    "answer_invalid_json": _Kind("warning", "Not valid JSON", "Correct them: a model learns to break JSON."),
+    "answer_prose": _Kind("warning", "No JSON, where the others are JSON", "Write them as JSON, like the others."),
     "answer_extra_text": _Kind(
-        "warning", "have text around what the others answer alone", "Remove the text: a parser stops at it."
+        "warning", "Text around what the others answer alone", "Remove the text: a parser stops at it."
     ),
     "answer_code_fence": _Kind(
-        "warning", "differ from the others in their code fence", "Write all answers with a code fence, or none."
+        "warning", "In a code fence or not, unlike the others", "Write all answers with a code fence, or none."
     ),
-    "answer_type": _Kind("warning", "hold another type of value than the others", "Use one type at each place."),
+    "answer_type": _Kind("warning", "Another type of value than in the others", "Use one type at each place."),
     "answer_key_name": _Kind(
-        "warning", "call a key by another name than the others", "Use one name: a program that reads it finds one only."
+        "warning", "A key under another name than in the others", "Use one name: programs look for one only."
     ),
-    "answer_missing_key": _Kind("warning", "lack a key that the others have", "Add it, or leave the rows out."),
+    "answer_missing_key": _Kind("warning", "A key of the others is missing", "Add it, or leave the rows out."),
     "answer_extra_key": _Kind(
-        "warning", "have a key that the others do not", "Remove it: a model learns to add it now and then."
+        "warning", "A key that the others do not have", "Remove it: a model learns to add it now and then."
     ),
     "answer_value_case": _Kind(
-        "warning", "spell a value differently from the others", "Use one spelling: each counts as a value of its own."
+        "warning",
+        "A value spelled differently than in the others",
+        "Use one spelling: each counts as a value of its own.",
     ),
     "answer_whitespace": _Kind(
-        "warning", "differ from the others in the white space at their ends", "Remove it: a model learns to write it."
+        "warning", "Other white space at the ends than in the others", "Remove it: a model learns to write it."
     ),
     "answer_spacing": _Kind(
-        "warning", "lay their JSON out differently", "Write all answers by one JSON writer with one setting."
+        "warning", "JSON laid out differently than in the others", "Write all answers by one JSON writer."
     ),
     "answer_key_order": _Kind(
-        "note", "have their keys in another order", "One order is easier to learn; it makes no difference to a parser."
+        "note",
+        "Keys in another order than in the others",
+        "One order is easier to learn; to a parser it makes no difference.",
+    ),
+    "answer_language": _Kind(
+        "note",
+        "Another language or script than in the others and in the question",
+        "Leave it if it is meant; a model learns to switch now and then.",
     ),
 }
 #: In free text, white space is a blemish and breaks nothing.
@@ -90,18 +109,42 @@ class _Seen(NamedTuple):
 def find_odd_answers(parts: Parts) -> Iterator[Finding]:
     """Answers that deviate from the usual form of their file."""
     for dataset in parts.given():
-        forms: dict[Turn, _Usual] = {"last": _Usual(), "earlier": _Usual()}
-        for example in dataset.examples:
-            for turn, text in _learned(example):
-                forms[turn].form.add(read_answer(text))
-        if forms["last"].form.n + forms["earlier"].form.n == 0:
-            continue
+        usual = _count_forms(dataset)
         collected = _Collected()
+        # Labels are given again and again. What was sound once is sound in every row.
+        sound: set[tuple[Turn, str]] = set()
         for example in dataset.examples:
             for turn, text in _learned(example):
-                for seen in forms[turn].judge(text, example):
+                if (turn, text) in sound:
+                    continue
+                odd = list(usual[turn].judge(text, example))
+                for seen in odd:
                     collected.add(seen, example.line, text)
-        yield from collected.findings(dataset, forms["last"])
+                if not odd and len(text) <= _REPEATED_CHARACTERS and len(sound) < _REPEATED:
+                    sound.add((turn, text))
+        yield from collected.findings(dataset)
+
+
+def _count_forms(dataset: Dataset) -> dict[Turn, _Usual]:
+    """What is usual for the last answers of a file, and for earlier ones."""
+    usual: dict[Turn, _Usual] = {"last": _Usual(), "earlier": _Usual()}
+    waiting: Counter[tuple[Turn, str]] = Counter()  # equal answers are read once
+    for example in dataset.examples:
+        for turn, text in _learned(example):
+            if len(text) <= _REPEATED_CHARACTERS:
+                waiting[turn, text] += 1
+            else:
+                usual[turn].form.add(read_answer(text))
+        if len(waiting) >= _REPEATED:
+            _read_waiting(waiting, usual)
+    _read_waiting(waiting, usual)
+    return usual
+
+
+def _read_waiting(waiting: Counter[tuple[Turn, str]], usual: dict[Turn, _Usual]) -> None:
+    for (turn, text), times in waiting.items():
+        usual[turn].form.add(read_answer(text), times)
+    waiting.clear()
 
 
 def _learned(example: Example) -> Iterator[tuple[Turn, str]]:
@@ -124,31 +167,60 @@ class _Keys(NamedTuple):
 
 @dataclass
 class _Usual:
-    """A form, and what deviates from it. Ask only when all answers are counted."""
+    """A form, and what deviates from it. Ask only when all answers are counted: what is usual is remembered."""
 
     form: Form = field(default_factory=Form)
+    kinds: dict[Place, Kind | None] = field(default_factory=dict)
+    orders: dict[tuple[Place, frozenset[str]], tuple[str, ...] | None] = field(default_factory=dict)
     keys: dict[tuple[Place, frozenset[str]], _Keys] = field(default_factory=dict)
     closed: dict[Place, bool] = field(default_factory=dict)
     spellings: dict[Place, dict[str, str]] = field(default_factory=dict)
-    labels: dict[str, int] | None = None
 
     def judge(self, text: str, example: Example) -> Iterator[_Seen]:
         """What is odd about one answer."""
         answer = read_answer(text)
-        usual = self.form.usual_edges()
-        if usual is not None and answer.edges != usual:
-            severity = None if self.form.is_json or self.bare_labels() else _IN_FREE_TEXT["answer_whitespace"]
+        if self.edges is not None and answer.edges != self.edges:
+            severity = None if self.is_json or self.labels else _IN_FREE_TEXT["answer_whitespace"]
             before, after = answer.edges
             yield _Seen("answer_whitespace", _name_edges(before, after), severity)
-        if self.form.is_json:
+        if self.language is not None and answer.shape == "text":
+            found = language_of(text)
+            if found not in (None, self.language) and found != language_of(_asked(example, role="user")):
+                yield _Seen("answer_language", f"{found} for {self.language}")
+        if self.is_json:
             yield from self._judge_json(answer, example)
-        elif self.bare_labels():
+        elif self.labels:
             yield from self._judge_label(answer, example)
 
-    def bare_labels(self) -> dict[str, int]:
-        if self.labels is None:
-            self.labels = self.form.labels if not self.form.is_json else {}
-        return self.labels
+    @cached_property
+    def is_json(self) -> bool:
+        return self.form.is_json
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        return {} if self.is_json else self.form.labels
+
+    @cached_property
+    def edges(self) -> tuple[str, str] | None:
+        return self.form.usual_edges()
+
+    @cached_property
+    def wrap(self) -> Wrap | None:
+        return self.form.usual_wrap()
+
+    @cached_property
+    def language(self) -> str | None:
+        """The language or script of free text; labels and JSON have none."""
+        return None if self.is_json or self.labels else self.form.usual_language()
+
+    @cached_property
+    def slots(self) -> dict[str, str | None]:
+        return {slot: self.form.usual_slot(slot) for slot in self.form.slots}
+
+    def kind(self, place: Place) -> Kind | None:
+        if place not in self.kinds:
+            self.kinds[place] = self.form.usual_kind(place)
+        return self.kinds[place]
 
     def _judge_json(self, answer: Answer, example: Example) -> Iterator[_Seen]:
         if answer.shape == "broken":
@@ -160,16 +232,15 @@ class _Usual:
         if answer.shape == "scalar":
             yield _Seen("answer_type", shorten(answer.body))
             return
-        usual_wrap = self.form.usual_wrap()
         if answer.wrap == "text":
             yield _Seen("answer_extra_text", "")
-        elif usual_wrap is not None and answer.wrap != usual_wrap:
-            yield _Seen("answer_code_fence", "without" if usual_wrap else "with")
+        elif self.wrap is not None and answer.wrap != self.wrap:
+            yield _Seen("answer_code_fence", "without" if self.wrap else "with")
         yield from self._judge_values(answer, example)
         odd = [
             f"{shorten(seen) if seen else 'nothing'} {slot}"
             for slot, seen in spacing(answer.body).items()
-            if (usual := self.form.usual_slot(slot)) is not None and usual != seen
+            if (usual := self.slots.get(slot)) is not None and usual != seen
         ]
         if odd:
             yield _Seen("answer_spacing", name_some(odd, at_most=2))
@@ -178,20 +249,18 @@ class _Usual:
         todo = [*walk(answer.value)]
         strange: list[Place] = []  # what is inside a value of the wrong type or under an unknown key is no news
         for place, value in todo:
-            if any(place[: len(above)] == above for above in strange):
+            if strange and any(place[: len(above)] == above for above in strange):
                 continue
-            kind, usual = kind_of(value), self.form.usual_kind(place)
+            kind, usual = kind_of(value), self.kind(place)
             if usual is not None and kind not in (usual, "null"):
                 yield _Seen("answer_type", f"{kind} for {usual} at {name_place(place)}")
                 strange.append(place)
             elif kind == "object":
-                for seen in self._judge_keys(place, value, example):
-                    yield seen
+                yield from self._judge_keys(place, value, example)
                 keys = self._keys(place, frozenset(value))
                 strange += [(*place, key) for key in [*keys.extra, *(old for old, _ in keys.renamed)]]
-            elif kind == "text" and (known := self._other_spelling(place, value)):
-                if value not in _asked(example):
-                    yield _Seen("answer_value_case", f"{shorten(value)} for {shorten(known)}")
+            elif kind == "text" and (known := self._other_spelling(place, value)) and value not in _asked(example):
+                yield _Seen("answer_value_case", f"{shorten(value)} for {shorten(known)}")
 
     def _judge_keys(self, place: Place, value: dict[str, object], example: Example) -> Iterator[_Seen]:
         keys = tuple(value)
@@ -201,9 +270,9 @@ class _Usual:
         for key, severity in odd.missing:
             yield _Seen("answer_missing_key", shorten(key), severity)
         for key in odd.extra:
-            if not _is_word_of(key, _asked(example, role="system")):
+            if not is_word_of(key, _asked(example, role="system")):
                 yield _Seen("answer_extra_key", shorten(key))
-        usual = self.form.usual_order(place, frozenset(keys))
+        usual = self._order(place, frozenset(keys))
         if usual is not None and usual != keys:
             yield _Seen("answer_key_order", f"{', '.join(keys)} for {', '.join(usual)}"[:120])
 
@@ -216,6 +285,13 @@ class _Usual:
                 self.keys[place, keys] = known
         return known
 
+    def _order(self, place: Place, keys: frozenset[str]) -> tuple[str, ...] | None:
+        if (place, keys) not in self.orders:
+            if len(self.orders) >= 10_000:
+                return None
+            self.orders[place, keys] = self.form.usual_order(place, keys)
+        return self.orders[place, keys]
+
     def _compare_keys(self, place: Place, keys: frozenset[str]) -> _Keys:
         objects = self.form.objects.get(place)
         if objects is None or objects.open or objects.n < MIN_ANSWERS:
@@ -223,7 +299,7 @@ class _Usual:
         count, n = objects.keys, objects.n
         missing = {key for key in count if count[key] >= REQUIRED_SHARE * n and key not in keys}
         rare = max(2, RARE_SHARE * n)
-        renamed = {}
+        renamed: dict[str, str] = {}
         for key in sorted(keys):
             for other in sorted(count, key=lambda one: -count[one]):
                 if other in keys or count[other] <= SLIP_RATIO * count[key] or other in renamed.values():
@@ -236,12 +312,9 @@ class _Usual:
                     renamed[key] = other
                     break
         missing -= set(renamed.values())
-        variant = objects.sets[keys] > rare
-        lacks: list[tuple[str, Severity]] = [
-            (key, "warning" if count[key] >= SURELY_REQUIRED * n or not variant else "note")
-            for key in sorted(missing)
-            if not variant
-        ]
+        lacks: list[tuple[str, Severity]] = []
+        if objects.sets[keys] <= rare:  # else it is a variant of the form
+            lacks = [(key, "warning" if count[key] >= SURELY_REQUIRED * n else "note") for key in sorted(missing)]
         extra = [key for key in sorted(keys) if key not in renamed and count[key] <= rare and self._is_closed(place)]
         return _Keys(tuple(renamed.items()), tuple(lacks), tuple(extra))
 
@@ -270,14 +343,14 @@ class _Usual:
         """The usual spelling of a value of a closed set, where this is not it."""
         if place not in self.spellings:
             self.spellings[place] = _best_spellings(self.form.value_set(place))
-        seen = self.form.values.get(place)
-        best = self.spellings[place].get(plain(value))
-        if best is None or best == value or seen is None:
+        best = self.spellings[place].get(plain(value)) if self.spellings[place] else None
+        if best is None or best == value:
             return None
-        return best if seen.texts[best] >= SLIP_RATIO * seen.texts[value] else None
+        texts = self.form.values[place].texts
+        return best if texts[best] >= SLIP_RATIO * texts[value] else None
 
     def _judge_label(self, answer: Answer, example: Example) -> Iterator[_Seen]:
-        labels = self.bare_labels()
+        labels = self.labels
         if answer.shape in ("object", "array"):
             yield _Seen("answer_type", f"JSON for a bare label: {shorten(answer.body)}")
             return
@@ -294,8 +367,8 @@ class _Usual:
             if labels[best] >= SLIP_RATIO * self.form.bare.texts[text]:
                 yield _Seen("answer_value_case", f"{shorten(text)} for {shorten(best)}")
             return
-        held = [label for label in labels if _is_word_of(label, text)]
-        if held and not _is_word_of(text, _asked(example, role="system")):
+        held = [label for label in labels if is_word_of(label, text)]
+        if held and not is_word_of(text, _asked(example, role="system")):
             rest = text.replace(max(held, key=len), "", 1)
             # "not spam" is a label of its own; "spam." and "I think it is spam" are not.
             if not re.search(r"\w", rest) or len(re.findall(r"\w+", rest)) >= 2:
@@ -328,18 +401,17 @@ class _Collected:
         self.examples.setdefault(seen.code, shorten(text))
         self.severities.setdefault(seen.code, set()).add(seen.severity or _KINDS[seen.code].severity)
 
-    def findings(self, dataset: Dataset, usual: _Usual) -> Iterator[Finding]:
+    def findings(self, dataset: Dataset) -> Iterator[Finding]:
         for code, kind in _KINDS.items():
             lines = self.lines.get(code)
             if not lines:
                 continue
             shown = [f"line {line}: {detail}" for detail, line in self.details[code].items() if detail]
-            answers = "1 answer" if len(lines) == 1 else f"{len(lines)} of {len(dataset)} answers"
             where = name_some(shown, at_most=3) if shown else name_lines(lines)
             yield Finding(
                 code=code,
                 severity="warning" if "warning" in self.severities[code] else "note",
-                message=f"{answers} {kind.what} ({where}). {kind.advice}",
+                message=f"{kind.what}: {len(lines)} of {len(dataset)} rows ({where}). {kind.advice}",
                 file=dataset.name,
                 lines=tuple(lines),
                 example=self.examples[code],
@@ -354,8 +426,3 @@ def _name_edges(before: str, after: str) -> str:
 def _asked(example: Example, role: str | None = None) -> str:
     """The texts before the answer, of one role or of all."""
     return "\n".join(str(message["content"]) for message in example.prompt if role in (None, message["role"]))
-
-
-def _is_word_of(word: str, text: str) -> bool:
-    """True when the text has the word, not as a part of a longer one."""
-    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None

@@ -26,7 +26,17 @@ _AROUND_KEEPING_UNDERSCORE = _AROUND.replace("_", "")
 
 def is_word_of(word: str, text: str) -> bool:
     """True when the text has the word, not as a part of a longer one."""
-    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+    at = text.find(word) if word else -1
+    while at >= 0:
+        end = at + len(word)
+        if not (at > 0 and _is_letter(text[at - 1])) and not (end < len(text) and _is_letter(text[end])):
+            return True
+        at = text.find(word, at + 1)
+    return False
+
+
+def _is_letter(sign: str) -> bool:
+    return sign.isalnum() or sign == "_"
 
 
 def listed_labels(prompt: str, labels: Collection[str]) -> tuple[str, ...]:
@@ -37,7 +47,7 @@ def listed_labels(prompt: str, labels: Collection[str]) -> tuple[str, ...]:
     lists = [items for items in _lists(prompt, named) if len(named & set(items)) >= max(2, NAMED_SHARE * len(named))]
     if not lists:
         return tuple(sorted(named))
-    best = max(lists, key=lambda items: (len(named & set(items)), -len(items)))
+    best = max(lists, key=lambda items: len(named & set(items)))  # of equal ones the first: lines before sentences
     return tuple(dict.fromkeys([*best, *sorted(named)]))
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from heldout.pipeline.checks.languages import language_of
+
 #: From so many answers on there is a form to speak of.
 MIN_ANSWERS = 10
 #: So many answers must be JSON for JSON to be the form: a file where a third is prose means it.
@@ -33,7 +35,8 @@ FREQUENT_SHARE = 0.8
 
 _MAX_PLACES = 500
 _MAX_KEYS = 200
-_MAX_VALUES = 5000
+_MAX_VALUES = 2000
+_MAX_ORDERS = 20
 _MAX_KEY_SETS = 1000
 _VALUE_CHARACTERS = 80
 
@@ -42,6 +45,8 @@ BLANKS = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + _INVISIBLE
 _FENCE = re.compile(r"(`{1,3}|~{3})[ \t]*(?:[A-Za-z0-9_+-]*[ \t]*\r?\n)?(.*?)\s*\1\Z", re.DOTALL)
 _FENCE_INSIDE = re.compile(r"```[A-Za-z0-9_+-]*\s*([{\[].*?)\s*```", re.DOTALL)
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
+_ESCAPED_LETTER = re.compile(r"\\u(?:00[89a-fA-F]|0[1-9a-fA-F]|[1-9a-fA-F])")
 _STRUCTURE = re.compile(r"(\s*)([:,{}\[\]])(\s*)")
 
 Shape = Literal["object", "array", "scalar", "broken", "text"]
@@ -146,16 +151,22 @@ def kind_of(value: Any) -> Kind:
     return "object" if isinstance(value, dict) else "array"
 
 
-def walk(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+def walk(value: Any) -> Iterator[tuple[Place, Any]]:
     """Every value in a JSON value, with its place; the outermost first."""
-    todo: list[tuple[Place, Any]] = [(place, value)]
+    todo: list[tuple[Place, Any]] = [((), value)]
     while todo:
         place, value = todo.pop()
         yield place, value
-        if isinstance(value, dict):
-            todo += [((*place, key), inner) for key, inner in value.items()]
-        elif isinstance(value, list):
-            todo += [((*place, "[]"), inner) for inner in value]
+        if type(value) is dict:
+            todo += [(_below(place, key), inner) for key, inner in value.items()]
+        elif type(value) is list:
+            item = _below(place, "[]")
+            todo += [(item, inner) for inner in value]
+
+
+@lru_cache(maxsize=4096)
+def _below(place: Place, key: str) -> Place:
+    return (*place, key)
 
 
 def name_place(place: Place) -> str:
@@ -181,19 +192,23 @@ def similar(a: str, b: str) -> bool:
     return SequenceMatcher(None, a, b, autojunk=False).ratio() >= 0.8
 
 
-def spacing(body: str) -> dict[str, str]:
+def spacing(body: str) -> Mapping[str, str]:
     """How JSON is laid out: the white space on either side of each sign of structure, where it is the same
     throughout; "mixed" where it is not."""
-    bare = _JSON_STRING.sub("s", body)
+    slots = _spacing_of(_NUMBER.sub("0", _JSON_STRING.sub("s", body)))
+    if body.isascii() and "\\u" not in body:
+        return slots
+    escaped = _ESCAPED_LETTER.search(body) is not None
+    return {**slots, "other letters": "escaped" if escaped else "as they are"}
+
+
+@lru_cache(maxsize=4096)  # the answers of a file share a few skeletons
+def _spacing_of(skeleton: str) -> Mapping[str, str]:
     slots: dict[str, str] = {}
-    for before, sign, after in _STRUCTURE.findall(bare):
+    for before, sign, after in _STRUCTURE.findall(skeleton):
         if sign in ":,":
             _slot(slots, f"before {sign}", before)
         _slot(slots, f"after {sign}", after) if sign in ":,{[" else _slot(slots, f"before {sign}", before)
-    if body.isascii() and "\\u" not in body:
-        return slots
-    escaped = re.search(r"\\u(?:00[89a-fA-F]|0[1-9a-fA-F]|[1-9a-fA-F])", body) is not None
-    slots["other letters"] = "escaped" if escaped else "as they are"
     return slots
 
 
@@ -213,11 +228,12 @@ class _Objects:
     orders: dict[frozenset[str], Counter[tuple[str, ...]]] = field(default_factory=dict)
     open: bool = False  # more keys than a form has: the keys are data
 
-    def add(self, keys: tuple[str, ...]) -> None:
-        self.n += 1
+    def add(self, keys: tuple[str, ...], times: int) -> None:
+        self.n += times
         if self.open:
             return
-        self.keys.update(keys)
+        for key in keys:
+            self.keys[key] += times
         chosen = frozenset(keys)
         if len(self.keys) > _MAX_KEYS:
             self.open = True
@@ -225,8 +241,10 @@ class _Objects:
             self.sets.clear()
             self.orders.clear()
         elif chosen in self.sets or len(self.sets) < _MAX_KEY_SETS:
-            self.sets[chosen] += 1
-            self.orders.setdefault(chosen, Counter())[keys] += 1
+            self.sets[chosen] += times
+            orders = self.orders.setdefault(chosen, Counter())
+            if keys in orders or len(orders) < _MAX_ORDERS:
+                orders[keys] += times
 
 
 @dataclass
@@ -237,11 +255,11 @@ class _Values:
     texts: Counter[str] = field(default_factory=Counter)
     many: bool = False  # too many different texts, or long ones: no closed set
 
-    def add(self, value: Any) -> None:
+    def add(self, value: Any, times: int) -> None:
         kind = kind_of(value)
-        self.kinds[kind] += 1
+        self.kinds[kind] += times
         if kind == "text" and not self.many:
-            self.texts[value if len(value) <= _VALUE_CHARACTERS else ""] += 1
+            self.texts[value if len(value) <= _VALUE_CHARACTERS else ""] += times
             if len(self.texts) > _MAX_VALUES:
                 self.many = True
                 self.texts.clear()
@@ -269,28 +287,34 @@ class Form:
     objects: dict[Place, _Objects] = field(default_factory=dict)
     values: dict[Place, _Values] = field(default_factory=dict)
     bare: _Values = field(default_factory=_Values)  # answers without JSON
+    languages: Counter[str | None] = field(default_factory=Counter)  # of them
 
-    def add(self, answer: Answer) -> None:
-        """Count one answer."""
-        self.n += 1
+    def add(self, answer: Answer, times: int = 1) -> None:
+        """Count an answer that is given so many times."""
+        self.n += times
         if answer.edges in self.edges or len(self.edges) < _MAX_KEYS:
-            self.edges[answer.edges] += 1
+            self.edges[answer.edges] += times
         # JSON somewhere in prose is prose, until it is known that JSON is the form.
-        is_json = answer.shape in ("object", "array") and answer.wrap != "text"
-        self.shapes[answer.shape if is_json or answer.shape not in ("object", "array") else "text"] += 1
-        if not is_json:
-            if answer.shape == "text" and not answer.wrap:
-                self.bare.add(answer.value)
+        has_json = answer.shape in ("object", "array")
+        if not has_json or answer.wrap == "text":
+            self.shapes["text" if has_json else answer.shape] += times
+            if answer.shape == "text":
+                self.languages[language_of(answer.body)] += times
+                if not answer.wrap:
+                    self.bare.add(answer.value, times)
             return
-        self.json_wraps[answer.wrap] += 1
+        self.shapes[answer.shape] += times
+        self.json_wraps[answer.wrap] += times
         for slot, seen in spacing(answer.body).items():
-            self.slots.setdefault(slot, Counter())[seen] += 1
+            self.slots.setdefault(slot, Counter())[seen] += times
         for place, value in walk(answer.value):
-            if place not in self.values and len(self.values) >= _MAX_PLACES:
-                continue
-            self.values.setdefault(place, _Values()).add(value)
+            if place not in self.values:
+                if len(self.values) >= _MAX_PLACES:
+                    continue
+                self.values[place] = _Values()
+            self.values[place].add(value, times)
             if isinstance(value, dict):
-                self.objects.setdefault(place, _Objects()).add(tuple(value))
+                self.objects.setdefault(place, _Objects()).add(tuple(value), times)
 
     @property
     def is_json(self) -> bool:
@@ -308,7 +332,11 @@ class Form:
         return _usual(self.edges)
 
     def usual_wrap(self) -> Wrap | None:
-        return _usual(self.json_wraps, share=0.5)
+        return _usual(self.json_wraps, 0.5)
+
+    def usual_language(self) -> str | None:
+        """The language that nearly all texts have of which it can be told."""
+        return _usual(Counter({language: n for language, n in self.languages.items() if language is not None}), 0.95)
 
     def usual_kind(self, place: Place) -> Kind | None:
         """What stands at a place; None where several kinds do. Null is a way to leave a place empty."""
@@ -328,7 +356,7 @@ class Form:
         return closed_set(seen.texts) if seen and not seen.many else {}
 
 
-def _usual(counts: Counter[Any], *, share: float = USUAL_SHARE) -> Any:
+def _usual(counts: Counter[Any], share: float = USUAL_SHARE) -> Any:
     total = sum(counts.values())
     if total < MIN_ANSWERS:
         return None

@@ -119,7 +119,7 @@ def _unlisted(train: Dataset, classes: Classes) -> Iterator[Finding]:
     for label in sorted(slips)[:_MAX_COMPARED]:
         meant[label] = _meant(label, sound)
     if lines:
-        why = "which the system prompt does not list" if classes.listed else "a rare spelling of another one"
+        why = "that the system prompt does not list" if classes.listed else "that is a rare spelling of another one"
         shown = [
             f"{name_lines(where, at_most=3)}: {shorten(label)}"
             + (f", meant is perhaps {shorten(meant[label])}" if meant.get(label) else "")
@@ -129,7 +129,7 @@ def _unlisted(train: Dataset, classes: Classes) -> Iterator[Finding]:
             code="unknown_label",
             severity="warning",
             message=(
-                f"{_count(lines)} of {len(train)} rows have a label {why} ({name_some(shown)}). Correct the label, or "
+                f"A label {why}: {_count(lines)} of {len(train)} rows ({name_some(shown)}). Correct the label, or "
                 "name it in the system prompt."
             ),
             file=train.name,
@@ -188,7 +188,7 @@ def _untaught(dataset: Dataset, train: Dataset, classes: Classes, known: set[str
             code="unknown_label",
             severity="warning",
             message=(
-                f"{len(lines)} of {len(dataset)} rows of {dataset.name} have an answer that {train.name} never shows "
+                f"An answer that {train.name} never shows: {len(lines)} of {len(dataset)} rows of {dataset.name} "
                 f"({name_some(list(labels))}). Training cannot teach it; correct the answer or add training rows with "
                 "it."
             ),
@@ -232,7 +232,7 @@ def find_rare_and_missing_classes(parts: Parts) -> Iterator[Finding]:
 
 
 def find_class_imbalance(parts: Parts) -> Iterator[Finding]:
-    """One label more than 20 times as frequent as another in the training file; or most of the file."""
+    """One label more than 20 times as frequent as another in the training file, or most of the file."""
     classes = classes_of(parts.train)
     if classes is None:
         return
@@ -255,7 +255,7 @@ def find_class_imbalance(parts: Parts) -> Iterator[Finding]:
         )
     elif share >= SWAMPING_SHARE and classes.n >= MIN_ROWS:
         yield Finding(
-            code="class_imbalance",
+            code="majority_class",
             severity="note",
             message=(
                 f"{most} of {sum(counts.values())} rows have the label {shorten(commonest)}: always giving it would be "

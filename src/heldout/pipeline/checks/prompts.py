@@ -15,7 +15,7 @@ from heldout.pipeline.types import Dataset, Example, Finding
 MIN_ROWS = 20
 DOMINANT_SHARE = 0.9
 #: Files with more system prompts than this vary them on purpose; no more are counted.
-MAX_PROMPTS = 10_000
+MAX_PROMPTS = 1_000
 #: Variants told apart in the message.
 _SHOWN = 4
 _SHOWN_CHARACTERS = 40

@@ -33,14 +33,16 @@ MAX_CHARACTERS = 1_000
 MIN_LABELS = 6
 #: The share of wrong labels, at least (95 %), from which on the file is called noisy.
 NOISY = 0.05
-#: Below: only rows where the models are this sure of another label, and give the row's own less than that.
+#: Below, only rows are told where the models are this sure of another label and the row's own is behind a quarter of
+#: all; with fewer than MIN_LABELS, where its own is less likely than that.
 SURE, UNSURE = 0.5, 0.1
 #: Standard errors by which the models must beat chance for the labels to be predictable.
 PREDICTABLE = 3.0
 
-_RIDGE = 2.0
+_RIDGE = 4.0
 _DIMENSIONS = 256
 _EXACT_ROWS = 1_500  # up to here all dimensions are kept
+_MAX_WORDS = 20_000
 _SHOWN = 8
 
 
@@ -141,17 +143,29 @@ def _count_words(texts: Sequence[str]) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.utils.extmath import randomized_svd
 
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", min_df=1)
-    counts = [words.fit_transform([text or "-" for text in texts])]
-    if len(texts) <= _EXACT_ROWS:  # parts of words help where words are seldom seen twice, and are slow to count
-        parts = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
-        counts.append(parts.fit_transform([text or "-" for text in texts]))
-    table = hstack(counts).tocsr()
-    if len(texts) <= _EXACT_ROWS:
+    # What occurs in one row alone says nothing about the others.
+    texts = [text or "-" for text in texts]
+    exact = len(texts) <= _EXACT_ROWS
+    words = TfidfVectorizer(
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        token_pattern=r"(?u)\b\w+\b",
+        min_df=2,
+        max_features=None if exact else _MAX_WORDS,
+        dtype=np.float64 if exact else np.float32,
+    )
+    try:
+        table = words.fit_transform(texts)
+    except ValueError:  # no word occurs twice
+        return np.zeros((len(texts), 1))
+    if exact:  # parts of words help where words are seldom seen twice, and are slow to count
+        parts = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=2)
+        table = hstack([table, parts.fit_transform(texts)]).tocsr()
+    if exact:
         values, vectors = np.linalg.eigh((table @ table.T).toarray())
         return vectors * np.sqrt(np.maximum(values, 0.0))
-    left, sizes, _ = randomized_svd(table, _DIMENSIONS, n_iter=2, random_state=0)
-    return left * sizes
+    left, sizes, _ = randomized_svd(table, _DIMENSIONS, n_iter=1, random_state=0)
+    return (left * sizes).astype(np.float64)
 
 
 def _left_out(vectors: Any, labels: Any) -> Any:
@@ -209,7 +223,6 @@ def _chance(scores: Any, labels: Any) -> float:
 class _Noise:
     share: float
     at_least: float  # with 95 % confidence
-    at_most: float
 
 
 def _noise(scores: Any, labels: Any) -> _Noise | None:
@@ -227,10 +240,10 @@ def _noise(scores: Any, labels: Any) -> _Noise | None:
     # In relation to how frequent a label is: a rare one is no accident.
     relative = scores / (np.bincount(labels, minlength=k) / n)
     far = _ranks(relative, labels) >= k / 2
-    low, high = _wilson(int(far.sum()), n)
+    low = _at_least(int(far.sum()), n)
     half = (k - np.ceil(k / 2)) / (k - 1)  # an accident's chance to be there
     share = float(far.mean() / half)
-    return _Noise(share=min(1.0, share), at_least=min(1.0, low / half), at_most=min(1.0, high / half))
+    return _Noise(share=min(1.0, share), at_least=min(1.0, low / half))
 
 
 def _ranks(scores: Any, labels: Any) -> Any:
@@ -238,11 +251,11 @@ def _ranks(scores: Any, labels: Any) -> Any:
     return (scores > scores[range(len(labels)), labels][:, None]).sum(axis=1)
 
 
-def _wilson(count: int, n: int) -> tuple[float, float]:
+def _at_least(count: int, n: int) -> float:
+    """The share that is surely exceeded: the lower end of Wilson's interval, 95 % on that side."""
     from scipy.stats import binomtest
 
-    interval = binomtest(count, n).proportion_ci(confidence_level=0.9, method="wilson")  # 95 % on each side
-    return float(interval.low), float(interval.high)
+    return float(binomtest(count, n).proportion_ci(confidence_level=0.9, method="wilson").low)
 
 
 def _suspects(scores: Any, labels: Any, noise: _Noise | None) -> list[int]:
@@ -257,13 +270,10 @@ def _suspects(scores: Any, labels: Any, noise: _Noise | None) -> list[int]:
     own = scores[np.arange(n), labels]
     best = scores.max(axis=1)
     if noise is None:
-        sure = (best >= SURE) & (own <= UNSURE)
-        if k >= MIN_LABELS:
-            sure |= _ranks(scores, labels) >= k / 2
-        flagged &= sure
+        flagged &= (best >= SURE) & (_ranks(scores, labels) >= k / 4 if k >= MIN_LABELS else own <= UNSURE)
     rows = [int(row) for row in np.flatnonzero(flagged)]
     rows.sort(key=lambda row: float(quality[row]))
-    return rows if noise is None else rows[: int(np.ceil(noise.at_most * n))]
+    return rows if noise is None else rows[: int(np.ceil(noise.share * n))]
 
 
 def _wrong(train: Dataset, rows: _Rows, scores: Any, suspects: list[int], *, is_noisy: bool, of: str) -> Finding:
@@ -280,7 +290,7 @@ def _wrong(train: Dataset, rows: _Rows, scores: Any, suspects: list[int], *, is_
         code="wrong_label",
         severity="warning" if is_noisy else "note",
         message=(
-            f"{len(suspects)} of {of} rows have a label that does not fit their text, judging by the other rows "
+            f"The label does not fit the text in {len(suspects)} of {of} rows, judging by the other rows "
             f"({name_some(shown, at_most=_SHOWN)}). {advice}"
         ),
         file=train.name,
