@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -182,7 +183,7 @@ class ClassifierTrainee:
 def facts(folder: Path, parameters: int) -> ModelFacts:
     """What the plan must know of the encoder in `folder`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     return ModelFacts(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -190,6 +191,18 @@ def facts(folder: Path, parameters: int) -> ModelFacts:
         parameters=parameters,
         kind=ENCODER,
     )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The encoder's tokenizer alone."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def count_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[int]:
+    """Tokens of every prompt with all of its messages, special tokens included. (The checks leave a system prompt
+    out that all rows share, as `text_of` does.)"""
+    texts = [text_of(example.prompt, with_system=True) for example in examples]
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids] if texts else []
 
 
 def build_model(plan: TrainPlan, folder: Path, split: Split) -> ClassifierTrainee:

@@ -10,6 +10,11 @@ from typing import Any
 
 DRAWS = 10_000
 
+#: The chance of finding a difference that is there, of "smallest detectable" ones.
+POWER = 0.8
+#: Above so many examples the normal approximation is as good as the exact power.
+EXACT = 2_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -94,6 +99,46 @@ def smallest_detectable(n: int, *, spread: float) -> float:
     for _ in range(50):
         delta = (1.959964 * math.sqrt(spread) + 0.841621 * math.sqrt(max(0.0, spread - delta**2))) / math.sqrt(n)
     return min(1.0, delta)
+
+
+def smallest_detectable_difference(n: int, disagreement: float) -> float | None:
+    """The true difference of two models that n examples find in 80 of 100 cases, before either is asked.
+
+    Exact power of a two-sided 5 % mid-p McNemar test when the two disagree on that share of the answers
+    (docs/design/verdict.md). None when not even a model that wins every disagreement would be found.
+    """
+    import numpy as np
+    from scipy.stats import binom
+
+    if n > EXACT:
+        return smallest_detectable(n, spread=disagreement)
+    counts = np.arange(n + 1)  # of disagreements
+    chances = binom.pmf(counts, n, disagreement)
+    counts, chances = counts[chances > 1e-9], chances[chances > 1e-9]
+    needed = np.asarray([_wins_needed(int(count)) for count in counts])
+
+    def power(difference: float) -> float:
+        share = (1 + difference / disagreement) / 2  # of the disagreements that the better model wins
+        found = binom.sf(needed - 1, counts, share) + binom.cdf(counts - needed, counts, share)
+        return float((chances * found).sum())
+
+    if power(disagreement) < POWER:
+        return None
+    low, high = 0.0, disagreement
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle) < POWER else (low, middle)
+    return high
+
+
+def _wins_needed(count: int) -> int:
+    """How many of so many disagreements a model must win for p <= 0.05; one more than all when none is enough."""
+    import numpy as np
+    from scipy.stats import binom
+
+    wins = np.arange(count // 2, count + 1)
+    enough = wins[2 * binom.sf(wins, count, 0.5) + binom.pmf(wins, count, 0.5) <= 0.05]
+    return int(enough[0]) if len(enough) else count + 1
 
 
 def _spread(differences: Sequence[float]) -> float:
