@@ -11,7 +11,6 @@ from heldout.engine.catalogue import CHAT, ENCODER
 from heldout.engine.labels import Label, Labels, read_label, text_of, varies_in_system
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.checks import ModelTools, Parts, check
-from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.types import Dataset, Example, Finding
 from tests.unit.conftest import example, labelled
 
@@ -119,15 +118,3 @@ def test_rows_with_several_answers_to_learn_are_refused() -> None:
     rows = (*labelled("t", 20, ("yes", "no")), one, two, masked)
     (finding,) = refused(Parts(train=Dataset(name="train", examples=rows)))
     assert finding.lines == (8,)
-
-
-def test_texts_that_an_encoder_would_cut_are_named() -> None:
-    long = example(" ".join(["word"] * 50), "yes", 21)
-    parts = Parts(train=Dataset(name="train", examples=(*labelled("t", 20, ("yes", "no")), long)))
-
-    def count(texts: Any) -> list[int]:
-        return [len(text.split()) for text in texts]
-
-    (finding,) = find_too_long(parts, count, 49)
-    assert (finding.code, finding.severity, finding.lines) == ("too_long", "error", (21,))
-    assert list(find_too_long(parts, count, 50)) == []

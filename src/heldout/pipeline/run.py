@@ -15,7 +15,6 @@ from heldout.engine.base import Engine, ModelRef
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
 from heldout.pipeline import crossfit, ladder, report
 from heldout.pipeline.checks import ModelTools, Parts, check
-from heldout.pipeline.checks.classes import find_too_long
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
@@ -25,7 +24,7 @@ from heldout.pipeline.findings import grouped, most_harmful_first, name_more, on
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.plan import TrainPlan, make_plan
+from heldout.pipeline.plan import MAX_LENGTH, TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
 from heldout.pipeline.split import SMALL, Folds, is_small, split_dataset, split_into_folds
 from heldout.pipeline.training import Adapter, ModelFacts, Trainer
@@ -84,8 +83,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     """Check, make a model and measure it, judge, report."""
     started = time.monotonic()
     facts = tools.trainer.facts(request.base_model)
-    parts, findings = check_files(request, ModelTools(kind=facts.kind))
-    findings += check_lengths(parts, request, facts, tools.engine)
+    parts, findings = check_files(request, model_tools(request, facts, tools.trainer))
     refuse_errors(request, findings)
     tell_findings(findings, tools.watch)
 
@@ -292,12 +290,15 @@ def read_files(request: Request, model: ModelTools = ModelTools()) -> tuple[Part
     return parts, (*findings, *valid_findings, *holdout_findings)
 
 
-def check_lengths(parts: Parts, request: Request, facts: ModelFacts, engine: Engine) -> tuple[Finding, ...]:
-    """Texts that an encoder would have to cut. (Whether a chat model's examples fit, its template decides.)"""
-    if facts.kind != catalogue.ENCODER:
-        return ()
-    limit = min(facts.context, request.hyperparameters.max_length or facts.context)
-    return tuple(find_too_long(parts, lambda texts: engine.count_tokens(request.base_model, texts), limit))
+def model_tools(request: Request, facts: ModelFacts, trainer: Trainer) -> ModelTools:
+    """What checks may ask of the job's base model."""
+    asked = request.hyperparameters.max_length
+    usual = facts.context if facts.kind == catalogue.ENCODER else min(facts.context, MAX_LENGTH)
+    return ModelTools(
+        kind=facts.kind,
+        limit=min(facts.context, asked or usual),
+        count_tokens=lambda examples: trainer.count_tokens(examples, base_model=request.base_model),
+    )
 
 
 def refuse_errors(request: Request, findings: Sequence[Finding]) -> None:

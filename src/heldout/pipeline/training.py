@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from heldout.engine.base import Message
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Selection
-from heldout.pipeline.types import Split
+from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 
 
@@ -99,6 +100,11 @@ class Trainer(Protocol):
 
     def facts(self, base_model: str) -> ModelFacts:
         """What the base model is like. Raises ModelNotFound."""
+        ...
+
+    def count_tokens(self, examples: Sequence[Example], *, base_model: str) -> list[int]:
+        """How many tokens each example is as it is trained on: of a chat model, in its template up to the last
+        answer that is learned (0 where the template refuses the conversation); of an encoder, its prompt."""
         ...
 
     def fit(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None) -> TrainPlan:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
-from heldout.engine import catalogue, weights
-from heldout.engine.labels import text_of, varies_in_system
+from heldout.engine import catalogue
 from heldout.engine.local import LocalEngine, use_threads
-from heldout.engine.template import ChatTemplate
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.checks import ModelTools
 from heldout.pipeline.plan import MAX_LENGTH
 from heldout.pipeline.run import Tools
-from heldout.pipeline.types import Example
 from heldout.pipeline.watch import Watch
 from heldout.settings import Settings
 from heldout.train.trainer import TorchTrainer
@@ -41,36 +37,21 @@ def model_tools(settings: Settings, base_model: str) -> ModelTools:
     """What checks may ask of a base model: its tokens, by its own tokenizer and template, and vectors by the
     bundled encoder where that is installed. Each is loaded at its first question. Raises ModelNotFound."""
     use_threads(settings.job_threads)
-    asked = _Asked(LocalEngine(**_options(settings)), base_model)
-    facts = TorchTrainer(**_options(settings), memory_limit=settings.memory_bytes).facts(base_model)
-    is_encoder = facts.kind == catalogue.ENCODER
+    trainer = TorchTrainer(**_options(settings), memory_limit=settings.memory_bytes)
+    facts = trainer.facts(base_model)
     return ModelTools(
         kind=facts.kind,
-        limit=facts.context if is_encoder else min(facts.context, MAX_LENGTH),
-        count_tokens=asked.tokens_of_texts if is_encoder else asked.tokens_of_conversations,
-        embed=asked.vectors if catalogue.bundled_encoder() else None,
+        limit=facts.context if facts.kind == catalogue.ENCODER else min(facts.context, MAX_LENGTH),
+        count_tokens=lambda examples: trainer.count_tokens(examples, base_model=base_model),
+        embed=_Asked(LocalEngine(**_options(settings))).vectors if catalogue.bundled_encoder() else None,
     )
 
 
 class _Asked:
-    """Answers for ModelTools. Counting a chat model's tokens needs no weights, so none are loaded for it."""
+    """Answers for ModelTools."""
 
-    def __init__(self, engine: LocalEngine, base_model: str) -> None:
-        self.engine, self.base_model = engine, base_model
-
-    @cached_property
-    def template(self) -> ChatTemplate:
-        return ChatTemplate(weights.load_tokenizer(self.engine.folder(self.base_model)))
-
-    def tokens_of_conversations(self, examples: Sequence[Example]) -> list[int]:
-        return [len(self.template.encode(example.messages, example.weights)) for example in examples]
-
-    def tokens_of_texts(self, examples: Sequence[Example]) -> list[int]:
-        prompts = [example.prompt for example in examples]
-        with_system = varies_in_system(prompts)
-        return self.engine.count_tokens(
-            self.base_model, [text_of(prompt, with_system=with_system) for prompt in prompts]
-        )
+    def __init__(self, engine: LocalEngine) -> None:
+        self.engine = engine
 
     def vectors(self, texts: Sequence[str]) -> list[list[float]]:
         """Of as much of a text as the encoder reads: its beginning says what it is about."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,7 +184,7 @@ class ClassifierTrainee:
 def facts(folder: Path, parameters: int) -> ModelFacts:
     """What the plan must know of the encoder in `folder`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     return ModelFacts(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -195,8 +196,7 @@ def facts(folder: Path, parameters: int) -> ModelFacts:
 
 def shapes(plan: TrainPlan, folder: Path, parameters: int, split: Split) -> tuple[EncoderShapes, int]:
     """What memory depends on, without loading the encoder: its sizes, and the tokens of the longest text."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    config, tokenizer = AutoConfig.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder)
     hidden, layers = config.hidden_size, config.num_hidden_layers - plan.freeze_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     examples = (*split.train, *split.valid, *split.holdout)
@@ -213,6 +213,18 @@ def shapes(plan: TrainPlan, folder: Path, parameters: int, split: Split) -> tupl
         heads=config.num_attention_heads,
     )
     return found, max(map(len, ids))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The encoder's tokenizer alone."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def count_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[int]:
+    """Tokens of every prompt with all of its messages, special tokens included. (The checks leave a system prompt
+    out that all rows share, as `text_of` does.)"""
+    texts = [text_of(example.prompt, with_system=True) for example in examples]
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids] if texts else []
 
 
 def build_model(plan: TrainPlan, folder: Path, split: Split) -> ClassifierTrainee:

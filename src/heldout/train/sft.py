@@ -319,6 +319,18 @@ def tokenize(template: ChatTemplate, examples: Sequence[Example], max_length: in
     return tokens
 
 
+def count_tokens(template: ChatTemplate, examples: Sequence[Example]) -> list[int]:
+    """Tokens of every example as `tokenize` makes them; 0 where it would name a problem of the template."""
+
+    def count(example: Example) -> int:
+        try:
+            return len(template.encode(example.messages, example.weights))
+        except InvalidValue:
+            return 0
+
+    return [count(example) for example in examples]
+
+
 def _first(found: Sequence[str], between: str) -> str:
     more = len(found) - SHOWN
     return between.join(found[:SHOWN]) + (f"{between}and {more} more" if more > 0 else "")

@@ -20,7 +20,7 @@ from heldout.pipeline import encoder_memory, memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, ModelFacts, Proof, Timings
-from heldout.pipeline.types import Split
+from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
 from heldout.train.loop import Course
@@ -51,6 +51,7 @@ class TorchTrainer:
         self.aliases = aliases
         self.allow_paths = allow_paths
         self._precision = precision
+        self._templates: dict[Path, Any] = {}  # tokenizers in use: loading one takes a second
 
     def facts(self, base_model: str) -> ModelFacts:
         """See Trainer.facts."""
@@ -64,6 +65,17 @@ class TorchTrainer:
             context=weights.context_of(config),
             parameters=_stored_parameters(folder),
         )
+
+    def count_tokens(self, examples: Sequence[Example], *, base_model: str) -> list[int]:
+        """See Trainer.count_tokens. No weights are loaded for it."""
+        folder = self._folder(base_model)
+        if catalogue.kind_of(folder) == catalogue.ENCODER:
+            if folder not in self._templates:
+                self._templates[folder] = classifier.load_tokenizer(folder)
+            return classifier.count_tokens(self._templates[folder], examples)
+        if folder not in self._templates:
+            self._templates[folder] = ChatTemplate(weights.load_tokenizer(folder))
+        return sft.count_tokens(self._templates[folder], examples)
 
     def fit(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None) -> TrainPlan:
         """See Trainer.fit."""

@@ -19,10 +19,11 @@ from heldout.pipeline.checks.duplicates import (
 from heldout.pipeline.checks.facts import find_facts
 from heldout.pipeline.checks.labels import find_class_imbalance, find_rare_and_missing_classes, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks, find_near_leaks
+from heldout.pipeline.checks.length import find_cut_answers, find_overlong_examples, find_too_long
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.personal import find_personal_data
 from heldout.pipeline.checks.prompts import find_system_prompt_drift
-from heldout.pipeline.checks.size import find_too_few_examples
+from heldout.pipeline.checks.size import find_few_per_label, find_smallest_difference, find_too_few_examples
 from heldout.pipeline.checks.wrong_labels import find_wrong_labels
 from heldout.pipeline.types import Finding
 
@@ -52,6 +53,13 @@ CHECKS: tuple[Check, ...] = (
     find_personal_data,
     # bias
     find_group_label_correlation,
+    # length
+    find_too_long,
+    find_overlong_examples,
+    find_cut_answers,
+    # size
+    find_few_per_label,
+    find_smallest_difference,
 )
 
 #: For base models that are encoders, after the others.

@@ -1,4 +1,4 @@
-"""What a classifier on an encoder cannot learn from: answers that are no labels, texts that are too long.
+"""What a classifier on an encoder cannot learn from: answers that are no labels.
 
 Only for base models that are encoders; a chat model learns all of this.
 """
@@ -6,9 +6,9 @@ Only for base models that are encoders; a chat model learns all of this.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from heldout.engine.labels import Label, read_label, text_of, varies_in_system
+from heldout.engine.labels import Label, read_label
 from heldout.pipeline.checks.groups import are_labels
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
 from heldout.pipeline.evaluate.answers import LABEL_CHARACTERS
@@ -30,25 +30,6 @@ def find_no_labels(parts: Parts) -> Iterator[Finding]:
     commonest = Counter(label.key for label in labels).most_common(1)[0][0] if labels else None
     for dataset in parts.given():
         yield from _other_form(dataset, commonest)
-
-
-def find_too_long(parts: Parts, count: Callable[[Sequence[str]], list[int]], limit: int) -> Iterator[Finding]:
-    """Texts of more than `limit` tokens; `count` gives each text's tokens."""
-    with_system = varies_in_system([example.prompt for dataset in parts.given() for example in dataset.examples])
-    for dataset in parts.given():
-        tokens = count([text_of(example.prompt, with_system=with_system) for example in dataset.examples])
-        long = [example.line for example, n in zip(dataset.examples, tokens, strict=True) if n > limit]
-        if long:
-            yield Finding(
-                code="too_long",
-                severity="error",
-                message=(
-                    f"{name_lines(long)} have up to {max(tokens)} tokens, but this encoder reads {limit} at most "
-                    "(max_length). Nothing is cut: shorten them, or use a chat model with a longer context."
-                ),
-                file=dataset.name,
-                lines=tuple(long),
-            )
 
 
 def _no_label(dataset: Dataset) -> Iterator[Finding]:

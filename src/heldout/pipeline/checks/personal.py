@@ -22,10 +22,11 @@ COUNTED = 500_000
 def find_personal_data(parts: Parts) -> Iterator[Finding]:
     """Rows with personal data or secrets. Values that many rows share are told apart: they are rather public."""
     for dataset in parts.given():
-        yield from _of_dataset(dataset)
+        # Of the other files nothing is learned.
+        yield from _of_dataset(dataset, is_learned=dataset is parts.train)
 
 
-def _of_dataset(dataset: Dataset) -> Iterator[Finding]:
+def _of_dataset(dataset: Dataset, *, is_learned: bool) -> Iterator[Finding]:
     import numpy as np
 
     lines, types, values = array("q"), array("b"), array("q")
@@ -57,31 +58,34 @@ def _of_dataset(dataset: Dataset) -> Iterator[Finding]:
                 first[value] for value, is_it in zip(values, chosen.tolist(), strict=True) if is_it and value in first
             ]
             where = sorted(set(all_lines[chosen].tolist()))
-            yield _finding(dataset, where, counts, shown[0] if shown else "", is_public=is_public)
+            message = _public(dataset, where, counts) if is_public else _personal(dataset, where, counts)
+            yield Finding(
+                code="personal_data",
+                severity="warning" if is_learned and not is_public else "note",
+                message=message,
+                file=dataset.name,
+                lines=tuple(where),
+                example=shown[0] if shown else "",
+            )
 
 
-def _finding(dataset: Dataset, lines: Sequence[int], counts: Counter[str], example: str, *, is_public: bool) -> Finding:
-    kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    rows = f"{len(lines)} of {len(dataset)} rows"
-    if is_public:
-        message = (
-            f"{rows} hold contact data that many rows share ({kinds}): public ones, it seems. Make sure that nobody "
-            "minds if the model repeats them."
-        )
-    else:
-        message = (
-            f"{rows} hold personal data or secrets ({kinds}; {name_lines(lines)}). A model can repeat what it was "
-            "trained on: replace them by placeholders such as <EMAIL>, or make sure that they may be used. A secret "
-            "that stands here is to be changed."
-        )
-    return Finding(
-        code="personal_data",
-        severity="note" if is_public else "warning",
-        message=message,
-        file=dataset.name,
-        lines=tuple(lines),
-        example=example,
+def _personal(dataset: Dataset, lines: Sequence[int], counts: Counter[str]) -> str:
+    return (
+        f"{len(lines)} of {len(dataset)} rows hold personal data or secrets ({_told(counts)}; {name_lines(lines)}). A "
+        "model can repeat what it was trained on: put placeholders such as <EMAIL> in their place, or make sure that "
+        "they may be used. A secret that stands in a file is to be changed."
     )
+
+
+def _public(dataset: Dataset, lines: Sequence[int], counts: Counter[str]) -> str:
+    return (
+        f"{len(lines)} of {len(dataset)} rows hold contact data that many rows share ({_told(counts)}), so they seem "
+        "to be public. Make sure that nobody minds if the model repeats them."
+    )
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def mask(seen: Seen) -> str:
