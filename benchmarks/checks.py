@@ -6,7 +6,8 @@
 Scored by line first, by kind second, as the README of the data says. A planted defect is *found* when a finding
 with its name (or a name that is right too) has all of its lines; for a leak, the train lines or the validation
 lines. A *false alarm* is a line that a finding of that name has and that has no planted defect of any name; lines
-of borderline pairs count neither way for near duplicates and near leaks. Notes count like warnings, except on
+of borderline pairs count neither way for near duplicates and near leaks, and so do all lines of a file without a list
+of such pairs. Notes count like warnings, except on
 clean files and for what must not be reported. Exit code 1 when a bar is missed.
 """
 
@@ -102,7 +103,7 @@ class Case:
     planted: tuple[Planted, ...]
     file_level: tuple[str, ...]
     harmless: frozenset[int]  # must not be reported
-    borderline: frozenset[int]
+    borderline: frozenset[int] | None  # lines that nature made alike; None where nobody looked for them
 
     def with_defect(self, part: str) -> frozenset[int]:
         """Lines of a part where something is planted."""
@@ -131,7 +132,9 @@ def read_case(answers: Path) -> Case:
         planted=tuple(_planted(one) for one in key["defects"]),
         file_level=tuple(one["kind"] for one in key["file_level"]),
         harmless=frozenset(line for one in key.get("not_defects", []) for line in one["lines"]),
-        borderline=frozenset(int(line) for pair in key.get("borderline_pairs", []) for line in pair[:2]),
+        borderline=frozenset(int(line) for pair in key["borderline_pairs"] for line in pair[:2])
+        if "borderline_pairs" in key
+        else None,
     )
 
 
@@ -170,9 +173,12 @@ def tally(case: Case, report: Report, kinds: frozenset[str]) -> dict[str, Tally]
         if finding.code not in kinds:
             continue
         mine = tallies[finding.code]
-        counted = lines - (case.borderline - case.with_defect(part) if finding.code in NEAR else frozenset())
+        planted_here = case.with_defect(part)
+        counted = lines
+        if finding.code in NEAR:
+            counted = lines & planted_here if case.borderline is None else lines - (case.borderline - planted_here)
         mine.reported += len(counted)
-        mine.false += [(part, line, finding.severity) for line in sorted(counted - case.with_defect(part))]
+        mine.false += [(part, line, finding.severity) for line in sorted(counted - planted_here)]
     return tallies
 
 

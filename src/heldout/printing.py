@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -42,15 +43,22 @@ ONE_LINE, FULL = 1, 1_000
 LEVELS = (ONE_LINE, 2, 3, FULL)
 
 
+def _console() -> Console:
+    # What the terminal cannot show is written as an escape, rather than ending the command.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(highlight=False)
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout. What a terminal would obey is written as an escape."""
-    text = json.dumps(document, ensure_ascii=False, indent=2)
+    text = json.dumps(document, ensure_ascii="utf" not in (sys.stdout.encoding or "utf-8").lower(), indent=2)
     print(re.sub("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda one: f"\\u{ord(one.group()):04x}", text))
 
 
 def print_report(report: Report, *, verbose: bool = False) -> None:
     """The report of `heldout check`: on a terminal as much of it as one screen takes, elsewhere all."""
-    console = Console(highlight=False)
+    console = _console()
     height = console.height - 1 if console.is_terminal and not verbose else None
     for line in report_lines(report, console, height=height, verbose=verbose):
         console.print(line, soft_wrap=True)
@@ -166,14 +174,14 @@ def _cut(text: Text, console: Console, *, room: int = 0) -> Text:
 
 def print_fixed(fixed: Fixed) -> None:
     """What `heldout fix` did, a line for each kind of change, and what it left to the user."""
-    console = Console(highlight=False)
+    console = _console()
     for line in fixed.sentences():
         console.print(Text(escaped(line)), soft_wrap=True)
 
 
 def print_result(result: Result) -> None:
     """The verdict of a job that ran in the foreground."""
-    console = Console(highlight=False)
+    console = _console()
     colour = _VERDICTS.get(result.verdict.outcome, "yellow")
     console.print(f"\nVerdict: [bold {colour}]{result.verdict.outcome}[/]")
     for reason in result.verdict.reasons:
@@ -208,9 +216,4 @@ def print_jobs(rows: list[dict[str, Any]]) -> None:
             row["verdict"] or "",
             row["fine_tuned_model"] or row["model"],
         )
-    Console(highlight=False).print(table)
-
-
-def warn(text: str) -> None:
-    """A sentence on stderr."""
-    print(escaped(text), file=sys.stderr)
+    _console().print(table)

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from heldout.api.app import create_app
 from heldout.engine.base import ChatRequest, ChatService, Piece, Reply
 from heldout.errors import ModelNotFound
+from heldout.processes.uploads import Uploads
 from heldout.settings import Settings
 from heldout.store.blobs import FileBlobs
 from heldout.store.db import Db, open_db
@@ -109,13 +110,18 @@ def serving_app() -> Iterator[Callable[[FastAPI], str]]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, echo: Echo, serving_app: Callable[[FastAPI], str]) -> Callable[..., Live]:
-    """Start a server with these settings; it stops when the test ends."""
+def start(
+    tmp_path: Path, echo: Echo, serving_app: Callable[[FastAPI], str], request: pytest.FixtureRequest
+) -> Callable[..., Live]:
+    """Start a server with these settings; it stops when the test ends. `uploads`: options of who looks at them."""
 
-    def start(chat: ChatService = echo, **options: Any) -> Live:
+    def start(chat: ChatService = echo, uploads: dict[str, float] | None = None, **options: Any) -> Live:
         settings = Settings(data_dir=tmp_path, **options)
         db, blobs = open_db(settings.database), FileBlobs(tmp_path / "blobs")
-        url = serving_app(create_app(settings=settings, db=db, blobs=blobs, chat=chat))
+        look = None if uploads is None else Uploads(settings, db, **uploads)
+        if look:
+            request.addfinalizer(look.close)
+        url = serving_app(create_app(settings=settings, db=db, blobs=blobs, chat=chat, look=look))
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=settings.api_key or "any", max_retries=2)
         return Live(url=url, client=client, db=db, blobs=blobs, settings=settings, chat=chat)
 

@@ -63,10 +63,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     done = heldout(tmp_path, "--help")
     assert done.code == 0
-    assert all(command in done.out for command in ("serve", "tune", "check", "chat", "jobs"))
+    assert all(command in done.out for command in ("serve", "tune", "check", "fix", "chat", "jobs"))
 
 
-@pytest.mark.parametrize("command", ["serve", "tune", "check", "chat", "jobs"])
+@pytest.mark.parametrize("command", ["serve", "tune", "check", "fix", "chat", "jobs"])
 def test_every_command_explains_itself(here: Callable[..., Run], command: str) -> None:
     done = here(command, "--help")
     assert done.code == 0
@@ -93,8 +93,9 @@ def test_a_good_file_is_checked_with_exit_code_0(tmp_path: Path) -> None:
     files = colour_files(tmp_path)
     done = heldout(tmp_path, "check", files["train"], "--validation", files["valid"], "--holdout", files["holdout"])
     assert done.code == 0
-    assert "80 sound examples in" in done.out
-    assert "48 sound examples in" in done.out
+    assert "train.jsonl: 80 sound rows; " in done.out
+    assert "holdout.jsonl: 48 sound rows." in done.out
+    assert done.out.endswith("A job would take this.\n")
     assert done.err == ""
 
 
@@ -112,18 +113,67 @@ def bad_file(tmp_path: Path) -> Path:
 def test_a_bad_file_is_checked_with_exit_code_2_and_every_line_is_named(tmp_path: Path, bad_file: Path) -> None:
     done = heldout(tmp_path, "check", bad_file)
     assert done.code == 2
-    assert "Line 3" in done.out
-    assert "17" in done.out
-    assert "Line 8" in done.out
+    assert "17 sound rows, 3 with errors" in done.out
+    assert "lines 3, 17: " in done.out
+    assert "line 8: " in done.out
+    assert "A job would refuse this for 3 rows." in done.out
 
 
 def test_findings_as_json(here: Callable[..., Run], bad_file: Path) -> None:
     done = here("check", bad_file, "--json")
     assert done.code == 2
     found = json.loads(done.out)
-    assert found["files"] == {str(bad_file): 17}
+    assert found["files"] == [{"name": str(bad_file), "part": "train", "sound": 17, "faulty": 3}]
+    assert found["refused"] is True
     errors = [one for one in found["findings"] if one["severity"] == "error"]
     assert sorted(line for one in errors for line in one["lines"]) == [3, 8, 17]
+
+
+def test_with_strict_a_warning_is_enough_for_exit_code_2(here: Callable[..., Run], tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", [colour_row(i) for i in range(20)])
+    assert "few_examples" in here("check", few).out
+    assert here("check", few).code == 0
+    assert here("check", few, "--strict").code == 2
+    assert here("check", few, "--strict", "--json").code == 2
+
+
+def test_the_report_as_a_page_stands_beside_the_one_on_stdout(
+    here: Callable[..., Run], bad_file: Path, tmp_path: Path
+) -> None:
+    done = here("check", bad_file, "--json", "--html", "report.html")
+    assert done.code == 2
+    json.loads(done.out)
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "last_not_assistant" in page
+
+
+def test_the_page_does_not_take_the_place_of_the_data(here: Callable[..., Run], bad_file: Path) -> None:
+    before = bad_file.read_bytes()
+    done = here("check", bad_file, "--html", bad_file)
+    assert done.code == 2
+    assert "one of the files to check" in done.err
+    assert bad_file.read_bytes() == before
+
+
+def test_fix_writes_a_new_file_and_says_what_it_did(here: Callable[..., Run], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [colour_row(i) for i in range(60)])
+    with rows.open("a") as out:
+        out.write("\n" + rows.read_text().splitlines()[4] + "\n")
+    done = here("fix", rows, "-o", "out.jsonl", "--list", "changes.jsonl")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines() == [
+        "blank_line: blank line left out (line 61)",
+        "exact_duplicate: copy of an earlier row left out (line 62)",
+        f"out.jsonl: 60 of 62 lines. {rows} is as it was.",
+    ]
+    assert len((tmp_path / "changes.jsonl").read_text().splitlines()) == 2
+    assert "exists" in here("fix", rows, "-o", "out.jsonl").err
+    again = here("fix", rows, "-o", "out.jsonl", "--force", "--json")
+    assert [one["lines"] for one in json.loads(again.out)["changes"]] == [[61], [62]]
+    assert here("check", "out.jsonl", "--strict").code == 0
+    missing = here("fix", "gone.jsonl", "-o", "x.jsonl")
+    assert (missing.code, missing.err) == (2, "error: There is no file gone.jsonl\n")
 
 
 @pytest.mark.parametrize("command", ["check", "tune"])

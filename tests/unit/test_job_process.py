@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +16,13 @@ from heldout.errors import InvalidTrainingFile, JobPaused, ModelNotFound
 from heldout.pipeline.crossfit import FoldWatch
 from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import InFold
-from heldout.processes.job import DbWatch, Pace
+from heldout.processes.job import DbWatch, Pace, validate
 from heldout.processes.register import put_adapter
-from heldout.records import Event, Job, JobStatus, now
+from heldout.records import Event, File, Job, JobStatus, now
 from heldout.settings import Settings
 from heldout.store.blobs import FileBlobs
 from heldout.store.db import open_db
+from tests.conftest import colour_row
 
 
 @pytest.fixture
@@ -168,3 +171,28 @@ def test_an_adapter_goes_to_the_blobs_whole_or_not_at_all_and_an_earlier_one_sta
     with pytest.raises(FileNotFoundError):
         put_adapter(blobs, "adapters/old", folder)
     assert len(list(blobs.keys("adapters/old"))) == 2
+
+
+def test_findings_of_a_refused_job_stand_on_its_files_and_among_its_events_the_worst_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    settings = Settings(data_dir=tmp_path, model_aliases={"m": str(tmp_path)})
+    db, blobs = open_db(settings.database), FileBlobs(tmp_path / "blobs")
+    files = {part: File(filename=f"{part}.jsonl", purpose="fine-tune", bytes=1) for part in ("train", "valid")}
+    rows = [json.dumps(colour_row(i)) for i in range(60)]
+    content = {"train": [*rows, "", "7"], "valid": rows[:20]}
+    for part, file in files.items():
+        blobs.put(file.blob, io.BytesIO("\n".join(content[part]).encode()))
+        db.add_file(file)
+    job = Job(model="m", base_model="m", training_file=files["train"].id, validation_file=files["valid"].id)
+    db.add_job(job)
+    with pytest.raises(InvalidTrainingFile, match=r"Line 62"):
+        validate(DbWatch(job, settings, db, blobs))
+    events = db.list_events(job.id, after=None, limit=50)[0][::-1]
+    told = [(event.level, event.data["code"], event.data["file"]) for event in events]
+    assert told[0] == ("error", "not_an_object", "train.jsonl")
+    assert ("warn", "leak_exact", "valid.jsonl") in told
+    assert sorted(told, key=lambda one: ("error", "warn", "info").index(one[0])) == told
+    assert db.get_file(files["train"].id).findings[0] == events[0].data
+    assert {one["code"] for one in db.get_file(files["valid"].id).findings} == {"leak_exact"}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heldout import machine
 from heldout.errors import NotFound
@@ -24,7 +26,9 @@ from heldout.pipeline.types import Finding
 from heldout.records import File
 from heldout.settings import Settings, read_settings
 from heldout.store.blobs import open_blobs
-from heldout.store.db import Db
+
+if TYPE_CHECKING:  # the child needs no database
+    from heldout.store.db import Db
 
 #: Seconds an upload waits for its findings. After that the answer says that they are to come.
 PATIENCE = 2.0
@@ -60,7 +64,7 @@ class Uploads:
         with self._lock:
             self._closed = True
             for child in self._children:
-                child.kill()
+                _kill(child)
         self._pool.shutdown(cancel_futures=True)
 
     def _look(self, file: File) -> None:
@@ -80,12 +84,13 @@ class Uploads:
         with self._lock:
             if self._closed:
                 return None
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            # A session of its own: Ctrl-C reaches the server alone, which then ends it.
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
             self._children.add(child)
         try:
             out, _ = child.communicate(timeout=self._limit)
         except subprocess.TimeoutExpired:
-            child.kill()
+            _kill(child)
             child.communicate()
             why = f"The checks did not finish within {self._limit / 60:.0f} minutes. {_AGAIN}"
             return [on_the_wire(_not_checked(file, why))]
@@ -98,6 +103,11 @@ class Uploads:
             return None
         why = f"The checks of this version failed on this file (exit code {child.returncode}). {_AGAIN}"
         return [on_the_wire(_not_checked(file, why))]
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(child.pid, signal.SIGKILL)  # with whatever it started
 
 
 def _not_checked(file: File, why: str) -> Finding:
