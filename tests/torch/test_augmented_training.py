@@ -78,6 +78,7 @@ def test_copies_cost_no_step_and_change_what_is_learned(tiny_model: Path, tmp_pa
 def test_every_other_epoch_a_row_is_seen_as_it_is_and_its_copies_take_turns() -> None:
     plan = replace(PLAN, batch_size=4)
     rows, copies = list(range(10)), [[f"{row}{name}" for name in "abc"[: row % 4]] for row in range(10)]
+    # Of rows 0, 4 and 8 there are no copies.
     epochs = [
         [one for step in range(3 * epoch + 1, 3 * epoch + 4) for one in loop.batch(plan, rows, copies, step)]  # type: ignore[arg-type]
         for epoch in range(12)
@@ -91,8 +92,16 @@ def test_every_other_epoch_a_row_is_seen_as_it_is_and_its_copies_take_turns() ->
         else:
             assert versions.count(row) == 6
             assert {versions.count(copy) for copy in copies[row]} == {6 // len(copies[row])}
-    shares = [sum(isinstance(one, str) for one in seen) for seen in epochs]
-    assert max(shares) - min(shares) <= 2, "about as many in every epoch"
+
+
+def test_in_every_epoch_half_of_the_rows_are_copies_and_not_those_of_one_label() -> None:
+    plan = replace(PLAN, batch_size=10)
+    rows, copies = list(range(100)), [[f"copy of {row}"] for row in range(100)]
+    for epoch in range(4):
+        seen = [one for step in range(10 * epoch + 1, 10 * epoch + 11) for one in loop.batch(plan, rows, copies, step)]  # type: ignore[arg-type]
+        kept = [one for one in seen if isinstance(one, int)]
+        assert len(kept) == 50
+        assert 10 < sum(row % 2 for row in kept) < 40
 
 
 def test_a_copy_that_is_too_long_is_left_out_and_said_and_the_job_goes_on(tiny_model: Path, tmp_path: Path) -> None:

@@ -170,15 +170,17 @@ def batch_rows(plan: TrainPlan, n: int, step: int) -> list[int]:
 def batch(plan: TrainPlan, train: Sequence[Row], copies: Sequence[Sequence[Row]], step: int) -> list[Row]:
     """What a step learns from: its rows, and for about half of them a copy in the row's place. Depends on
     (seed, step) alone."""
+    chosen = batch_rows(plan, len(train), step)
+    if not copies:
+        return [train[row] for row in chosen]
     epoch = (step - 1) // math.ceil(len(train) / plan.batch_size)
-    return [
-        in_turn(train[row], copies[row], epoch + row) if copies else train[row]
-        for row in batch_rows(plan, len(train), step)
-    ]
+    # Drawn, not counted: in a file whose labels alternate, one label would be all copies and the other none.
+    turns = random.Random(f"{plan.seed}/turns").sample(range(len(train)), len(train))
+    return [in_turn(train[row], copies[row], epoch + turns[row]) for row in chosen]
 
 
 def in_turn(row: Row, copies: Sequence[Row], turn: int) -> Row:
-    """The row as it is and one of its copies alternate, and so do the copies. No draw: each is seen equally often."""
+    """The row as it is and one of its copies alternate, and the copies take turns: each is seen equally often."""
     return copies[turn // 2 % len(copies)] if copies and turn % 2 else row
 
 
