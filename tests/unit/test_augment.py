@@ -45,6 +45,8 @@ LITERAL = [
     "https://Example.com/The/just.html?a=B",
     "Some.Name@Example.com",
     '{"The": ["Just", {"Really": null}]}',
+    "{ The: just, Really: { very: the } }",
+    '[ "The", "just" ]',
     "[NAME]",
     "getUserName()",
     "snake_case_Name",
@@ -469,6 +471,23 @@ def test_a_paraphrase_that_a_classifier_gives_another_label_is_left_out(tmp_path
     assert found.data is not None
     assert found.data["left_out"] == {"another label": 64}
     assert {copy.target for some in found.copies for copy in some} == {'{"queue": "billing"}'}
+
+
+def test_who_judges_a_paraphrase_has_not_seen_its_row(tmp_path: Path) -> None:
+    def vectors(text: str) -> list[float]:
+        # One row is like no other. Only who has learned its (wrong) label would give it to its paraphrase.
+        if "parcel" in text and _number(text) == "3":
+            return [0.5, 0.0, 0.33, 0.8] if "wording" in text else [0.6, 0.0, 0.0, 0.8]
+        return [*_vector(text), 0.0]
+
+    wrong = replace(
+        ROWS[0], messages=(*ROWS[0].messages[:-1], {"role": "assistant", "content": '{"queue": "billing"}'})
+    )
+    odd = replace(wrong, messages=(wrong.messages[0], {"role": "user", "content": "My parcel 3"}, wrong.messages[2]))
+    rows = [odd, *(row for row in ROWS if _number(asked(row)) != "3")]
+    found = written(Writer(vectors=vectors), tmp_path, split_of(rows))
+    assert found[0] == ()
+    assert all(len(some) == COPIES for some in found[1:])
 
 
 def test_the_same_paraphrase_is_learned_once_and_one_of_the_holdout_never(tmp_path: Path) -> None:
