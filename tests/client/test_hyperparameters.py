@@ -71,6 +71,7 @@ ENDS = [
         "neftune_noise_alpha": 0,
         "prompt_loss_weight": 0,
         "replay_ratio": 0,
+        "augmentation": "none",
         "early_stopping": {"enabled": False, "patience": 1, "min_delta": 0},
     },
     {
@@ -85,6 +86,7 @@ ENDS = [
         "label_smoothing": 0.99,
         "prompt_loss_weight": 1,
         "replay_ratio": 1,
+        "augmentation": "paraphrase",
     },
 ]
 
@@ -120,6 +122,8 @@ def test_what_is_no_value_of_a_hyperparameter_is_refused_by_name(name, value):
         ("prompt_loss_weight", 1.1, "from 0 to 1"),
         ("replay_ratio", 1.1, "from 0 to 1"),
         ("max_length", 15, "at least 16"),
+        ("augmentation", "Robust", '"none", "robust" or "paraphrase"'),
+        ("augmentation", True, '"none", "robust" or "paraphrase"'),
         ("lr_search", "Light", '"off" or "light"'),
         ("lr_search", True, '"off" or "light"'),
         ("freeze_layers", 1.5, "a share of them above 0 and below 1"),

@@ -43,6 +43,7 @@ PLAN = TrainPlan(
     neftune_noise_alpha=0.0,
     prompt_loss_weight=0.0,
     replay_ratio=0.0,
+    augmentation="none",
     max_length=512,
     micro_tokens=2048,
     checkpointing=False,

@@ -217,7 +217,7 @@ def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file
         "--n-epochs 7 --batch-size 4 --learning-rate 2e-3 --lr-search light --warmup-ratio 0.1 --max-grad-norm 2 "
         "--max-length 99 --lora-r 5 --lora-alpha 7.5 --target-modules q_proj,v_proj --freeze-layers 0.5 "
         "--lora-dropout 0.1 --weight-decay 0.01 --label-smoothing 0.2 --neftune-noise-alpha 5 "
-        "--prompt-loss-weight 0.3 --ema-decay 0.75 --replay-ratio 0.25 "
+        "--prompt-loss-weight 0.3 --ema-decay 0.75 --replay-ratio 0.25 --augmentation robust "
         "--no-early-stopping --patience 3 --min-delta 0.05"
     )
     done = here("tune", bad_file, "--model", tiny_model, "--out", "out", *flags.split())
@@ -242,6 +242,7 @@ def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file
         "prompt_loss_weight": 0.3,
         "ema_decay": 0.75,
         "replay_ratio": 0.25,
+        "augmentation": "robust",
         "early_stopping": {"enabled": False, "patience": 3, "min_delta": 0.05},
     }
 

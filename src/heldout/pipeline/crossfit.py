@@ -6,9 +6,7 @@ those of one holdout. Then a sixth model learns from all rows, for as long as th
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers
 from heldout.pipeline.evaluate.statistics import mean_interval
 from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan, make_plan, steps_per_epoch
 from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
@@ -312,21 +311,15 @@ def _restored(stored: dict[str, Any], metric: Metric, examples: Sequence[Example
 
 
 def _write(path: Path, split: Split, content: dict[str, Any]) -> None:
-    """Write a record that is there whole or not at all, and says which rows it is about."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    with temporary.open("w") as out:
-        json.dump({"version": VERSION, "lines": _lines(split), **content}, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    """Write a record that says which rows it is about."""
+    write_record(path, {"version": VERSION, "lines": _lines(split), **content})
 
 
 def _read(path: Path, split: Split) -> dict[str, Any] | None:
     """The record, or None when there is none. Raises InvalidValue when it is about other rows."""
-    if not path.exists():
+    record = read_record(path)
+    if record is None:
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
     if (record["version"], record["lines"]) != (VERSION, _lines(split)):
         raise InvalidValue(
             f"{path} was written by a job with other data, another seed or another version of Heldout; delete "

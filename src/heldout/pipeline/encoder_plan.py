@@ -8,7 +8,7 @@ from typing import Any
 
 from heldout.errors import InvalidValue
 from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
-from heldout.pipeline.plan import Choice, asked_or, batch_within, ema_decay, eval_every, stopping
+from heldout.pipeline.plan import Choice, asked_or, augmentation, batch_within, ema_decay, eval_every, stopping
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
 
@@ -64,6 +64,7 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
         "label_smoothing": asked_or(
             asked.label_smoothing, lambda: Choice(0.0, "auto: off; worth trying when labels are wrong")
         ),
+        "augmentation": augmentation(asked, split),
         **{name: Choice(value, nothing) for name, value in MEANINGLESS.items()},
         **stopping(asked),
     }

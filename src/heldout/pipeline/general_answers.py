@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from heldout.engine.base import Engine, ModelRef, Reply, Sampling
 from heldout.errors import InvalidValue
+from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.watch import Watch
 
 FILE = "general_answers.json"
@@ -49,9 +48,9 @@ def is_whole(reply: Reply) -> bool:
 
 
 def _read(path: Path, base_model: str) -> dict[str, Reply]:
-    if not path.exists():
+    record = read_record(path)
+    if record is None:
         return {}
-    record = json.loads(path.read_text())
     if (record["version"], record["base_model"], record["max_tokens"]) != (VERSION, base_model, MAX_TOKENS):
         raise InvalidValue(
             f"{path} was written by a job with another base model or another version of Heldout; delete it to have "
@@ -61,12 +60,6 @@ def _read(path: Path, base_model: str) -> dict[str, Reply]:
 
 
 def _write(path: Path, base_model: str, known: dict[str, Reply]) -> None:
-    """The record is there whole or not at all."""
     answers = [{"prompt": prompt, "reply": asdict(reply)} for prompt, reply in known.items()]
     record = {"version": VERSION, "base_model": base_model, "max_tokens": MAX_TOKENS, "answers": answers}
-    temporary = path.with_suffix(".writing")
-    with temporary.open("w") as out:
-        json.dump(record, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    write_record(path, record)

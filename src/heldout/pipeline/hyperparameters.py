@@ -49,7 +49,8 @@ def _number(words: str, holds: Callable[[float], bool]) -> Values:
 
 
 def _one_of(*names: str) -> Values:
-    words = " or ".join(f'"{name}"' for name in names)
+    *first, last = (f'"{name}"' for name in names)
+    words = f"{', '.join(first)} or {last}"
     return Values(words, "|".join(names), lambda value: value if value in names else None)
 
 
@@ -88,6 +89,9 @@ _LAYERS = Values(
 _MODULES = Values(
     '"all-linear", or 1 to 64 names of modules out of letters, digits, "_", "-" and "."', "NAME,…", _read_modules
 )
+
+#: How copies of training rows are made.
+AUGMENTATIONS = ("none", "robust", "paraphrase")
 
 LENGTH, ADAPTER, REGULARISATION, STOPPING = "Length and learning rate", "Adapter", "Regularisation", "Early stopping"
 
@@ -144,6 +148,11 @@ class Hyperparameters:
     )
     replay_ratio: float | None = _knob(
         REGULARISATION, _FROM_0_TO_1, "General examples added against forgetting, as a share of the training examples."
+    )
+    augmentation: str | None = _knob(
+        REGULARISATION,
+        _one_of(*AUGMENTATIONS),
+        "Every other epoch a changed copy of the row: with typing slips and the like, or reworded by a chat model.",
     )
     early_stopping: bool | None = _knob(STOPPING, _SWITCH, "Stop when validation stops improving.")
     patience: int | None = _knob(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from heldout.engine.catalogue import ENCODER
 from heldout.errors import InvalidValue
+from heldout.pipeline.augment.forms import why_blocked
 from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class TrainPlan:
     neftune_noise_alpha: float  # 0: no noise
     prompt_loss_weight: float  # weight of a prompt's token in the loss; an answer's is 1
     replay_ratio: float  # general examples added to train, as a share of it
+    augmentation: str  # "none", or how the copies are made that take turns with the rows: "robust", "paraphrase"
     max_length: int  # tokens; a longer example is an error, never cut
     micro_tokens: int  # packed tokens that are computed at once; a step of more is cut into several
     checkpointing: bool  # layers keep their input only and are computed again in the backward pass
@@ -121,6 +123,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         "ema_decay": ema_decay(asked, an_epoch, total),
         **_adapter(asked, facts.layers),
         **regularisation,
+        "augmentation": augmentation(asked, split),
         **stopping(asked),
     }
 
@@ -195,6 +198,23 @@ def _regularisation(asked: Hyperparameters, n: int) -> dict[str, Choice]:
             asked.replay_ratio, lambda: Choice(0.0, "auto: off until general examples are shown to help")
         ),
     }
+
+
+def augmentation(asked: Hyperparameters, split: Split) -> Choice:
+    """How copies of rows are made: the same for every kind of model. Evidence: docs/design/augmentation.md.
+
+    Raises InvalidValue when copies were asked for, and the answers of these rows could be wrong for them.
+    """
+    wanted = asked.augmentation
+    if wanted is None:
+        return Choice("none", "auto: off; copies gained nothing over the rows themselves that holds on several tasks")
+    reason = None if wanted == "none" else why_blocked(split.train, labels_only=wanted == "paraphrase")
+    if reason:
+        raise InvalidValue(
+            f"augmentation {wanted!r} would teach wrong answers here: {reason}. Leave it out, or set it to none.",
+            param="hyperparameters.augmentation",
+        )
+    return Choice(wanted, "set in the request")
 
 
 def replay_rows(ratio: float, n: int) -> int:

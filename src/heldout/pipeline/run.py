@@ -14,6 +14,8 @@ from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
 from heldout.pipeline import crossfit, ladder, report
+from heldout.pipeline.augment.copies import Augmented, robust_copies
+from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.checks import ModelTools, Parts, check
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
@@ -31,6 +33,7 @@ from heldout.pipeline.training import Adapter, ModelFacts, Trainer
 from heldout.pipeline.types import Dataset, Finding, Split
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Watch
+from heldout.settings import DEFAULT_MODEL
 
 #: Largest difference of an answer's log-probability (nats per token of the answer, relative to its size)
 #: between the trainer and the serving path; two ways of adding up the same fp32 products differ by 1e-4.
@@ -237,8 +240,9 @@ def activations(request: Request) -> Path:
 
 def within_memory(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> TrainPlan:
     """The plan made to fit into memory. Raises InvalidValue when it cannot."""
-    replay = replay_for(plan, split, request, tools)
-    return tools.trainer.fit(plan, mixed(split, replay), base_model=request.base_model, directory=request.directory)
+    replay, augmented = replay_for(plan, split, request, tools), copies_for(plan, split, request, tools)
+    whole = mixed(split, replay, augmented)
+    return tools.trainer.fit(plan, whole, base_model=request.base_model, directory=request.directory)
 
 
 def replay_for(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> Replay:
@@ -253,20 +257,42 @@ def replay_for(plan: TrainPlan, split: Split, request: Request, tools: Tools) ->
     )
 
 
-def mixed(split: Split, replay: Replay) -> Split:
+def copies_for(plan: TrainPlan, split: Split, request: Request, tools: Tools) -> Augmented:
+    """The copies that take turns with the rows of train. What a model wrote for them is read from disk after the
+    first call."""
+    if plan.augmentation == "none":
+        return Augmented()
+    if plan.augmentation == "robust":
+        return robust_copies(split, seed=plan.seed)
+    is_encoder = tools.trainer.facts(request.base_model).kind == catalogue.ENCODER
+    return paraphrased_copies(
+        split,
+        tools.engine,
+        DEFAULT_MODEL if is_encoder else request.base_model,
+        request.base_model if is_encoder else catalogue.bundled_encoder(),
+        seed=plan.seed,
+        directory=request.directory,
+        watch=tools.watch,
+    )
+
+
+def mixed(split: Split, replay: Replay, augmented: Augmented) -> Split:
     """The split as the trainer gets it, and nobody else: shots, rungs and counts are about the user's rows."""
-    return replace(split, train=(*split.train, *replay.examples))
+    copies = (*augmented.copies, *(() for _ in replay.examples)) if augmented.copies else ()
+    return replace(split, train=(*split.train, *replay.examples), copies=copies)
 
 
 def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, directory: Path) -> Adapter:
     """Train in `directory`: the job's own, or a fold's below it."""
-    replay = replay_for(plan, split, request, tools)
+    replay, augmented = replay_for(plan, split, request, tools), copies_for(plan, split, request, tools)
+    if augmented.sentence:
+        tools.watch.message(augmented.sentence, data=augmented.data)
     if replay.examples:
         tools.watch.message(replay.sentence, data={"examples": len(replay.examples), "different": replay.different})
     tools.engine.close()  # training needs the memory
     return tools.trainer.train(
         plan,
-        mixed(split, replay),
+        mixed(split, replay, augmented),
         base_model=request.base_model,
         directory=directory,
         watch=tools.watch,

@@ -21,12 +21,14 @@ class Example:
     `line` is the row's line in the user's file, counted from 1. `weights[i]` is 1 if message i is an
     assistant message to learn from, else 0 (OpenAI's `weight: 0` masks an assistant message). `group` is
     what the user declared in `metadata.group`: rows of one group (a customer, a document) stay together.
+    `copy` is 0 for the row as it is in the file; an augmented copy has its number, and the line and group of its row.
     """
 
     messages: tuple[Message, ...]
     weights: tuple[int, ...]
     line: int
     group: str | None = None
+    copy: int = 0
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -99,3 +101,5 @@ class Split:
     seed: int
     groups: int  # distinct examples after grouping exact duplicates
     sources: dict[str, str] = field(default_factory=dict)  # part -> where it came from
+    #: copies[i] take turns with train[i] (train/loop.py); empty: every row is learned as it is.
+    copies: tuple[tuple[Example, ...], ...] = ()

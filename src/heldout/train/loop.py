@@ -98,10 +98,13 @@ def run(
     train: Sequence[Row],
     valid: Sequence[Row],
     *,
+    copies: Sequence[Sequence[Row]] = (),
     checkpoints: Path,
     watch: Watch,
 ) -> Course:
     """Train to the end, from the last checkpoint below `checkpoints` if there is one.
+
+    copies[i], where there are any, take turns with train[i]: as many steps as without.
 
     Raises InvalidTrainingFile when training breaks down at every learning rate that is tried.
     """
@@ -114,7 +117,7 @@ def run(
     started = time.monotonic() - course.seconds
     while course.step < plan.total_steps and not course.stopped:
         step, clock = course.step + 1, time.perf_counter()
-        rows = [train[row] for row in batch_rows(plan, len(train), step)]
+        rows = batch(plan, train, copies, step)
         found = gradients(trainee, rows, step)
         saved = course.stopping.can_go_back_to(checkpoint.steps(checkpoints))
         if alarm := course.guard.look(step, found.loss, found.norm, saved):
@@ -162,6 +165,23 @@ def batch_rows(plan: TrainPlan, n: int, step: int) -> list[int]:
     order = list(range(n))
     random.Random(f"{plan.seed}/{epoch}").shuffle(order)
     return order[within * plan.batch_size : (within + 1) * plan.batch_size]
+
+
+def batch(plan: TrainPlan, train: Sequence[Row], copies: Sequence[Sequence[Row]], step: int) -> list[Row]:
+    """What a step learns from: its rows, and for about half of them a copy in the row's place. Depends on
+    (seed, step) alone."""
+    chosen = batch_rows(plan, len(train), step)
+    if not copies:
+        return [train[row] for row in chosen]
+    epoch = (step - 1) // math.ceil(len(train) / plan.batch_size)
+    # Drawn, not counted: in a file whose labels alternate, one label would be all copies and the other none.
+    turns = random.Random(f"{plan.seed}/turns").sample(range(len(train)), len(train))
+    return [in_turn(train[row], copies[row], epoch + turns[row]) for row in chosen]
+
+
+def in_turn(row: Row, copies: Sequence[Row], turn: int) -> Row:
+    """The row as it is and one of its copies alternate, and the copies take turns: each is seen equally often."""
+    return copies[turn // 2 % len(copies)] if copies and turn % 2 else row
 
 
 def learning_rate(plan: TrainPlan, step: int, peak: float) -> float:

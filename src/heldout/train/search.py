@@ -44,6 +44,7 @@ def learning_rate(
     train: Sequence[Row],
     valid: Sequence[Row],
     *,
+    copies: Sequence[Sequence[Row]] = (),
     directory: Path,
     watch: Watch,
 ) -> TrainPlan:
@@ -70,7 +71,7 @@ def learning_rate(
     for first in (1, steps + 1):
         for trial in trials:
             end = done + steps  # also of a trial that breaks down before
-            sound = _train(plan, trainee, train, trial, range(first, first + steps), tell)
+            sound = _train(plan, trainee, train, copies, trial, range(first, first + steps), tell)
             trial.loss = _loss(trainee, valid) if sound else math.inf
             done = end
         trials = sorted(trials, key=lambda trial: trial.loss)[:2]
@@ -97,6 +98,7 @@ def _train(
     plan: TrainPlan,
     trainee: Trainee[Row],
     train: Sequence[Row],
+    copies: Sequence[Sequence[Row]],
     trial: Trial,
     steps: range,
     tell: Callable[[], None],
@@ -108,7 +110,7 @@ def _train(
     if trial.optimizer:
         optimizer.load_state_dict(trial.optimizer)
     for step in steps:
-        found = loop.gradients(trainee, [train[row] for row in loop.batch_rows(plan, len(train), step)], step)
+        found = loop.gradients(trainee, loop.batch(plan, train, copies, step), step)
         if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
             optimizer.zero_grad(set_to_none=True)
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,9 +92,11 @@ class TorchTrainer:
         body.refuse(config, cut=plan.freeze_layers)
         template = ChatTemplate(weights.load_tokenizer(folder))
         rows, others = _tokenize(template, split, plan.max_length)
+        copies, _ = that_fit(split.copies, lambda some: sft.tokenize(template, some, plan.max_length, "copies"))
         shapes = sft.shapes(config, _stored_parameters(folder), precision.itemsize)
-        steps = range(1, math.ceil(len(rows) / plan.batch_size) + 1)
-        batches = [[rows[row] for row in loop.batch_rows(plan, len(rows), step)] for step in steps]
+        turns = max(1, 2 * max(map(len, copies), default=0))  # epochs until every copy was seen
+        steps = range(1, turns * math.ceil(len(rows) / plan.batch_size) + 1)
+        batches = [loop.batch(plan, rows, copies, step) for step in steps]
         plan = memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), self.memory_limit)
         body.refuse(config, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
         return plan
@@ -117,11 +119,18 @@ class TorchTrainer:
             keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
             valid = trainee.rows(split.valid, "the validation data")
+            copies, left_out = that_fit(split.copies, lambda some: trainee.rows(some, "the copies"))
+            if left_out:
+                watch.message(f"{left_out} copies of training rows are left out: too long for {plan.max_length} tokens")
             trained = _announce(trainee, watch)
-            trainee.prepare([*train, *valid], watch)
+            trainee.prepare([*train, *(copy for some in copies for copy in some), *valid], watch)
             if plan.lr_search == "light":
-                plan = search.learning_rate(plan, trainee, train, valid, directory=directory, watch=watch)
-            course = loop.run(plan, trainee, train, valid, checkpoints=directory / "checkpoints", watch=watch)
+                plan = search.learning_rate(
+                    plan, trainee, train, valid, copies=copies, directory=directory, watch=watch
+                )
+            course = loop.run(
+                plan, trainee, train, valid, copies=copies, checkpoints=directory / "checkpoints", watch=watch
+            )
             watch.message(f"Training ended: {course.stopped}")
             selection, chosen = choose(trainee, valid, course, checkpoints=directory / "checkpoints", watch=watch)
         watch.message(selection.reason, data=selection.as_dict())
@@ -251,6 +260,24 @@ def _tokenize(template: ChatTemplate, split: Split, max_length: int) -> tuple[li
     if problems:
         raise InvalidTrainingFile("\n".join(problems))
     return found[0], found[1]
+
+
+def that_fit(
+    copies: Sequence[Sequence[Example]], rows: Callable[[Sequence[Example]], list[Row]]
+) -> tuple[list[list[Row]], int]:
+    """Copies of training rows as the model takes them, and how many it cannot take. A row that cannot be trained on
+    fails the job; a copy that we made longer than the model reads is only left out."""
+    left_out = 0
+
+    def one(example: Example) -> list[Row]:
+        nonlocal left_out
+        try:
+            return rows([example])
+        except InvalidTrainingFile:
+            left_out += 1
+            return []
+
+    return [[row for example in some for row in one(example)] for some in copies], left_out
 
 
 def _announce(trainee: Trainee[Row], watch: Watch) -> int:
