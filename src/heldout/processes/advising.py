@@ -17,12 +17,13 @@ from heldout.pipeline.advise.measure import Measured, measure
 from heldout.pipeline.advise.recommend import Prompted, Proof, recommend, what_it_proves
 from heldout.pipeline.advise.rungs import Cheap, measure_cheap
 from heldout.pipeline.advise.task import Task, infer_task, kind_of_rows
-from heldout.pipeline.checks import Parts
+from heldout.pipeline.checks import ModelTools, Parts
 from heldout.pipeline.checks.groups import group_by_prompt
+from heldout.pipeline.checks.length import find_too_long
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import TrainPlan, make_plan
-from heldout.pipeline.run import Request, Tools, answer_room, check_files, check_lengths, refuse_errors
+from heldout.pipeline.run import Request, Tools, answer_room, check_files, model_tools, refuse_errors
 from heldout.pipeline.split import is_small, part_sizes, split_dataset, split_into_folds
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
@@ -71,7 +72,7 @@ def advise(
     )
     with request.training.open() as content:
         special = kind_of_rows(content)
-    parts, findings = check_files(request, catalogue.known_kind(model, settings.model_aliases))
+    parts, findings = check_files(request, ModelTools(kind=catalogue.known_kind(model, settings.model_aliases)))
     if special is None and not len(parts.train):
         refuse_errors(request, findings)
     # Their rows are no plain conversations; what was read of them says little.
@@ -90,8 +91,8 @@ def advise(
 
         tools = local_tools(settings, model, watch)
         facts = tools.trainer.facts(model)
-        check_again = check_lengths(parts, request, facts, tools.engine)
-        refuse_errors(request, check_again)
+        parts = replace(parts, model=model_tools(request, facts, tools.trainer))
+        refuse_errors(request, tuple(find_too_long(parts)))
         if task.kind == "labels":
             encoder = model if facts.kind == ENCODER else catalogue.bundled_encoder()
             embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
