@@ -13,6 +13,7 @@ from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_la
 from heldout.pipeline.checks.leakage import find_exact_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.size import find_too_few_examples
+from heldout.pipeline.checks.text import find_damaged_texts
 from heldout.pipeline.types import Finding
 
 __all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "ModelTools", "Parts", "check"]
@@ -24,6 +25,8 @@ CHECKS: tuple[Check, ...] = (
     find_exact_leaks,
     find_unknown_labels,
     find_class_imbalance,
+    # text
+    find_damaged_texts,
 )
 
 #: For base models that are encoders, after the others.
