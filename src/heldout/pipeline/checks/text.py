@@ -216,7 +216,7 @@ def _could_be_meant(text: str, match: re.Match[str]) -> bool:
     """True for a capital that ends a word, with a mark behind it: "CAFÉ…", "5 Å »"."""
     before = text[match.start() - 1] if match.start() else ""
     after = text[match.end()] if match.end() < len(text) else ""
-    lead, tail = match.group()[:2]
+    lead, tail = match.group()[0], match.group()[1]
     if tail not in _CLOSING or before.islower():  # a capital behind a small letter is none
         return False
     if before.isupper():
