@@ -24,6 +24,7 @@ from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.personal import find_personal_data
 from heldout.pipeline.checks.prompts import find_system_prompt_drift
 from heldout.pipeline.checks.size import find_few_per_label, find_smallest_difference, find_too_few_examples
+from heldout.pipeline.checks.text import find_damaged_texts
 from heldout.pipeline.checks.wrong_labels import find_wrong_labels
 from heldout.pipeline.types import Finding
 
@@ -60,6 +61,8 @@ CHECKS: tuple[Check, ...] = (
     # size
     find_few_per_label,
     find_smallest_difference,
+    # text
+    find_damaged_texts,
 )
 
 #: For base models that are encoders, after the others.

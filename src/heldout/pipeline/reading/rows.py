@@ -23,7 +23,7 @@ from heldout.pipeline.reading.parse import Unreadable, parse_line
 from heldout.pipeline.reading.preferences import Pair, is_preference, preference_problems
 from heldout.pipeline.reading.problems import Problem
 from heldout.pipeline.reading.tools import tool_problems, uses_tools
-from heldout.pipeline.reading.words import LONE_SURROGATE, kind, show, show_json
+from heldout.pipeline.reading.words import LONE_SURROGATE, kind, show
 from heldout.pipeline.types import Example, Format
 
 #: A line of megabytes may hold a million wrong messages; nobody reads about more than the first.
@@ -181,7 +181,8 @@ def _problems(row: Any, repeated: str | None, pairs: list[Pair]) -> Iterator[Pro
         yield Problem("duplicate_json_key", text, example=row)
     if not isinstance(row, dict):
         text = f"the line is {kind(row)}, expected an object with the key 'messages'."
-        yield Problem("not_an_object", text, example=show_json(row))  # a string would be shown as it is
+        # A string as an example is shown as it is.
+        yield Problem("not_an_object", text, example=show(row) if isinstance(row, str) else row)
         return
     yield from _metadata_problems(row)
     if is_preference(row):

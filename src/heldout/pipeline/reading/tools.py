@@ -68,6 +68,7 @@ def tool_problems(row: dict[str, Any], messages: Sequence[Any]) -> Iterator[Prob
             yield Problem(
                 "invalid_tool_call", f"{where} calls a function, but its role is {show(message.get('role'))}."
             )
+            continue
         calls: list[_Call] = []
         yield from _call_problems(message, where, calls)
         is_last = position == len(messages)
@@ -145,7 +146,7 @@ def _call_problems(message: dict[str, Any], where: str, calls: list[_Call]) -> I
     """What is wrong with the form of a turn's calls; fills `calls` with those that have a name and arguments."""
     if message.get("function_call"):
         call = message["function_call"]
-        yield from _form_problems(call, f"{where}, 'function_call',", None, calls)
+        yield from _form_problems(call, f"{where}, 'function_call'", None, calls)
     tool_calls = message.get("tool_calls")
     if not tool_calls:
         return
@@ -154,7 +155,7 @@ def _call_problems(message: dict[str, Any], where: str, calls: list[_Call]) -> I
         return
     ids: set[str] = set()
     for position, call in enumerate(tool_calls, start=1):
-        here = f"{where}, call {position},"
+        here = f"{where}, call {position}"
         if not isinstance(call, dict) or call.get("type", "function") != "function":
             yield Problem(
                 "invalid_tool_call",
