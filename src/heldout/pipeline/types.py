@@ -79,7 +79,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Three disjoint parts of one job's data; no group of duplicates appears in two of them."""
+    """Three disjoint parts of one job's data; no group of near duplicates appears in two of them, unless the
+    user asked to keep leaks: then `caveats` says so."""
 
     train: tuple[Example, ...]
     valid: tuple[Example, ...]  # decides when to stop, which checkpoint, which prompt
@@ -87,3 +88,4 @@ class Split:
     seed: int
     groups: int  # distinct examples after grouping exact duplicates
     sources: dict[str, str] = field(default_factory=dict)  # part -> where it came from
+    caveats: tuple[str, ...] = ()  # what a reader must know before any score, one sentence each
