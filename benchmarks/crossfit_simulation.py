@@ -20,7 +20,8 @@ from typing import Any
 from heldout.pipeline.checks.groups import group_by_prompt
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.statistics import wilson
-from heldout.pipeline.split import allocate, split_dataset, split_into_folds
+from heldout.pipeline.folds import split_into_folds
+from heldout.pipeline.split import allocate, split_dataset
 from heldout.pipeline.types import Dataset, Example
 
 SIZES = (60, 240)

@@ -126,13 +126,15 @@ def test_an_empty_holdout_file_is_no_division_by_zero():
     assert found("small_holdout", train=numbered(50), holdout=numbered(0))
 
 
-def test_rows_that_differ_in_case_and_blanks_only_are_duplicates():
+def test_copies_are_exact_duplicates_and_other_case_and_blanks_make_near_ones():
     train = dataset(("a", "x"), ("b", "y"), (" A ", "X"), ("b", "y"), ("b", "other"), ("a", "x"))
-    (finding,) = found("exact_duplicate", train=train)
-    assert finding.severity == "warning"
-    assert finding.lines == (1, 2, 3, 4, 6)
-    assert "3 of 6 rows" in finding.message
-    assert "lines 1, 3 and 6; lines 2 and 4" in finding.message
+    (exact,) = found("exact_duplicate", train=train)
+    assert exact.severity == "warning"
+    assert exact.lines == (1, 2, 4, 6)
+    assert "2 of 6 rows" in exact.message
+    assert "lines 1 and 6; lines 2 and 4" in exact.message
+    (near,) = found("near_duplicate", train=train)
+    assert near.lines == (1, 3)
 
 
 def test_one_duplicate_in_a_hundred_rows_is_only_noted():
@@ -151,7 +153,7 @@ def test_one_prompt_with_two_answers_is_a_conflict():
 
 def test_a_leak_names_the_lines_of_both_files():
     train = numbered(50)
-    valid = dataset(("new", "n"), ("Question 7!", "other"), name="valid.jsonl")
+    valid = dataset(("new", "n"), ("question 7", "other"), name="valid.jsonl")
     warning, note = found("leak_exact", train=train, valid=valid)
     assert (warning.severity, warning.file, warning.lines) == ("warning", "valid.jsonl", (2,))
     assert (note.severity, note.file, note.lines) == ("note", "train.jsonl", (8,))
@@ -167,7 +169,7 @@ def test_files_of_one_name_do_not_mix_up_their_leaks():
 
 def test_a_leak_between_validation_and_holdout_costs_the_validation_row():
     valid = dataset(("one", "n"), ("two", "n"), name="valid.jsonl")
-    holdout = dataset(("zero", "n"), ("Two", "n"), ("two", "m"), name="holdout.jsonl")
+    holdout = dataset(("zero", "n"), ("two", "n"), ("two", "m"), name="holdout.jsonl")
     warning, note = found("leak_exact", train=numbered(50), valid=valid, holdout=holdout)
     assert (warning.file, warning.lines) == ("valid.jsonl", (2,))
     assert (note.file, note.lines) == ("holdout.jsonl", (2, 3))
@@ -175,7 +177,7 @@ def test_a_leak_between_validation_and_holdout_costs_the_validation_row():
 
 def test_a_prompt_answered_in_an_earlier_turn_of_a_training_row_is_a_leak():
     train = Dataset(name="train.jsonl", examples=(example("and?", "c", line=5, earlier=("a", "b")),))
-    warning, note = found("leak_exact", train=train, valid=dataset(("A", "b"), name="valid.jsonl"))
+    warning, note = found("leak_exact", train=train, valid=dataset(("a", "b"), name="valid.jsonl"))
     assert (warning.lines, note.lines) == ((1,), (5,))
 
 

@@ -14,11 +14,11 @@ from heldout.pipeline import crossfit
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers
+from heldout.pipeline.folds import split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.selection import Candidate, Selection
-from heldout.pipeline.split import split_into_folds
 from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
 from heldout.pipeline.types import Dataset, Split
 from heldout.pipeline.watch import Silent

@@ -14,7 +14,8 @@ import pytest
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile
 from heldout.pipeline.checks.groups import fingerprint, prompt_fingerprint, shown_prompts
 from heldout.pipeline.dataset import read_dataset
-from heldout.pipeline.split import allocate, is_small, part_sizes, split_dataset, split_into_folds
+from heldout.pipeline.folds import is_small, split_into_folds
+from heldout.pipeline.split import allocate, part_sizes, split_dataset
 from heldout.pipeline.types import Dataset, Example, Finding, Split
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -314,7 +315,7 @@ def test_every_row_of_random_data_is_held_out_in_one_fold_and_nothing_of_it_is_t
 
 def test_the_folds_do_not_depend_on_the_process():
     program = (
-        "from heldout.pipeline.split import split_into_folds; from heldout.pipeline.types import *\n"
+        "from heldout.pipeline.folds import split_into_folds; from heldout.pipeline.types import *\n"
         "def row(n): return ({'role': 'user', 'content': f'q{n}'},"
         " {'role': 'assistant', 'content': f'label {n % 3}'})\n"
         "rows = tuple(Example(messages=row(n), weights=(0, 1), line=n) for n in range(30))\n"

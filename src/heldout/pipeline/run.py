@@ -23,12 +23,13 @@ from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.findings import grouped, most_harmful_first, name_more, on_the_wire
+from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import MAX_LENGTH, TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
-from heldout.pipeline.split import SMALL, Folds, is_small, split_dataset, split_into_folds
+from heldout.pipeline.split import SMALL, split_dataset
 from heldout.pipeline.training import Adapter, ModelFacts, Trainer
 from heldout.pipeline.types import Dataset, Finding, Split
 from heldout.pipeline.verdict import decide

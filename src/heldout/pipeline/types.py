@@ -93,7 +93,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Three disjoint parts of one job's data; no group of duplicates appears in two of them."""
+    """Three disjoint parts of one job's data; no group of near duplicates appears in two of them, unless the
+    user asked to keep leaks: then `caveats` says so."""
 
     train: tuple[Example, ...]
     valid: tuple[Example, ...]  # decides when to stop, which checkpoint, which prompt
@@ -103,3 +104,4 @@ class Split:
     sources: dict[str, str] = field(default_factory=dict)  # part -> where it came from
     #: copies[i] take turns with train[i] (train/loop.py); empty: every row is learned as it is.
     copies: tuple[tuple[Example, ...], ...] = ()
+    caveats: tuple[str, ...] = ()  # what a reader must know before any score, one sentence each

@@ -6,6 +6,7 @@ See docs/design/near-duplicates.md.
 from __future__ import annotations
 
 import re
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ SIMILAR = 0.7
 WORDY, SAME_WORDS = 60, 0.9
 #: Free answers to the same question are worded freely; above this they say the same.
 ALIKE_ANSWERS = 0.5
-#: A bucket of more texts than this is compared with a few of its texts, not each with each.
-SMALL_BUCKET, REPRESENTATIVES, FEW_REPRESENTATIVES, HUGE_BUCKET = 32, 8, 2, 1_000
+#: In a bucket of more texts than this, each is compared with a few that stand for the others.
+SMALL_BUCKET, REPRESENTATIVES = 12, 4
+#: A text that was compared so often in vain is not compared any more: in a big bucket, and at all.
+FEW_FAILED, MOST_FAILED = 8, 200
 _CACHED_CHARACTERS = 500_000
 _REMEMBERED = 2_000_000
 
@@ -83,11 +86,12 @@ class _Sets:
     """Disjoint sets of texts; the root of a set is its first text."""
 
     def __init__(self, n: int) -> None:
-        self._parent = np.arange(n)
+        self._numbers = np.arange(n)
+        self._parent = memoryview(self._numbers)  # reads and writes single numbers faster than numpy does
 
     def root(self, text: int) -> int:
         parent = self._parent
-        while (above := int(parent[text])) != text:
+        while (above := parent[text]) != text:
             parent[text] = parent[above]
             text = above
         return text
@@ -97,7 +101,7 @@ class _Sets:
         self._parent[high] = low
 
     def roots(self) -> Numbers:
-        found = self._parent
+        found = self._numbers
         while True:
             above = found[found]
             if (above == found).all():
@@ -109,45 +113,71 @@ class _Search:
     """Compares the texts of each bucket, and remembers what came out."""
 
     def __init__(self, rows: Rows, first: Numbers, *, labels: bool) -> None:
-        self._rows, self._first, self._labels = rows, first, labels
+        self._rows, self._first, self._labels = rows, memoryview(first), labels
+        self._n = len(first)
         self.same, self.joined = _Sets(len(first)), _Sets(len(first))
         self.contrasts: list[tuple[int, int]] = []
+        self._failed = array("H", bytes(2 * len(first)))  # how often a text was compared in vain
         self._known: dict[int, Relation] = {}
         self._grams: OrderedDict[tuple[str, int], frozenset[str]] = OrderedDict()
         self._characters = 0
+        self._answer, self._numbers, self._system, self._asked, self._length = (
+            memoryview(values) for values in (rows.answer, rows.numbers, rows.system, rows.asked, rows.length)
+        )
 
     def compare_all(self, bucket: Sequence[int]) -> None:
-        """Join what belongs together. In a big bucket a text is compared with a few representatives only."""
-        n = len(bucket)
-        most = n if n <= SMALL_BUCKET else REPRESENTATIVES if n <= HUGE_BUCKET else FEW_REPRESENTATIVES
-        representatives: list[int] = []
+        """Join what belongs together: by all pairs, or, in a big bucket, by a few texts that stand for others."""
+        if len(bucket) > 2:
+            bucket = list({self.same.root(text): text for text in bucket}.values())
+        if len(bucket) > SMALL_BUCKET:
+            self._compare_with_few(bucket)
+            return
+        for position, text in enumerate(bucket):
+            for other in bucket[:position]:
+                if self._failed[text] < MOST_FAILED and self.same.root(text) != self.same.root(other):
+                    self._compare(other, text)
+
+    def _compare_with_few(self, bucket: Sequence[int]) -> None:
+        """Only texts with the same numbers (and label) can be the same: those are compared with the first few
+        of them. Of the others, the first of each kind with the first of a few other kinds."""
+        kinds: dict[tuple[int, int], list[int]] = {}
+        heads: dict[int, list[int]] = {}
         for text in bucket:
-            root = self.same.root(text)
-            if any(self.same.root(one) == root for one in representatives):
-                continue
-            if not any(self._compare(one, text) is Relation.SAME for one in representatives) and (
-                len(representatives) < most
-            ):
-                representatives.append(text)
+            row = self._first[text]
+            label = self._answer[row] if self._labels else 0
+            numbers = 0 if label and self._length[row] >= WORDY else self._numbers[row]
+            few = kinds.setdefault((label, numbers), [])
+            if not few and len(others := heads.setdefault(numbers, [])) < REPRESENTATIVES:
+                for other in others:
+                    self._compare(other, text)
+                others.append(text)
+            for other in few:
+                if self._failed[text] >= FEW_FAILED or self._compare(other, text) is Relation.SAME:
+                    break
+            else:
+                if len(few) < REPRESENTATIVES:
+                    few.append(text)
 
     def _compare(self, one: int, other: int) -> Relation:
-        pair = one * len(self._first) + other
+        pair = one * self._n + other
         relation = self._known.get(pair)
-        if relation is None:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            relation = self._known[pair] = self._relation(int(self._first[one]), int(self._first[other]))
-            if relation is not Relation.NONE:
-                self.joined.join(one, other)
-            if relation is Relation.SAME:
-                self.same.join(one, other)
-            elif relation is Relation.OTHER_ANSWER:
-                self.contrasts.append((one, other))
+        if relation is not None:
+            return relation
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        relation = self._known[pair] = self._relation(self._first[one], self._first[other])
+        if relation is Relation.SAME:
+            self.same.join(one, other)
+        elif self._failed[other] < MOST_FAILED:
+            self._failed[other] += 1
+        if relation is not Relation.NONE:
+            self.joined.join(one, other)
+        if relation is Relation.OTHER_ANSWER:
+            self.contrasts.append((one, other))
         return relation
 
     def _relation(self, one: int, other: int) -> Relation:
-        rows = self._rows
-        same_answer = bool(rows.answer[one] == rows.answer[other])
+        same_answer = self._answer[one] == self._answer[other]
         if not self._ask_the_same(one, other, same_answer=same_answer):
             return Relation.NONE
         if same_answer or (not self._labels and self._similarity("answer", one, other) >= ALIKE_ANSWERS):
@@ -155,14 +185,13 @@ class _Search:
         return Relation.OTHER_ANSWER
 
     def _ask_the_same(self, one: int, other: int, *, same_answer: bool) -> bool:
-        rows = self._rows
-        same_numbers = bool(rows.numbers[one] == rows.numbers[other])
-        short, long = sorted((int(rows.length[one]), int(rows.length[other])))
+        same_numbers = self._numbers[one] == self._numbers[other]
+        short, long = sorted((self._length[one], self._length[other]))
         if short * 2 < long or not (same_numbers or (same_answer and short >= WORDY)):
             return False
-        if rows.system[one] != rows.system[other] and self._similarity("system", one, other) < SIMILAR:
+        if self._system[one] != self._system[other] and self._similarity("system", one, other) < SIMILAR:
             return False
-        if rows.asked[one] == rows.asked[other]:
+        if self._asked[one] == self._asked[other]:
             return True
         if same_numbers:
             return self._similarity("asked", one, other) >= SIMILAR

@@ -6,6 +6,7 @@ when there are many. What is compared in the end is read again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,9 +14,10 @@ import sys
 import tempfile
 import unicodedata
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -77,10 +79,8 @@ def canonical(answer: str) -> str:
     """An answer without differences that a reader of it would not see: folded, JSON in one order of keys."""
     text = answer.strip()
     if text.startswith(("{", "[")):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON after all: the text speaks for itself
             text = json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False)
-        except (ValueError, RecursionError):
-            pass  # not JSON after all: the text speaks for itself
     return fold(text)
 
 
@@ -142,7 +142,7 @@ class Rows:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @property
+    @cached_property
     def key(self) -> Hashes:
         """Equal for rows that ask the same under the same system message."""
         return mix(self.system, self.asked)
@@ -153,7 +153,7 @@ class Rows:
 
     def part(self, row: int) -> int:
         """The dataset that a row belongs to."""
-        return next(part for part in range(len(self.datasets)) if row < self.starts[part + 1])
+        return bisect_right(self.starts, row) - 1
 
     def example(self, row: int) -> Example:
         """The row itself, read anew."""
@@ -264,23 +264,22 @@ def sign(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
     hashed = codes[where]
     for shift in range(1, GRAM):
         hashed = hashed * np.uint64(0x9E3779B97F4A7C15) ^ codes[where + shift]
-    hashed = hashed * np.uint64(0xD6E8FEB86659FD93)
-    hashed ^= hashed >> np.uint64(29)
+    hashed = (hashed * np.uint64(0xD6E8FEB86659FD93) >> np.uint64(32)).astype(np.uint32)
     signed = np.empty((BANDS, len(texts)), np.uint32)
     for band in range(BANDS):
         value = np.zeros(len(texts), np.uint64)
-        for factor, offset in _FUNCTIONS[band * PER_BAND : (band + 1) * PER_BAND]:
-            value = mix(value, np.minimum.reduceat(hashed * factor + offset >> np.uint64(32), starts))
+        for factor, mask in _FUNCTIONS[band * PER_BAND : (band + 1) * PER_BAND]:
+            value = mix(value, np.minimum.reduceat((hashed ^ mask) * factor, starts).astype(np.uint64))
         signed[band] = value >> np.uint64(32)
     return signed
 
 
-def _functions() -> tuple[tuple[np.uint64, np.uint64], ...]:
+def _functions() -> tuple[tuple[np.uint32, np.uint32], ...]:
     # From a hash, not from numpy's generator: the same with every version of numpy, so a job resumes alike.
-    def number(name: str) -> np.uint64:
-        return np.uint64(hash64(name))
+    def number(name: str) -> np.uint32:
+        return np.uint32(hash64(name) >> 32)
 
-    return tuple((number(f"factor {i}") | np.uint64(1), number(f"offset {i}")) for i in range(BANDS * PER_BAND))
+    return tuple((number(f"factor {i}") | np.uint32(1), number(f"mask {i}")) for i in range(BANDS * PER_BAND))
 
 
 def hash64(text: str) -> int:
