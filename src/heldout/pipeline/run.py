@@ -17,6 +17,7 @@ from heldout.pipeline import crossfit, ladder, report
 from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.checks import ModelTools, Parts, check
+from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
@@ -89,6 +90,8 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     facts = tools.trainer.facts(request.base_model)
     parts, findings = check_files(request, model_tools(request, facts, tools.trainer))
     refuse_errors(request, findings)
+    if facts.kind == catalogue.CHAT:  # an encoder says labels, no facts
+        findings = with_the_base_models_word(findings, tools.engine, request.base_model, parts.train, tools.watch)
     tell_findings(findings, tools.watch)
 
     few = parts.holdout is None and is_small(parts.train)

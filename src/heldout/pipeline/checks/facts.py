@@ -17,6 +17,8 @@ from heldout.pipeline.checks.groups import are_labels
 from heldout.pipeline.checks.parts import Parts, name_lines, shorten
 from heldout.pipeline.types import Dataset, Example, Finding
 
+#: The finding about the file as a whole; a job asks the base model about it (pipeline/closed_book.py).
+TEACHES = "teaches_facts"
 #: From this share of rows on, the file as a whole teaches facts (SCIENCE §5).
 TEACHES_SHARE = 0.2
 #: A fact is a short answer to a short question; a long text is composed, and a long prompt brings material.
@@ -66,7 +68,7 @@ def find_facts(parts: Parts) -> Iterator[Finding]:
     teaches = len(lines) >= TEACHES_SHARE * n
     if teaches:
         yield Finding(
-            code="teaches_facts",
+            code=TEACHES,
             severity="warning",
             message=(
                 f"{len(lines)} of {n} rows ({len(lines) / n:.0%}) teach facts: their answers cannot be told from their "
@@ -194,7 +196,8 @@ def _is_all_new(words: Sequence[str], known: str) -> bool:
     lower = [word.lower() for word in words]
     if not _SPEAKS.isdisjoint(lower):
         return False
-    said = [word for word in lower if word not in _SMALL and len(word) > 2]
+    # A count that the prompt lets one compute is none of its words either.
+    said = [word for word in lower if word not in _SMALL | _COUNTS and len(word) > 2]
     return bool(said) and not any(word in known for word in said)
 
 
