@@ -96,7 +96,7 @@ def test_a_good_file_is_checked_with_exit_code_0(tmp_path: Path) -> None:
     assert "train.jsonl: 80 sound rows; " in done.out
     assert "holdout.jsonl: 48 sound rows." in done.out
     assert done.out.endswith("A job would take this.\n")
-    assert done.err == ""
+    assert all(line.startswith("checks: ") for line in done.err.splitlines()), "only where a machine is slow"
 
 
 @pytest.fixture

@@ -119,6 +119,12 @@ def test_a_changed_line_keeps_every_other_byte(repaired: Any) -> None:
     assert lines[20].decode() == line.replace('}\\n"', '}"')
 
 
+def test_the_answer_is_exchanged_and_not_the_same_text_in_the_question(repaired: Any) -> None:
+    line = '{"messages" :[{"role":"user","content":"{\\"q\\": 1} "}, {"role":"assistant","content":"{\\"q\\": 1} "} ]}'
+    _, lines = repaired(*GOOD, line.encode())
+    assert lines[20].decode() == line.replace('1} "} ]', '1}"} ]')
+
+
 def test_a_text_that_is_spelled_unusually_is_written_anew_in_the_lines_own_style(repaired: Any) -> None:
     line = '{"messages":[{"role":"user","content":"é"},{"role":"assistant","content":"{\\u0022q\\u0022: 1}\\n"}]}'
     _, lines = repaired(*GOOD, line.encode())
