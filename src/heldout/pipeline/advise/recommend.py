@@ -117,7 +117,8 @@ def _good_prompt(prompted: Sequence[Prompted]) -> Recommendation | None:
         return None
     reason = (
         f"The base model with a {best.name} prompt has {best.score:.0%} {best.metric} on {best.rows} rows (95 % "
-        f"interval from {best.interval[0]:.0%}; the rule: {GOOD_PROMPT:.0%}). Training has little to add but shorter prompts."
+        f"interval from {best.interval[0]:.0%}; the rule: {GOOD_PROMPT:.0%}). Training has little to add but "
+        "shorter prompts."
     )
     return Recommendation(tool="prompt", reasons=(reason,))
 
