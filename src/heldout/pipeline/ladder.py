@@ -110,7 +110,7 @@ def prompt_rungs(
             scores=ask(split.holdout, (), "zero-shot prompt"),
         )
     ]
-    choosers = choosers_of(split)
+    choosers = _spread(split.valid, CHOOSERS, split.seed)
     best: tuple[float, tuple[Example, ...]] = (-1.0, ())
     for shots in candidate_shots(split, metric):
         tried = ask_if_it_fits(choosers, shots, f"choosing {len(shots)} shots")
@@ -243,8 +243,7 @@ def asked_of(example: Example) -> str:
     return "\n".join(str(message["content"]) for message in example.prompt if message["role"] == "user")
 
 
-def choosers_of(split: Split) -> list[Example]:
-    """The valid examples that choose among few-shot prompts."""
-    if len(split.valid) <= CHOOSERS:
-        return list(split.valid)
-    return random.Random(f"{split.seed}/choosers").sample(list(split.valid), CHOOSERS)
+def _spread(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    if len(examples) <= count:
+        return list(examples)
+    return random.Random(f"{seed}/choosers").sample(list(examples), count)

@@ -175,7 +175,7 @@ def _job(rehearsal: Rehearsal, model: str, prices: Prices) -> Job:
 
 
 def _prompted(measured: Measured) -> tuple[Prompted, ...]:
-    answered = [*([measured.plain] if measured.plain else []), *measured.with_shots]
+    answered = [*([measured.plain] if measured.plain else []), *measured.behind_shots]
     return tuple(
         Prompted(
             name=f"{one.shots}-shot" if one.shots else "zero-shot",

@@ -80,7 +80,7 @@ class Costs:
 
 def count_tokens(measured: Measured, epochs: int) -> Tokens:
     """What the file costs in tokens. An encoder is not prompted: its prompts are 0."""
-    longest = max(measured.with_shots, key=lambda one: one.shots, default=None)
+    longest = max(measured.behind_shots, key=lambda one: one.shots, default=None)
     plain = measured.plain.prompt_tokens if measured.plain else 0.0
     return Tokens(
         per_epoch=measured.timings.tokens,

@@ -135,10 +135,11 @@ def _ladder(one: Training, measured: Measured) -> float:
         return 0.0
     seconds = measured.embedding * (one.train + one.holdout)
     if measured.plain:
-        seconds += measured.plain.a_row * one.holdout
-    shots = [shots.a_row for shots in measured.with_shots]
+        seconds += measured.plain.seconds_for(one.holdout)
+    shots = measured.behind_shots
     if shots:
-        seconds += sum(shots) * ORDERS * min(CHOOSERS, one.valid) + sum(shots) / len(shots) * one.holdout
+        choosing = sum(prompt.seconds_for(min(CHOOSERS, one.valid)) for prompt in shots)
+        seconds += ORDERS * choosing + sum(prompt.seconds_for(one.holdout) for prompt in shots) / len(shots)
     return seconds
 
 

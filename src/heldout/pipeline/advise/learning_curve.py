@@ -22,8 +22,10 @@ FEWEST_ROWS = 50
 DRAWS = 1_000
 #: Collecting is advised when doubling the rows gains at least so much, with at least so much probability.
 WORTH, SURE = 0.02, 0.8
-#: Exponents among which the interval does not choose; the estimate itself is at 1/2.
-EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+#: Exponents among which the interval does not choose, from nearly logarithmic on; the estimate itself is at 1/2.
+EXPONENTS = (0.01, 0.5, 1.0)
+#: What no such curve knows of how the next rows will be: standard deviation of a gain, by the benchmark.
+UNKNOWN = 0.005
 
 #: Learns from the rows of the first list and answers those of the second.
 Fit = Callable[[Sequence[int], Sequence[int]], Sequence[str]]
@@ -147,8 +149,9 @@ def predict(curve: Curve, n: int, *, rung: str, seed: int = 0) -> MoreData:
     errors = np.asarray([wrong.mean() for wrong in curve.wrong])
     now, double = read(errors[None], sizes, n, np.asarray([0.5]))
     exponents = rng.choice(EXPONENTS, size=DRAWS)
-    nows, doubles = read(np.stack(drawn, axis=1), sizes, n, exponents)
-    gains = nows - doubles
+    nows, doubles = read(np.stack(drawn, axis=1), sizes, n, exponents, free=True)
+    unknown = UNKNOWN * rng.standard_normal(DRAWS)
+    gains, doubles = nows - doubles + unknown, np.maximum(0.0, doubles - unknown)
     return MoreData(
         rung=rung,
         n=n,
@@ -164,8 +167,12 @@ def predict(curve: Curve, n: int, *, rung: str, seed: int = 0) -> MoreData:
     )
 
 
-def read(errors: Any, sizes: Any, n: int, exponents: Any) -> tuple[Any, Any]:
-    """Errors at n and at 2n rows of curves a + b m^-exponent through `errors` [curves, sizes]; a, b >= 0."""
+def read(errors: Any, sizes: Any, n: int, exponents: Any, *, free: bool = False) -> tuple[Any, Any]:
+    """Errors at n and at 2n rows of curves a + b m^-exponent through `errors` [curves, sizes], with b >= 0.
+
+    An a below zero, which no error can end at, is not allowed unless the curve is `free`: some fall more steeply than
+    m^-exponent while rows are few.
+    """
     import numpy as np
 
     weights = sizes / sizes.sum()  # what lies near n says more about n
@@ -174,6 +181,7 @@ def read(errors: Any, sizes: Any, n: int, exponents: Any) -> tuple[Any, Any]:
     spread = (weights * (x - x_mean[:, None]) ** 2).sum(1)
     b = np.maximum(0.0, (weights * (x - x_mean[:, None]) * (errors - y_mean[:, None])).sum(1) / spread)
     a = y_mean - b * x_mean
-    through_zero = (weights * x * errors).sum(1) / (weights * x * x).sum(1)
-    b, a = np.where(a < 0, through_zero, b), np.maximum(0.0, a)
-    return a + b * float(n) ** -exponents, a + b * (2.0 * n) ** -exponents
+    if not free:
+        through_zero = (weights * x * errors).sum(1) / (weights * x * x).sum(1)
+        b, a = np.where(a < 0, through_zero, b), np.maximum(0.0, a)
+    return np.maximum(0.0, a + b * float(n) ** -exponents), np.maximum(0.0, a + b * (2.0 * n) ** -exponents)

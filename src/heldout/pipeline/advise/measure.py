@@ -5,24 +5,27 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from heldout.engine.base import Engine, ModelRef, Sampling
 from heldout.engine.catalogue import ENCODER
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.evaluate.answers import Metric
-from heldout.pipeline.evaluate.scores import Scores, score_model
+from heldout.pipeline.evaluate.scores import Scores, score_answers, with_shots
 from heldout.pipeline.general_answers import MAX_TOKENS
 from heldout.pipeline.general_prompts import HELD_BACK
-from heldout.pipeline.ladder import candidate_shots, choosers_of
+from heldout.pipeline.ladder import candidate_shots
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import ModelFacts, Timings, Trainer
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 
-#: Rows that are answered in one batch by the local engine: fewer would be slower for each.
-ANSWERED = 48
+#: Rows that are answered as they are, and behind shots.
+ANSWERED, BEHIND_SHOTS = 24, 12
+#: An answer's token takes about as long as so many of a prompt, which are computed at once. It only decides how
+#: much of a sample's time is that of the shared beginning.
+SLOWER = 3.0
 #: Conversations whose log-probability is read, and general prompts that are answered.
 READ, ASKED = 4, 8
 
@@ -35,12 +38,17 @@ class Answering:
     rows: int  # answered to measure this
     seconds: float
     prompt_tokens: float  # of a call, on average
+    shared_tokens: float  # of them the same for all rows and computed once: system prompt and shots
+    answer_tokens: float  # on average
     scores: Scores
 
-    @property
-    def a_row(self) -> float:
-        """Seconds for each answer."""
-        return self.seconds / self.rows
+    def seconds_for(self, rows: int) -> float:
+        """What so many rows would take, asked at once."""
+        return self.seconds * self._tokens(rows) / self._tokens(self.rows)
+
+    def _tokens(self, rows: int) -> float:
+        own = self.prompt_tokens - self.shared_tokens + SLOWER * self.answer_tokens
+        return (self.shared_tokens + own * rows) if rows else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,7 @@ class Measured:
 
     load: float  # the base model into the engine, while a job goes on
     plain: Answering | None  # None: an encoder cannot be prompted
-    with_shots: tuple[Answering, ...]  # one for each number of shots that fits
+    behind_shots: tuple[Answering, ...]  # one for each number of shots that fits
     tuned: float  # for each answer of a tuned model
     reading: float  # the log-probability of one conversation
     general: float  # all general prompts, answered
@@ -85,12 +93,13 @@ def measure(
     rows = [*split.valid, *split.train][:ANSWERED]
     prompted = facts.kind != ENCODER
     plain: Answering | None = None
-    with_shots: tuple[Answering, ...] = ()
+    behind_shots: tuple[Answering, ...] = ()
     reading = general = 0.0
+    system_tokens = _system_tokens(engine, base_model, rows)
     if prompted:
-        watch.message(f"Answering {len(rows)} rows with the prompt as it is, and behind solved examples")
-        plain = _answer(engine, model, rows, metric, (), max_tokens)
-        with_shots = tuple(_answer_behind_shots(engine, model, split, metric, max_tokens))
+        watch.message(f"Answering {len(rows)} rows with the prompt as it is, and {BEHIND_SHOTS} behind solved examples")
+        plain = _answer(engine, model, rows, metric, (), max_tokens, shared=system_tokens)
+        behind_shots = tuple(_answer_behind_shots(engine, model, split, metric, max_tokens, rows, plain))
         reading = _clock(lambda: engine.log_probs(model, [one.messages for one in rows[:READ]])) / len(rows[:READ])
         general = _clock(lambda: _ask_general(engine, model)) * len(HELD_BACK) / ASKED
     engine.close()
@@ -106,17 +115,15 @@ def measure(
     # A tuned model ends its answers where the training answers end; this one does not know that yet.
     limit = Sampling(max_tokens=_long(targets) + 1)
     answering = _clock(lambda: engine.chat(tuned, prompts, limit)) / len(rows)
-    system = sorted({str(row.prompt[0]["content"]) for row in rows if row.prompt[0]["role"] == "system"})
-    system_tokens = dict(zip(system, engine.count_tokens(base_model, system), strict=True)) if system else {}
     return Measured(
         load=load,
         plain=plain,
-        with_shots=with_shots,
+        behind_shots=behind_shots,
         tuned=answering,
         reading=reading,
         general=general,
         embedding=embedding,
-        system_tokens=statistics.fmean(system_tokens.get(str(row.prompt[0]["content"]), 0) for row in rows),
+        system_tokens=system_tokens,
         target_tokens=statistics.fmean(targets),
         timings=timings,
     )
@@ -129,31 +136,54 @@ def _answer(
     metric: Metric,
     shots: Sequence[Example],
     max_tokens: int,
+    *,
+    shared: float = 0.0,
 ) -> Answering:
     began = time.perf_counter()
-    scores = score_model(engine, model, rows, metric, max_tokens=max_tokens, shots=shots)
+    prompts = [with_shots(row.prompt, shots) for row in rows]
+    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens))
+    seconds = time.perf_counter() - began
     return Answering(
         shots=len(shots),
         rows=len(rows),
-        seconds=time.perf_counter() - began,
-        prompt_tokens=scores.prompt_tokens,
-        scores=scores,
+        seconds=seconds,
+        prompt_tokens=statistics.fmean(reply.prompt_tokens for reply in replies),
+        shared_tokens=shared,
+        answer_tokens=statistics.fmean(reply.completion_tokens for reply in replies),
+        scores=score_answers(metric, rows, [reply.text for reply in replies], replies),
     )
 
 
 def _answer_behind_shots(
-    engine: Engine, model: ModelRef, split: Split, metric: Metric, max_tokens: int
+    engine: Engine,
+    model: ModelRef,
+    split: Split,
+    metric: Metric,
+    max_tokens: int,
+    rows: Sequence[Example],
+    plain: Answering,
 ) -> list[Answering]:
     """As a job chooses shots; the first draw of each number, which is as slow as the second."""
     found: dict[int, Answering] = {}
     for shots in candidate_shots(split, metric):
-        if len(shots) in found:
+        asked = [row for row in rows if row not in shots][:BEHIND_SHOTS]
+        if len(shots) in found or not asked:
             continue
         try:
-            found[len(shots)] = _answer(engine, model, choosers_of(split), metric, shots, max_tokens)
+            one = _answer(engine, model, asked, metric, shots, max_tokens)
         except ContextLengthExceeded:
             continue  # a job leaves it out, and says so
+        shared = plain.shared_tokens + one.prompt_tokens - plain.prompt_tokens
+        found[len(shots)] = replace(one, shared_tokens=max(0.0, shared))
     return list(found.values())
+
+
+def _system_tokens(engine: Engine, base_model: str, rows: Sequence[Example]) -> float:
+    """Tokens of a row's system prompt, on average."""
+    prompts = [str(row.prompt[0]["content"]) if row.prompt[0]["role"] == "system" else "" for row in rows]
+    texts = sorted({text for text in prompts if text})
+    counts = dict(zip(texts, engine.count_tokens(base_model, texts), strict=True)) if texts else {}
+    return statistics.fmean(counts.get(text, 0) for text in prompts)
 
 
 def _ask_general(engine: Engine, model: ModelRef) -> None:
