@@ -21,10 +21,11 @@ from heldout.pipeline.checks import ModelTools, Parts
 from heldout.pipeline.checks.groups import group_by_prompt
 from heldout.pipeline.checks.length import find_too_long
 from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.folds import is_small, split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.run import Request, Tools, answer_room, check_files, model_tools, refuse_errors
-from heldout.pipeline.split import is_small, part_sizes, split_dataset, split_into_folds
+from heldout.pipeline.split import part_sizes, split_dataset
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent, Watch
