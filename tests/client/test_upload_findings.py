@@ -30,7 +30,7 @@ def codes(file):
 
 def later(live, file, seconds=60):
     deadline = time.monotonic() + seconds
-    while codes(file) == ["not_checked"] and "being looked at" in file.x_findings[0]["message"]:
+    while "not_checked" in codes(file):
         assert time.monotonic() < deadline
         time.sleep(0.1)
         file = live.client.files.retrieve(file.id)
@@ -73,6 +73,19 @@ def test_a_check_that_fails_loses_no_upload_and_says_so(start, tmp_path, monkeyp
     assert words in file.x_findings[0]["message"]
     assert "The job that uses it looks at it again" in file.x_findings[0]["message"]
     assert live.client.files.content(file.id).read() == BAD
+
+
+def test_what_reading_shows_is_there_before_rows_are_compared(start, tmp_path, monkeypatch):
+    slow = "from heldout.pipeline import checks\nchecks.CHECKS = (lambda parts: 1 / 0,)\n"
+    slow += "import sys\nfrom heldout.processes import uploads\nsys.exit(uploads.main(sys.argv[3:]))"
+    (tmp_path / "slow.py").write_text(slow)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {uploads.sys.executable} {tmp_path / "slow.py"} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(uploads.sys, "executable", str(python))
+    file = start(uploads={"patience": 60}).upload(BAD)
+    assert codes(file) == ["truncated_json", "blank_line", "not_checked"]
+    assert "exit code 1" in file.x_findings[-1]["message"]
 
 
 def test_what_a_job_found_is_not_overwritten(start, monkeypatch):

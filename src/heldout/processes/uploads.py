@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from heldout import machine
 from heldout.errors import NotFound
-from heldout.pipeline.findings import on_the_wire
-from heldout.pipeline.run import Request, Source, check_files
+from heldout.pipeline.checks import Parts, check
+from heldout.pipeline.findings import most_harmful_first, on_the_wire
+from heldout.pipeline.run import Request, Source, read_files
 from heldout.pipeline.types import Finding
 from heldout.records import File
 from heldout.settings import Settings, read_settings
@@ -54,8 +55,8 @@ class Uploads:
         self._closed = False
 
     def __call__(self, file: File) -> File:
-        """The file with its findings; if they take long, with a note that says so."""
-        self._db.set_findings(file.id, [on_the_wire(_not_checked(file, f"It is being looked at. {_COMING}"))])
+        """The file with what was found so far, and a note where there is more to come."""
+        self._db.set_findings(file.id, [_not_checked(file, f"It is being looked at. {_COMING}")])
         wait([self._pool.submit(self._look, file)], self._patience)
         return self._db.get_file(file.id)
 
@@ -69,40 +70,51 @@ class Uploads:
 
     def _look(self, file: File) -> None:
         try:
-            found = self._found(file)
+            why = self._failure(file)
         except Exception:  # noqa: BLE001 - the upload is stored, whatever became of the check
             traceback.print_exc()
-            found = [on_the_wire(_not_checked(file, f"The checks could not be run. {_AGAIN}"))]
-        with contextlib.suppress(NotFound):  # deleted meanwhile
-            # A job may have looked at the file meanwhile, beside its other files: it knows more.
-            if found is not None and [one["code"] for one in self._db.get_file(file.id).findings] == [NOT_CHECKED]:
-                self._db.set_findings(file.id, found)
+            why = "The checks could not be run."
+        if why and not self._closed:
+            seen = self._db.get_file(file.id).findings
+            self._note(
+                file, [*(one for one in seen if one["code"] != NOT_CHECKED), _not_checked(file, f"{why} {_AGAIN}")]
+            )
 
-    def _found(self, file: File) -> list[dict[str, Any]] | None:
-        """What the child says; one finding when it says nothing; None when we are to stop."""
+    def _failure(self, file: File) -> str:
+        """Let a child look and note what it says, line by line; why it did not come to its end, if it did not."""
         command = [sys.executable, "-m", "heldout.processes.uploads", file.blob, file.filename, str(self._nice)]
         with self._lock:
             if self._closed:
-                return None
+                return ""
             # A session of its own: Ctrl-C reaches the server alone, which then ends it.
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
             self._children.add(child)
-        try:
-            out, _ = child.communicate(timeout=self._limit)
-        except subprocess.TimeoutExpired:
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
             _kill(child)
-            child.communicate()
-            why = f"The checks did not finish within {self._limit / 60:.0f} minutes. {_AGAIN}"
-            return [on_the_wire(_not_checked(file, why))]
+
+        timer = threading.Timer(self._limit, end)
+        timer.start()
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                self._note(file, json.loads(line))
+            code = child.wait()
         finally:
+            timer.cancel()
             with self._lock:
                 self._children.discard(child)
-        if child.returncode == 0:
-            return list(json.loads(out))
-        if self._closed:
-            return None
-        why = f"The checks of this version failed on this file (exit code {child.returncode}). {_AGAIN}"
-        return [on_the_wire(_not_checked(file, why))]
+        if late.is_set():
+            return f"The checks did not finish within {self._limit / 60:.0f} minutes."
+        return f"The checks of this version failed on this file (exit code {code})." if code else ""
+
+    def _note(self, file: File, findings: list[dict[str, Any]]) -> None:
+        with contextlib.suppress(NotFound):  # deleted meanwhile
+            # A job may have looked at the file meanwhile, beside its other files: it knows more.
+            if any(one["code"] == NOT_CHECKED for one in self._db.get_file(file.id).findings):
+                self._db.set_findings(file.id, findings)
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
@@ -110,20 +122,27 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)  # with whatever it started
 
 
-def _not_checked(file: File, why: str) -> Finding:
-    return Finding(code=NOT_CHECKED, severity="note", message=why, file=file.filename)
+def _not_checked(file: File, why: str) -> dict[str, Any]:
+    return on_the_wire(Finding(code=NOT_CHECKED, severity="note", message=why, file=file.filename))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The child: print the findings of one blob as JSON."""
+    """The child: a line of JSON with what reading shows, and one with all there is to say."""
     key, name, nice = sys.argv[1:] if argv is None else argv
-    settings = read_settings()
     machine.give_way(int(nice))
-    blobs = open_blobs(settings.blobs)
+    blobs = open_blobs(read_settings().blobs)
     training = Source(name=name, open=lambda: blobs.open(key))
-    _, findings = check_files(Request(base_model="", training=training, directory=Path()))
-    json.dump([on_the_wire(finding) for finding in findings], sys.stdout)
+    request = Request(base_model="", training=training, directory=Path())
+    parts, seen = read_files(request)
+    more = Finding(code=NOT_CHECKED, severity="note", message=f"Rows are being compared. {_COMING}", file=name)
+    _say(parts, (*seen, more))
+    _say(parts, (*seen, *check(parts)))
     return 0
+
+
+def _say(parts: Parts, findings: tuple[Finding, ...]) -> None:
+    ordered = most_harmful_first(findings, {one.name: len(one) for one in parts.given()})
+    print(json.dumps([on_the_wire(finding) for finding in ordered]), flush=True)
 
 
 if __name__ == "__main__":
