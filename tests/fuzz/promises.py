@@ -1,4 +1,4 @@
-"""What the reader promises of any bytes whatever: checked by the property tests and by the fuzzer."""
+"""What the reader and the checks of texts promise of any bytes: held by the property tests and the fuzzer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from contextlib import ExitStack
 from unittest import mock
 
+from heldout.pipeline.checks.parts import Parts
+from heldout.pipeline.checks.text import find_damaged_texts
 from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
 from heldout.pipeline.reading import lines as reading_lines
 from heldout.pipeline.reading.lines import UTF8_BOM, Line
@@ -37,6 +39,9 @@ def check_promises(content: bytes, *, block: int = 1 << 20, longest: int = 16 <<
         assert (spooled.format, spooled.other_rows) == (dataset.format, dataset.other_rows)
         assert same_findings == findings
     _check_findings(content, findings)
+    damaged = tuple(find_damaged_texts(Parts(train=spooled)))
+    _check_findings(content, damaged)
+    assert {line for finding in damaged for line in finding.lines} <= {example.line for example in dataset.examples}
     if _REFUSALS & {finding.code for finding in findings}:
         assert len(findings) == 1
         assert dataset.sound_rows == 0
