@@ -87,6 +87,12 @@ def test_a_job_with_examples_that_would_be_cut_fails_before_anything_is_answered
     assert not any("Training" in text or "holdout (" in text or "zero-shot" in text for text in watch.messages)
 
 
+def test_checks_count_the_tokens_that_are_trained_on(trainee: ChatTrainee, tiny_model: Path) -> None:
+    rows = too_long(examples(range(12)), 3)
+    counted = TorchTrainer(**TOOLS).count_tokens(rows, base_model=str(tiny_model))
+    assert counted == [len(one) for one in sft.tokenize(trainee.template, rows, 10_000, "train")]
+
+
 def test_labels_that_miss_the_end_of_turn_are_refused(trainee: ChatTrainee, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trainee.template.encode
 

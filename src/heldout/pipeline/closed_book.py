@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from heldout.engine.base import Engine, Message, ModelRef, Sampling
 from heldout.pipeline.checks.facts import TEACHES, closed_book
@@ -22,8 +23,9 @@ from heldout.pipeline.watch import Watch
 ROWS = 32
 #: Answers of other rows that each row's own answer is held against.
 DECOYS = 3
-#: By how much the own answer must be likelier than every decoy, in nats per token.
-MARGIN = 0.5
+#: By how much the own answer must be likelier than every decoy, in nats per token: when all are of one form, and
+#: when they are not, so that the form alone gives some of the answer away.
+MARGIN, MARGIN_OF_FORMS = 0.5, 2.0
 #: The file is warned about when so many facts are unknown for sure (SCIENCE §5).
 UNKNOWN = 0.4
 
@@ -58,10 +60,12 @@ def probe_facts(
     chosen = set(lines) if len(lines) <= ROWS else set(random.Random("closed book").sample(list(lines), ROWS))
     rows = [example for example in dataset.examples if example.line in chosen]
     decoys = [_decoys(row, rows) for row in rows]
-    if any(len(some) < DECOYS for some in decoys):
+    if any(len(some.answers) < DECOYS for some in decoys):
         return None
     model = ModelRef(base_model=base_model)
-    asked = [_answered(row, answer) for row, some in zip(rows, decoys, strict=True) for answer in (row.target, *some)]
+    asked = [
+        _answered(row, answer) for row, some in zip(rows, decoys, strict=True) for answer in (row.target, *some.answers)
+    ]
     tokens = engine.count_tokens(base_model, [str(messages[-1]["content"]) for messages in asked])
     per_token = []
     for start in range(0, len(asked), 1 + DECOYS):
@@ -72,7 +76,7 @@ def probe_facts(
     room = Sampling(max_tokens=max(tokens) + 8)
     replies = engine.chat(model, [row.prompt for row in rows], room)
     right = [_says(reply.text, row.target) for reply, row in zip(replies, rows, strict=True)]
-    preferred = [own - max(others) >= MARGIN for own, *others in per_token]
+    preferred = [own - max(others) >= some.margin for (own, *others), some in zip(per_token, decoys, strict=True)]
     return ClosedBook(
         asked=len(rows),
         greedy=sum(right),
@@ -110,11 +114,27 @@ def _told(finding: Finding, found: ClosedBook) -> Finding:
     )
 
 
-def _decoys(row: Example, rows: Sequence[Example]) -> list[str]:
-    """Answers of other rows, those first that are most of this row's form: a price against prices."""
+class _Decoys(NamedTuple):
+    answers: tuple[str, ...]
+    margin: float
+
+
+def _decoys(row: Example, rows: Sequence[Example]) -> _Decoys:
+    """Wrong answers for this row: of its form if it can be, a price against prices."""
     own = row.target.strip()
-    others = dict.fromkeys(other.target for other in rows if other.target.strip() != own)
-    return sorted(others, key=lambda answer: (_shape(answer) != _shape(own), abs(len(answer) - len(own))))[:DECOYS]
+    others = [*dict.fromkeys(other.target for other in rows if other.target.strip() != own)]
+    alike = [answer for answer in others if _shape(answer) == _shape(own)]
+    if re.search("[0-9]", own):
+        alike += [_other_digits(row.target, by) for by in (3, 5, 7)]
+    if len(alike) >= DECOYS:
+        return _Decoys(tuple(alike[:DECOYS]), MARGIN)
+    others.sort(key=lambda answer: abs(len(answer) - len(own)))
+    return _Decoys(tuple(others[:DECOYS]), MARGIN_OF_FORMS)
+
+
+def _other_digits(answer: str, by: int) -> str:
+    """The answer with every digit changed, none of them to a leading zero."""
+    return re.sub("[0-9]", lambda digit: str((int(digit.group()) - 1 + by) % 9 + 1), answer)
 
 
 def _shape(answer: str) -> str:

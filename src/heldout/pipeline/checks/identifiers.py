@@ -34,8 +34,9 @@ def scan(text: str) -> tuple[Seen, ...]:
 def _scan(text: str) -> tuple[Seen, ...]:
     seen: dict[Seen, None] = {}
     has_number = _NUMBER.search(text) is not None
+    lower = text.lower()
     for find in _FINDERS:
-        if find.needs_number and not has_number:
+        if (find.needs_number and not has_number) or not (any(word in lower for word in find.words) or not find.words):
             continue
         spans = sorted(set(find.spans(text)))
         seen.update((Seen(find.type, text[start:end]), None) for start, end in spans)
@@ -90,16 +91,25 @@ _PIN = re.compile(
 _PLACEHOLDER = re.compile(r"example|your|xxx|\*{3}|<|\{|placeholder|dummy|redacted|\[", re.IGNORECASE)
 
 
-def _secrets(text: str) -> Iterator[Span]:
+_SECRET_WORDS = ("pass", "pwd", "wort", "contraseña", "mot de", "secret", "key", "token", "bearer", "credential")
+
+
+def _tokens(text: str) -> Iterator[Span]:
     if "PRIVATE KEY" in text:
         yield from (found.span() for found in _PRIVATE_KEY.finditer(text))
     yield from (found.span() for found in _TOKENS.finditer(text))
     if "://" in text:
         yield from (found.span(1) for found in _IN_URL.finditer(text))
+
+
+def _named_secrets(text: str) -> Iterator[Span]:
     for found in _NAMED_SECRET.finditer(text):
         bare = found.group(1).rstrip(".!?)]}>")
         if _is_made_up(bare):
             yield found.start(1), found.start(1) + len(bare)
+
+
+def _pins(text: str) -> Iterator[Span]:
     yield from (found.span(1) for found in _PIN.finditer(text))
 
 
@@ -156,10 +166,9 @@ _DATE = re.compile(
 
 
 def _emails(text: str) -> Iterator[Span]:
-    if "@" in text:
-        for found in _EMAIL.finditer(text):
-            if found.group().partition("@")[0].lower().rstrip("0123456789") not in _ROLES:
-                yield found.span()
+    for found in _EMAIL.finditer(text):
+        if found.group().partition("@")[0].lower().rstrip("0123456789") not in _ROLES:
+            yield found.span()
 
 
 def _phones(text: str) -> Iterator[Span]:
@@ -321,6 +330,7 @@ _BORN = re.compile(
     r"\bnée? le|\bdate de naissance|\bnacid[oa] el|\bfecha de nacimiento|\bnat[oa] il|\bdata di nascita)"
     rf"[\s:,(is]{{0,6}}({_DAY})"
 )
+_BIRTH_WORDS = ("born", "birth", "dob", "d.o.b", "o.b", "gebor", "geburt", "né", "naiss", "nac", "nat", "nasc")
 _SOMEBODY = re.compile(rf"\b(?:I|I'm|my|My|ich|Ich|je|Je|soy|Soy)\b|\b{_NAME} {_NAME}")
 
 
@@ -334,19 +344,24 @@ def _birth_dates(text: str) -> Iterator[Span]:
 class _Finder(NamedTuple):
     type: str
     spans: Callable[[str], Iterator[Span]]
-    needs_number: bool  # six digits that belong together
+    needs_number: bool = False  # six digits that belong together
+    words: tuple[str, ...] = ()  # one of them must be there: looking for words is fast, looking for patterns is not
 
 
 #: In this order: what has a checksum or a name beside it goes before what is told by its form alone.
 _FINDERS = (
-    _Finder("secret", _secrets, False),
-    _Finder("email", _emails, False),
-    _Finder("iban", _ibans, True),
-    _Finder("card_number", _cards, True),
-    _Finder("passport", find_passports, False),
-    _Finder("national_id", find_national_ids, True),
-    _Finder("ip_address", _ip_addresses, False),
-    _Finder("name_and_birth_date", _birth_dates, False),
-    _Finder("phone", _phones, True),
-    _Finder("postal_address", _postal_addresses, False),
+    _Finder("secret", _tokens),
+    _Finder("secret", _named_secrets, words=_SECRET_WORDS),
+    _Finder("secret", _pins, words=("pin", "cvv", "cvc", "tan", "otp", "code", "one")),
+    _Finder("email", _emails, words=("@",)),
+    _Finder("iban", _ibans, needs_number=True),
+    _Finder("card_number", _cards, needs_number=True),
+    _Finder(
+        "passport", find_passports, words=("pass", "licen", "schein", "ausweis", "identity", "id card", "pasaporte")
+    ),
+    _Finder("national_id", find_national_ids, needs_number=True),
+    _Finder("ip_address", _ip_addresses),
+    _Finder("name_and_birth_date", _birth_dates, words=_BIRTH_WORDS),
+    _Finder("phone", _phones, needs_number=True),
+    _Finder("postal_address", _postal_addresses),
 )

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from heldout.engine.catalogue import ENCODER
-from heldout.pipeline.checks.parts import Parts, name_lines, shorten
+from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
 from heldout.pipeline.types import Dataset, Example, Finding
 
 if TYPE_CHECKING:
@@ -87,14 +87,15 @@ def _beyond_limit(parts: Parts, dataset: Dataset, lines: Sequence[int], tokens: 
     long = [line for line, count in zip(lines, tokens, strict=True) if count > limit]
     refused = [line for line, count in zip(lines, tokens, strict=True) if count == 0]
     if long:
-        cure = "use a chat model with a longer context" if parts.model.kind == ENCODER else "raise max_length if it can"
-        who = "this encoder" if parts.model.kind == ENCODER else "this model"
+        shown = [f"line {line} ({count} tokens)" for line, count in zip(lines, tokens, strict=True) if count > limit]
+        is_encoder = parts.model.kind == ENCODER
+        cure = "use a chat model with a longer context" if is_encoder else "raise max_length as far as the model reads"
         yield Finding(
             code="too_long",
             severity="error",
             message=(
-                f"{name_lines(long).capitalize()} of {dataset.name}: up to {counted.max()} tokens, but {who} reads "
-                f"{limit} at most (max_length). Nothing is cut: shorten them, leave them out, or {cure}."
+                f"{len(long)} of {len(lines)} rows are longer than max_length ({limit} tokens): "
+                f"{name_some(shown, at_most=10)}. Nothing is cut: shorten them, leave them out, or {cure}."
             ),
             file=dataset.name,
             lines=tuple(long),

@@ -146,6 +146,8 @@ _PASSPORT = re.compile(
 
 def find_national_ids(text: str) -> Iterator[Span]:
     for one in _IDS:
+        if one.name and re.search(one.name, text, re.IGNORECASE) is None:
+            continue
         for found in one.pattern.finditer(text):
             compact = re.sub(r"[^0-9A-Za-z]", "", found.group())
             before = text[max(0, found.start() - 30) : found.start()]
