@@ -96,6 +96,12 @@ def tune(
     suffix: Annotated[str | None, typer.Option(help="Names the output folder heldout-SUFFIX.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a job exactly. Default: drawn.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for adapter and report.")] = None,
+    keep_leaks: Annotated[
+        bool,
+        typer.Option(
+            "--keep-leaks", help="Score validation and holdout rows that are in the training file; the verdict says so."
+        ),
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter by its name on the wire."),
@@ -120,6 +126,7 @@ def tune(
             suffix=suffix,
             seed=seed,
             out=out,
+            keep_leaks=keep_leaks,
             watch=watch,
             **_hyperparameters(set_ or [], flags),
         )

@@ -184,6 +184,8 @@ def print_result(result: Result) -> None:
     console = _console()
     colour = _VERDICTS.get(result.verdict.outcome, "yellow")
     console.print(f"\nVerdict: [bold {colour}]{result.verdict.outcome}[/]")
+    for caveat in result.verdict.caveats:
+        console.print(f"  Mind: {caveat}", markup=False)
     for reason in result.verdict.reasons:
         console.print(f"  - {reason}", markup=False)
     table = Table(box=None, padding=(0, 2))

@@ -46,6 +46,7 @@ def test_a_new_job_has_every_key_that_clients_validate(live):
         "user_provided_suffix": "my-test",
         "x_base_model": DEFAULT_MODEL,
         "x_holdout_file": None,
+        "x_keep_leaks": False,
         "x_pause": None,
         "x_plan": None,
         "x_verdict": None,

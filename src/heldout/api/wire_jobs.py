@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 from heldout.api.wire import Body
 from heldout.errors import InvalidValue
@@ -41,6 +41,7 @@ class CreateJob(Body):
     training_file: str
     validation_file: str | None = None
     x_holdout_file: str | None = None
+    x_keep_leaks: StrictBool = False
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
     method: Method | None = None
@@ -56,6 +57,7 @@ class CreateJob(Body):
             training_file=self.training_file,
             validation_file=self.validation_file,
             holdout_file=self.x_holdout_file,
+            keep_leaks=self.x_keep_leaks,
             suffix=_checked_suffix(self.suffix),
             seed=secrets.randbelow(2**31) if self.seed is None else self.seed,
             method=_checked_method(self.method),
@@ -122,6 +124,7 @@ class FineTuningJob(BaseModel):
     user_provided_suffix: str | None
     x_base_model: str
     x_holdout_file: str | None
+    x_keep_leaks: bool
     x_pause: str | None  # "pausing" or "paused"; the status stays one of the six
     x_plan: dict[str, Any] | None
     x_verdict: dict[str, Any] | None
@@ -150,6 +153,7 @@ class FineTuningJob(BaseModel):
             user_provided_suffix=job.suffix,
             x_base_model=job.base_model,
             x_holdout_file=job.holdout_file,
+            x_keep_leaks=job.keep_leaks,
             x_pause=job.pause,
             x_plan=job.plan,
             x_verdict=job.verdict,

@@ -32,6 +32,7 @@ class Outcome:
         """The machine-readable report; docs/report.md describes every key."""
         adapter = self.adapter
         return {
+            "caveats": list(self.verdict.caveats),  # first: they are about every number below
             "version": 1,
             "base_model": self.base_model,
             "verdict": self.verdict.as_dict(),

@@ -52,6 +52,7 @@ def markdown(outcome: Outcome) -> str:
     lines = [
         f"# {_HEADLINES[verdict.outcome]}",
         "",
+        *(f"**Mind: {caveat}.**\n" for caveat in verdict.caveats),
         f"`{outcome.base_model}`, {_parts(outcome)}.",
         "",
         *(f"- {reason}" for reason in verdict.reasons),
@@ -120,6 +121,7 @@ td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {findings_page.STYLE}</style></head><body>
 <h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
+{"".join(f"<p><b>Mind: {html.escape(caveat)}.</b></p>" for caveat in verdict.caveats)}
 <p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
 <p>The cheapest rung that is as good as the tuned model: <b>{html.escape(verdict.cheapest_as_good)}</b>.</p>
@@ -158,7 +160,8 @@ def _parts(outcome: Outcome) -> str:
 
 def _judged_on(outcome: Outcome) -> str:
     if outcome.crossfit is None:
-        return f"{len(outcome.split.holdout)} examples nobody trained on"
+        trained_on = " (but see above)" if outcome.split.caveats else ""
+        return f"{len(outcome.split.holdout)} examples nobody trained on{trained_on}"
     return (
         f"{len(outcome.tuned.scores.per_example)} examples, each answered by the one of "
         f"{len(outcome.crossfit.folds)} models that never saw it"

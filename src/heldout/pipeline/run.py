@@ -61,6 +61,7 @@ class Request:
     seed: int = 0
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
+    keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,13 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     few = parts.holdout is None and is_small(parts.train)
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
-    verdict = decide(made.rungs, made.tuned, made.crossfit, forgetting=forgetting_of(made, request, facts, tools))
+    verdict = decide(
+        made.rungs,
+        made.tuned,
+        made.crossfit,
+        forgetting=forgetting_of(made, request, facts, tools),
+        caveats=made.split.caveats,
+    )
     outcome = Outcome(
         verdict=verdict,
         rungs=made.rungs,
@@ -112,13 +119,16 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     )
     report.write(outcome, request.directory)
     shutil.rmtree(activations(request), ignore_errors=True)  # large, and of use to this job alone
-    tools.watch.message(f"Verdict: {verdict.outcome}. {verdict.reasons[0]}", data={"outcome": verdict.outcome})
+    first = ". ".join((verdict.outcome, *verdict.caveats, verdict.reasons[0]))
+    tools.watch.message(f"Verdict: {first}", data={"outcome": verdict.outcome})
     return outcome
 
 
 def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
     """Split, score the cheaper rungs, plan, train, prove, evaluate."""
-    split, left_out = split_dataset(parts.train, parts.valid, parts.holdout, seed=request.seed)
+    split, left_out = split_dataset(
+        parts.train, parts.valid, parts.holdout, seed=request.seed, keep_leaks=request.keep_leaks
+    )
     metric = choose_metric([example.target for example in parts.train.examples])
     tell_findings(left_out, tools.watch)
     tell_split(split, metric, tools.watch)
@@ -143,7 +153,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
 def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
     """Every fold goes through the stages of `make_by_holdout`, and the answers of all folds are put together.
     Then the model that is served is trained on all rows and proven."""
-    folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed)
+    folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed, keep_leaks=request.keep_leaks)
     metric = choose_metric([example.target for example in parts.train.examples])
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)

@@ -29,10 +29,12 @@ class Verdict:
     cheapest_as_good: str  # the cheapest rung that is at most 3 points worse than the tuned model
     numbers: dict[str, Any]
     forgetting: Forgetting | None = None  # a guardrail: told beside the outcome, and does not change it
+    caveats: tuple[str, ...] = ()  # told first: why the numbers may not mean what they seem to
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report and on the wire."""
         return {
+            "caveats": list(self.caveats),
             "outcome": self.outcome,
             "reasons": list(self.reasons),
             "best_baseline": self.best_baseline,
@@ -43,13 +45,19 @@ class Verdict:
 
 
 def decide(
-    rungs: Sequence[Rung], tuned: Rung, crossfit: CrossFit | None = None, *, forgetting: Forgetting | None = None
+    rungs: Sequence[Rung],
+    tuned: Rung,
+    crossfit: CrossFit | None = None,
+    *,
+    forgetting: Forgetting | None = None,
+    caveats: Sequence[str] = (),
 ) -> Verdict:
     """Compare the tuned model with every rung below it, on the same examples: those of a holdout, or, by
     cross-fitting, those that the models of `crossfit` never saw.
 
     The outcome is about the best prompt (or a constant answer, if that is better): what the user would
     have without training. A classical model that is surely better than the tuned one overrules it.
+    `caveats` are told before everything else and change nothing.
     """
     against = {rung.name: _compare(tuned, rung) for rung in rungs}
     baseline = max((rung for rung in rungs if rung.kind in ("prompt", "constant")), key=lambda rung: rung.scores.mean)
@@ -78,6 +86,7 @@ def decide(
             "against": {name: one.as_dict() for name, one in against.items()},
         },
         forgetting=forgetting,
+        caveats=tuple(caveats),
     )
 
 

@@ -48,6 +48,7 @@ def tune(
     suffix: str | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
+    keep_leaks: bool = False,
     watch: Watch | None = None,
     settings: Settings | None = None,
     **hyperparameters: Any,
@@ -62,6 +63,8 @@ def tune(
         out: where the adapter and the report go. Running again with the same folder continues a job
             that was interrupted; a finished one is refused. Default: a new folder `heldout-<suffix or
             time>` here.
+        keep_leaks: score rows of `validation` and `holdout` although the training file has them, or nearly; the
+            verdict says so first. Default: they are left out, and listed.
         hyperparameters: `n_epochs`, `learning_rate`, `lora_r`, … as on the wire.
 
     Raises UserError (bad data, unknown model, value out of range); its message says what to do.
@@ -81,6 +84,7 @@ def tune(
             "model": model,
             "files": [_checksum(one) for one in (training, valid, held)],
             "hyperparameters": asked.as_dict(),
+            **({"keep_leaks": True} if keep_leaks else {}),  # absent in the notes of earlier versions
         },
         seed,
     )
@@ -94,6 +98,7 @@ def tune(
         seed=seed,
         hyperparameters=asked,
         directory=directory,
+        keep_leaks=keep_leaks,
     )
     outcome = run_job(request, tools)
     tools.engine.close()
@@ -178,6 +183,7 @@ def _remember(
         training_file=files["training_file"],
         validation_file=files.get("validation_file"),
         holdout_file=files.get("holdout_file"),
+        keep_leaks=request.keep_leaks,
         started_at=now() - round(outcome.seconds),
     )
     name = fine_tuned_name(model, settings.organization, suffix, job.id)

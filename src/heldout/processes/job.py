@@ -337,6 +337,7 @@ def _request(job: Job, settings: Settings, db: Db, blobs: Blobs) -> Request:
         seed=job.seed,
         hyperparameters=Hyperparameters.parse(job.hyperparameters),
         directory=directory,
+        keep_leaks=job.keep_leaks,
     )
 
 

@@ -55,6 +55,7 @@ jobs = _table(
     Column("training_file", String(64), nullable=False),
     Column("validation_file", String(64)),
     Column("holdout_file", String(64)),
+    Column("keep_leaks", Boolean, nullable=False, server_default=false()),
     Column("suffix", String(64)),
     Column("seed", BigInteger, nullable=False),
     Column("method", String(32), nullable=False),

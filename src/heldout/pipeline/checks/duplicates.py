@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from heldout.pipeline.checks.near import groups_of
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
-from heldout.pipeline.checks.rows import Rows, user_text
-from heldout.pipeline.types import Dataset, Example, Finding
+from heldout.pipeline.checks.rows import Numbers, Rows, user_text
+from heldout.pipeline.types import Dataset, Example, Finding, Severity
 
 #: Up to this share of extra copies is what any real file has.
 WARN_ABOVE = 0.01
@@ -110,11 +110,11 @@ def find_near_conflicts(parts: Parts) -> Iterator[Finding]:
             )
 
 
-def _severity(extra: int, dataset: Dataset) -> str:
+def _severity(extra: int, dataset: Dataset) -> Severity:
     return "warning" if extra > WARN_ABOVE * len(dataset) else "note"
 
 
-def _lines(rows: Rows, which: Sequence[int]) -> list[int]:
+def _lines(rows: Rows, which: Iterable[int]) -> list[int]:
     return [int(rows.line[row]) for row in which]
 
 
@@ -122,11 +122,11 @@ def _all(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sorted({line for group in groups for line in group}))
 
 
-def _side_by_side(rows: Rows, which: Sequence[int]) -> str:
+def _side_by_side(rows: Rows, which: Iterable[int]) -> str:
     return " and ".join(shorten(user_text(rows.example(row).prompt), at_most=200) for row in which)
 
 
-def _conflict(rows: Rows, group: Sequence[int]) -> str:
+def _conflict(rows: Rows, group: Numbers) -> str:
     """The first rows of a group with their different answers."""
     first: dict[int, Example] = {}
     for row in group:

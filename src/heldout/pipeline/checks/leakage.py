@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from heldout.pipeline.checks.near import Near
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
-from heldout.pipeline.checks.rows import Rows, user_text
+from heldout.pipeline.checks.rows import Hashes, Numbers, Rows, user_text
 from heldout.pipeline.types import Finding
 
 #: (row of one file) -> the first rows of another file that give its prompt away.
@@ -53,7 +53,7 @@ def near_leaks(rows: Rows, near: Near, seen: int, asked: int) -> Leaks:
     return dict(sorted(found.items()))
 
 
-def _matches(rows: Rows, values, shown, seen: int, asked: int) -> dict[int, list[int]]:
+def _matches(rows: Rows, values: Hashes | Numbers, shown: Hashes | None, seen: int, asked: int) -> dict[int, list[int]]:
     """Rows of `asked` with the value of a row of `seen`, or with one that a row of `seen` shows earlier."""
     by_value: dict[int, list[int]] = {}
     wanted = set(values[rows.of(asked)].tolist())
