@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from heldout.engine import catalogue
-from heldout.engine.catalogue import ENCODER
 from heldout.pipeline.advise.advice import Advice, Job, Unmeasured, count_findings, why_no_curve
 from heldout.pipeline.advise.costs import Prices, add_costs, count_tokens
 from heldout.pipeline.advise.duration import add_up, training_of
@@ -22,7 +21,15 @@ from heldout.pipeline.checks.groups import group_by_prompt
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import TrainPlan, make_plan
-from heldout.pipeline.run import Request, Tools, answer_room, check_files, check_lengths, refuse_errors
+from heldout.pipeline.run import (
+    Request,
+    Tools,
+    answer_room,
+    check_files,
+    check_lengths,
+    frozen_encoder,
+    refuse_errors,
+)
 from heldout.pipeline.split import is_small, part_sizes, split_dataset, split_into_folds
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
@@ -78,7 +85,7 @@ def advise(
     task = Task(kind=special, why="so its rows say") if special else infer_task(parts.train)
     errors, warnings = count_findings(findings)
     proof = _proof(parts)
-    cheap = Cheap((), None, 0.0)
+    cheap = Cheap()
     prompted: tuple[Prompted, ...] = ()
     job: Job | Unmeasured = Unmeasured(why=REFUSED if errors else QUICK)
     if quick or errors:
@@ -93,11 +100,11 @@ def advise(
         check_again = check_lengths(parts, request, facts, tools.engine)
         refuse_errors(request, check_again)
         if task.kind == "labels":
-            encoder = model if facts.kind == ENCODER else catalogue.bundled_encoder()
+            encoder = frozen_encoder(request, facts)
             embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
             cheap = measure_cheap(parts.train, embed, watch, seed=seed)
         with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
-            rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap.embed_seconds)
+            rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap)
         job, prompted = _job(rehearsal, model, _prices(settings)), _prompted(rehearsal.measured)
         tools.engine.close()
     prompts = len(group_by_prompt(parts.train.examples))
@@ -126,7 +133,7 @@ class Rehearsal:
     measured: Measured
 
 
-def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, embedding: float) -> Rehearsal:
+def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, cheap: Cheap) -> Rehearsal:
     """Split and plan as pipeline/run.py does, and measure the parts of the first of its trainings."""
 
     def plan(split: Split, asked: Hyperparameters) -> TrainPlan:
@@ -151,7 +158,7 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, e
         tools.trainer,
         base_model=request.base_model,
         max_tokens=answer_room(tools.engine, request.base_model, splits[0]),
-        embedding=embedding,
+        cheap=cheap,
         directory=request.directory,
         seconds=STEPPING,
         watch=tools.watch,
