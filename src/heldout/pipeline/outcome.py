@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan
@@ -27,6 +28,7 @@ class Outcome:
     base_model: str
     seconds: float
     crossfit: CrossFit | None = None  # where the scores come from, when there was no holdout
+    more_data: MoreData | None = None  # what twice as many examples would gain; only where answers are labels
 
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report; docs/report.md describes every key."""
@@ -47,6 +49,7 @@ class Outcome:
                 "sources": self.split.sources,
             },
             "crossfit": self.crossfit.as_dict() if self.crossfit else None,
+            "more_data": self.more_data.as_dict() if self.more_data else None,
             "findings": [finding.as_dict() for finding in self.findings],
             "plan": self.plan.as_dict(),
             "training": {

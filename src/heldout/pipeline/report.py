@@ -73,6 +73,7 @@ def markdown(outcome: Outcome) -> str:
     lines += [
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
         *(["", "## General skills", "", skills] if (skills := general_skills(verdict)) else []),
+        *(["", "## More data?", "", outcome.more_data.sentence] if outcome.more_data else []),
         "",
         "## Training",
         "",
@@ -131,6 +132,7 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 <ul>{rungs}</ul>
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
 {f"<h2>General skills</h2><p>{html.escape(skills)}</p>" if (skills := general_skills(verdict)) else ""}
+{f"<h2>More data?</h2><p>{html.escape(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
 <h2>Training</h2>
 {charts.losses(adapter.curve, adapter.best_step, outcome.plan.total_steps)}
 <p>{html.escape(_ended(adapter))}

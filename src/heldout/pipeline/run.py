@@ -14,6 +14,8 @@ from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
 from heldout.pipeline import crossfit, ladder, report
+from heldout.pipeline.advise.learning_curve import MoreData
+from heldout.pipeline.advise.rungs import measure_cheap
 from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.checks import ModelTools, Parts, check
@@ -34,7 +36,7 @@ from heldout.pipeline.split import SMALL, split_dataset
 from heldout.pipeline.training import Adapter, ModelFacts, Trainer
 from heldout.pipeline.types import Dataset, Finding, Split
 from heldout.pipeline.verdict import decide
-from heldout.pipeline.watch import Watch
+from heldout.pipeline.watch import Silent, Watch
 from heldout.settings import DEFAULT_MODEL
 
 #: Largest difference of an answer's log-probability (nats per token of the answer, relative to its size)
@@ -95,6 +97,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         findings = with_the_base_models_word(findings, tools.engine, request.base_model, parts.train, tools.watch)
     tell_findings(findings, tools.watch)
 
+    more = more_data(parts, request, facts, tools)
     few = parts.holdout is None and is_small(parts.train)
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
@@ -116,6 +119,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         base_model=request.base_model,
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
+        more_data=more,
     )
     report.write(outcome, request.directory)
     shutil.rmtree(activations(request), ignore_errors=True)  # large, and of use to this job alone
@@ -184,17 +188,37 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     return Made(split=folds.whole, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned, crossfit=found)
 
 
+def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:
+    """What twice as many examples would gain, by the best cheap rung; None where answers are no labels, or few."""
+    if choose_metric([example.target for example in parts.train.examples]).form != "label":
+        return None
+    encoder = frozen_encoder(request, facts)
+    more = measure_cheap(
+        parts.train,
+        (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None,
+        Silent(),
+        seed=request.seed,
+    ).more
+    if more:
+        tools.watch.message(more.sentence, data=more.as_dict())
+    return more
+
+
+def frozen_encoder(request: Request, facts: ModelFacts) -> str | None:
+    """The encoder of the frozen rung: the base model, if it is one."""
+    return request.base_model if facts.kind == catalogue.ENCODER else catalogue.bundled_encoder()
+
+
 def climb(
     split: Split, metric: Metric, request: Request, facts: ModelFacts, tools: Tools, *, max_tokens: int
 ) -> tuple[Rung, ...]:
     """The cheaper rungs that this base model leaves room for: an encoder cannot be prompted."""
-    is_encoder = facts.kind == catalogue.ENCODER
     return ladder.climb(
         split,
         metric,
         tools.engine,
-        None if is_encoder else request.base_model,
-        encoder=request.base_model if is_encoder else catalogue.bundled_encoder(),
+        None if facts.kind == catalogue.ENCODER else request.base_model,
+        encoder=frozen_encoder(request, facts),
         max_tokens=max_tokens,
         watch=tools.watch,
     )

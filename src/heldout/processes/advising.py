@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from heldout.engine import catalogue
-from heldout.engine.catalogue import ENCODER
 from heldout.pipeline.advise.advice import Advice, Job, Unmeasured, count_findings, why_no_curve
 from heldout.pipeline.advise.costs import Prices, add_costs, count_tokens
 from heldout.pipeline.advise.duration import add_up, training_of
@@ -24,7 +23,15 @@ from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.folds import is_small, split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import TrainPlan, make_plan
-from heldout.pipeline.run import Request, Tools, answer_room, check_files, model_tools, refuse_errors
+from heldout.pipeline.run import (
+    Request,
+    Tools,
+    answer_room,
+    check_files,
+    frozen_encoder,
+    model_tools,
+    refuse_errors,
+)
 from heldout.pipeline.split import part_sizes, split_dataset
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
@@ -80,7 +87,7 @@ def advise(
     task = Task(kind=special, why="so its rows say") if special else infer_task(parts.train)
     errors, warnings = count_findings(findings)
     proof = _proof(parts)
-    cheap = Cheap((), None, 0.0)
+    cheap = Cheap()
     prompted: tuple[Prompted, ...] = ()
     job: Job | Unmeasured = Unmeasured(why=REFUSED if errors else QUICK)
     if quick or errors:
@@ -95,11 +102,11 @@ def advise(
         parts = replace(parts, model=model_tools(request, facts, tools.trainer))
         refuse_errors(request, tuple(find_too_long(parts)))
         if task.kind == "labels":
-            encoder = model if facts.kind == ENCODER else catalogue.bundled_encoder()
+            encoder = frozen_encoder(request, facts)
             embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
             cheap = measure_cheap(parts.train, embed, watch, seed=seed)
         with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
-            rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap.embed_seconds)
+            rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap)
         job, prompted = _job(rehearsal, model, _prices(settings)), _prompted(rehearsal.measured)
         tools.engine.close()
     prompts = len(group_by_prompt(parts.train.examples))
@@ -128,7 +135,7 @@ class Rehearsal:
     measured: Measured
 
 
-def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, embedding: float) -> Rehearsal:
+def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, cheap: Cheap) -> Rehearsal:
     """Split and plan as pipeline/run.py does, and measure the parts of the first of its trainings."""
 
     def plan(split: Split, asked: Hyperparameters) -> TrainPlan:
@@ -153,7 +160,7 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, e
         tools.trainer,
         base_model=request.base_model,
         max_tokens=answer_room(tools.engine, request.base_model, splits[0]),
-        embedding=embedding,
+        cheap=cheap,
         directory=request.directory,
         seconds=STEPPING,
         watch=tools.watch,

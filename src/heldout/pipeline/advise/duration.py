@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
 from heldout.pipeline.advise.measure import Measured
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
@@ -17,6 +18,8 @@ from heldout.pipeline.types import Split
 TYPICAL_BEST = 0.5
 #: A search of the learning rate goes so often through a quarter of an epoch, at least 10 steps (train/search.py).
 TRIALS = 5
+#: Drawing a learning curve costs as much as fitting so many models of a fold.
+CURVE = FOLDS * len(PARTITIONS)
 #: Conversations by which a saved model is proven to be served as it was trained (train/trainer.py).
 PROOFS = 8
 
@@ -108,7 +111,7 @@ def add_up(trainings: Sequence[Training], measured: Measured) -> Duration:
     """The job that consists of these trainings: the last one is the model that is served."""
     pairs = {
         "loading the model": (_loading(trainings, measured),) * 2,
-        "cheap rungs and prompts": (sum(_ladder(one, measured) for one in trainings),) * 2,
+        "cheap rungs and prompts": (measured.cheap.seconds + sum(_ladder(one, measured) for one in trainings),) * 2,
         "training and validation": (
             sum(_training(one, measured) for one in trainings),
             sum(_training(one.shorter, measured) for one in trainings),
@@ -133,7 +136,8 @@ def _ladder(one: Training, measured: Measured) -> float:
     """The rungs of one holdout. Which prompt is the best is not known: the mean of them is."""
     if not one.holdout:
         return 0.0
-    seconds = measured.embedding * (one.train + one.holdout)
+    cheap = measured.cheap
+    seconds = cheap.embed_seconds * (one.train + one.holdout) + cheap.fit_seconds / CURVE
     if measured.plain:
         seconds += measured.plain.seconds_for(one.holdout)
     shots = measured.behind_shots

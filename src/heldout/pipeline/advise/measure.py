@@ -11,6 +11,7 @@ from pathlib import Path
 from heldout.engine.base import Engine, ModelRef, Sampling
 from heldout.engine.catalogue import ENCODER
 from heldout.errors import ContextLengthExceeded
+from heldout.pipeline.advise.rungs import Cheap
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers, with_shots
 from heldout.pipeline.general_answers import MAX_TOKENS
@@ -61,7 +62,7 @@ class Measured:
     tuned: float  # for each answer of a tuned model
     reading: float  # the log-probability of one conversation
     general: float  # all general prompts, answered
-    embedding: float  # for each text, by the frozen encoder; 0 without that rung
+    cheap: Cheap  # measured before
     system_tokens: float  # of a system prompt, on average
     target_tokens: float  # of an answer, on average
     timings: Timings
@@ -77,7 +78,7 @@ def measure(
     *,
     base_model: str,
     max_tokens: int,
-    embedding: float,
+    cheap: Cheap,
     directory: Path,
     seconds: float,
     watch: Watch,
@@ -85,7 +86,7 @@ def measure(
     """Answer a few rows, take a few steps, and answer with what they made. The holdout is not asked.
 
     Args:
-        embedding: seconds for each text, measured elsewhere.
+        cheap: the cheap rungs with their times.
         directory: an empty one; what is left there is of no use.
         seconds: about so long are steps taken.
     """
@@ -122,7 +123,7 @@ def measure(
         tuned=answering,
         reading=reading,
         general=general,
-        embedding=embedding,
+        cheap=cheap,
         system_tokens=system_tokens,
         target_tokens=statistics.fmean(targets),
         timings=timings,

@@ -20,6 +20,9 @@ from heldout.pipeline.watch import Watch
 #: A vector of length 1 for each text.
 Embed = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 
+#: With fewer rows a fold's quarter has nothing to learn from.
+FEWEST_FITTED = 20
+
 TFIDF, FROZEN = "TF-IDF + logistic regression", "a frozen encoder + logistic regression"
 
 
@@ -40,9 +43,15 @@ class CheapRung:
 class Cheap(NamedTuple):
     """What the cheap rungs said of a file with labels."""
 
-    rungs: tuple[CheapRung, ...]  # cheapest first
-    more: MoreData | None  # by the best of them; None with too few rows for a curve
-    embed_seconds: float  # for each text; 0 without an encoder
+    rungs: tuple[CheapRung, ...] = ()  # cheapest first; none for answers that are no labels
+    more: MoreData | None = None  # by the best of them; None with too few rows for a curve
+    embed_seconds: float = 0.0  # for each text; 0 without an encoder
+    fit_seconds: float = 0.0  # of all models that drew the curves
+
+    @property
+    def seconds(self) -> float:
+        """What all of this took."""
+        return self.fit_seconds + self.embed_seconds * (self.rungs[0].rows if self.rungs else 0)
 
 
 def measure_cheap(dataset: Dataset, embed: Embed | None, watch: Watch, *, seed: int = 0) -> Cheap:
@@ -59,15 +68,18 @@ def measure_cheap(dataset: Dataset, embed: Embed | None, watch: Watch, *, seed: 
     labels = [fold(row.target) for row in rows]
     commonest = max(labels.count(label) for label in set(labels))
     rungs = [_rung("always the commonest answer", commonest, len(rows))]
-    fits: list[tuple[str, Fit]] = [(TFIDF, _tfidf(rows, labels))]
+    if len(rows) < FEWEST_FITTED:
+        return Cheap(tuple(rungs))
+    fits: list[tuple[str, Fit]] = [(TFIDF, tfidf_fit(rows, labels))]
     embed_seconds = 0.0
     if embed is not None:
         began = time.perf_counter()
-        frozen = _frozen(rows, labels, embed, watch)
+        frozen = frozen_fit(rows, labels, embed, watch)
         embed_seconds = (time.perf_counter() - began) / len(rows)
         if frozen:
             fits.append((FROZEN, frozen))
     curves = []
+    began = time.perf_counter()
     for name, fit in fits:
         watch.message(f"Scoring {name} out of fold")
         with one_thread():
@@ -75,16 +87,18 @@ def measure_cheap(dataset: Dataset, embed: Embed | None, watch: Watch, *, seed: 
         right = sum(answer == label for answer, label in zip(curve.answers, labels, strict=True))
         rungs.append(_rung(name, right, len(rows)))
         curves.append((right, name, curve))
+    fit_seconds = time.perf_counter() - began
     _, name, best = max(curves, key=lambda one: one[0])
     more = predict(best, n, rung=name, seed=seed) if len(rows) >= FEWEST_ROWS else None
-    return Cheap(tuple(rungs), more, embed_seconds)
+    return Cheap(tuple(rungs), more, embed_seconds, fit_seconds)
 
 
 def _rung(name: str, right: int, rows: int) -> CheapRung:
     return CheapRung(name=name, score=right / rows, interval=wilson(right, rows), rows=rows)
 
 
-def _tfidf(rows: Sequence[Example], labels: Sequence[str]) -> Fit:
+def tfidf_fit(rows: Sequence[Example], labels: Sequence[str]) -> Fit:
+    """The classical rung of the ladder."""
     texts = [asked_of(row) for row in rows]
 
     def fit(taught: Sequence[int], asked: Sequence[int]) -> Sequence[str]:
@@ -97,8 +111,8 @@ def _tfidf(rows: Sequence[Example], labels: Sequence[str]) -> Fit:
     return fit
 
 
-def _frozen(rows: Sequence[Example], labels: Sequence[str], embed: Embed, watch: Watch) -> Fit | None:
-    """None, and a message, when a text is longer than the encoder reads."""
+def frozen_fit(rows: Sequence[Example], labels: Sequence[str], embed: Embed, watch: Watch) -> Fit | None:
+    """The frozen rung of the ladder. None, and a message, when a text is longer than the encoder reads."""
     import numpy as np
 
     with_system = varies_in_system([row.prompt for row in rows])

@@ -232,8 +232,9 @@ def _noise(scores: Any, labels: Any) -> _Noise | None:
     """The share of labels that were given without regard to the text; None where that cannot be told.
 
     A right label of a hard text is still among the first few that a model thinks of. A label given by accident is
-    anywhere: as often in the last third of all labels as in any other. So the last third counts the accidents.
-    That holds of a model that knows the task: it must place the labels of the nearer half well.
+    anywhere: as often in the last third of all labels as in any other. So the last third counts the accidents, and so
+    does the second half; the lower count is taken, since right labels that strayed there only add to it. That
+    holds of a model that knows the task: it must place the labels of the nearer half well.
     """
     import numpy as np
 
@@ -244,10 +245,12 @@ def _noise(scores: Any, labels: Any) -> _Noise | None:
     ranks = _ranks(scores / (np.bincount(labels, minlength=k) / n), labels)
     if (ranks[ranks < k / 2] < np.ceil(k / 8)).mean() < KNOWS_THE_TASK:
         return None
-    last = k // 3
-    far = int((ranks >= k - last).sum())
-    chance = last / (k - 1)  # of an accident to be there
-    return _Noise(share=min(1.0, far / n / chance), at_least=min(1.0, _at_least(far, n) / chance))
+    found = []
+    for last in (k // 3, k // 2):
+        far = int((ranks >= k - last).sum())
+        chance = last / (k - 1)  # of an accident to be there
+        found.append(_Noise(share=min(1.0, far / n / chance), at_least=min(1.0, _at_least(far, n) / chance)))
+    return min(found, key=lambda one: one.share)
 
 
 def _ranks(scores: Any, labels: Any) -> Any:
