@@ -446,11 +446,12 @@ def test_paraphrases_with_the_rows_label_and_its_numbers_are_kept(tmp_path: Path
         (Writer(finish="length"), "cut or empty"),
         (Writer(say=lambda text, k: " "), "cut or empty"),
         (Writer(say=lambda text, k: text.upper()), "the same words"),
-        (Writer(say=lambda text, k: f"the {_topic(text)}, wording {'abcd'[k]}"), "a number or a quotation is lost"),
+        (Writer(say=lambda text, k: f"the {_topic(text)}, wording {'abcd'[k]}"), "other numbers or quotations"),
+        (Writer(say=lambda text, k: f"wording {'abcd'[k]} since 77 weeks: {text.lower()}"), "other numbers or quotations"),
         (Writer(say=lambda text, k: f"{_other(text)} wording {_number(text)} {'abcd'[k]}"), "another meaning"),
         (Writer(say=lambda text, k: f"{_topic(text)} {'abcd'[k]} {_number(text)}"), "hardly reworded"),
     ],
-    ids=["cut", "empty", "same", "number", "meaning", "copied"],
+    ids=["cut", "empty", "same", "number lost", "number made up", "meaning", "copied"],
 )  # fmt: skip
 def test_bad_paraphrases_are_left_out_and_counted(tmp_path: Path, engine: Writer, why: str) -> None:
     found = _augmented(engine, tmp_path)

@@ -1,7 +1,7 @@
 """Copies of training rows that a chat model has reworded, and the filter that leaves most of them out.
 
-A paraphrase is kept when it still has every number and quotation, is about as near to the original as
-paraphrases are, and a classifier that never saw the row gives it the row's label.
+A paraphrase is kept when it has the numbers and quotations of the original and no others, is about as near to it
+as paraphrases are, and a classifier that never saw the row gives it the row's label.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHOTS = (
 REASONS = (
     "cut or empty",
     "the same words",
-    "a number or a quotation is lost",
+    "other numbers or quotations",
     "another meaning",
     "hardly reworded",
     "another label",
@@ -192,10 +192,15 @@ def _look(offer: Offer, original: str) -> str:
         return "cut or empty"
     if fold(offer.text) == fold(original):
         return "the same words"
-    kept = (one.text.strip(" .,;:?!") for one in pieces(original) if not one.free)
-    if not all(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", offer.text) for one in kept):
-        return "a number or a quotation is lost"
+    if not (_has_all(offer.text, original) and _has_all(original, offer.text)):
+        return "other numbers or quotations"
     return ""
+
+
+def _has_all(text: str, other: str) -> bool:
+    """True when `text` has every number, quotation and the like that `other` has."""
+    wanted = (one.text.strip(" .,;:?!") for one in pieces(other) if not one.free)
+    return all(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", text) for one in wanted)
 
 
 def _labelled(
