@@ -17,7 +17,10 @@ from heldout.pipeline.checks.duplicates import (
 from heldout.pipeline.checks.labels import find_class_imbalance, find_unknown_labels
 from heldout.pipeline.checks.leakage import find_exact_leaks, find_near_leaks
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
+from heldout.pipeline.checks.shift import find_label_shift, find_shift
+from heldout.pipeline.checks.shortcuts import find_answers_in_prompts, find_shortcut_tokens
 from heldout.pipeline.checks.size import find_too_few_examples
+from heldout.pipeline.checks.templates import find_templates
 from heldout.pipeline.types import Finding
 
 __all__ = ["CHECKS", "ENCODER_CHECKS", "Check", "ModelTools", "Parts", "check"]
@@ -29,9 +32,15 @@ CHECKS: tuple[Check, ...] = (
     find_near_duplicates,
     find_conflicting_answers,
     find_near_conflicts,
+    find_templates,
     # leakage
     find_exact_leaks,
     find_near_leaks,
+    find_answers_in_prompts,
+    find_shortcut_tokens,
+    # shift
+    find_shift,
+    find_label_shift,
     # labels
     find_unknown_labels,
     find_class_imbalance,
