@@ -117,7 +117,7 @@ def find_shortcut_tokens(parts: Parts) -> Iterator[Finding]:
         return
     sample = parts.rows.samples[0]
     valid = parts.rows.samples[1] if parts.valid is not None else ()
-    tokens = _telling(sample, valid)
+    tokens = list(_telling(sample, valid))
     covered = Counter(_answer(row) for row in sample)
     codes = [token for token in tokens if token.is_code]
     placed = [token for token in tokens if token.at_one_place]
