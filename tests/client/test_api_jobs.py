@@ -84,10 +84,11 @@ def test_explicit_nulls_and_unknown_top_level_keys_are_accepted(live):
 def test_our_own_knobs_and_holdout_file_travel_as_extras(live):
     holdout = live.upload().id
     asked = {"n_epochs": 3, "lora_r": 8, "early_stopping": {"patience": 2}}
-    job = live.create_job(method=method(**asked), seed=5, extra_body={"x_holdout_file": holdout})
+    job = live.create_job(method=method(**asked), seed=5, extra_body={"x_holdout_file": holdout, "x_keep_leaks": True})
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size, job.seed) == (3, "auto", 5)
     assert job.method.supervised.hyperparameters.lora_r == 8
     assert (job.x_holdout_file, live.db.get_job(job.id).holdout_file) == (holdout, holdout)
+    assert (job.x_keep_leaks, live.db.get_job(job.id).keep_leaks) == (True, True)
     stored = {"n_epochs": 3, "lora_r": 8, "early_stopping": {"enabled": True, "patience": 2}}
     assert live.db.get_job(job.id).hyperparameters == stored
 

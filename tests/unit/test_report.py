@@ -233,3 +233,20 @@ def test_the_loss_curves_show_where_training_stopped_before_its_planned_end() ->
     assert f"stopped: step {CURVE[-1].step}" in stopped
     assert "30 steps planned" in stopped
     assert "stopped" not in charts.losses(CURVE, best_step=2, planned=CURVE[-1].step)
+
+
+def test_a_caveat_stands_before_every_number(outcome: Outcome, tmp_path: Path) -> None:
+    caveat = "2 of 100 holdout rows are in the training file <t> and were kept: the score may measure memory"
+    marked = replace(
+        outcome,
+        verdict=replace(outcome.verdict, caveats=(caveat,)),
+        split=replace(outcome.split, caveats=(caveat,)),
+    )
+    report.write(marked, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert next(iter(found)) == "caveats"
+    assert found["caveats"] == found["verdict"]["caveats"] == [caveat]
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.index(caveat) < text.index("examples nobody trained on (but see above)")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("2 of 100 holdout rows are in the training file &lt;t&gt;") < page.index("<ul>")

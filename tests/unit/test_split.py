@@ -420,3 +420,130 @@ def test_fewer_prompts_than_folds_are_refused_in_a_sentence():
 @pytest.mark.parametrize(("n", "small"), [(299, True), (300, False)])
 def test_a_file_is_small_by_its_distinct_prompts(n: int, small: bool):
     assert is_small(dataset(*[[f"question {i % n}", "x"] for i in range(400)])) is small
+
+
+MUSEUM = "engine whistle platform ticket sleeper carriage tunnel viaduct signal guard steam coal boiler track".split()
+
+
+def letters(n: int, *, seed: int = 0, of: int = 9) -> list[str]:
+    """Texts of which no two are alike."""
+    rng = random.Random(seed)
+    return [
+        " ".join(f"{rng.choice(MUSEUM)}{rng.choice('abcdefgh')}{rng.choice('xyzuvw')}" for _ in range(of))
+        for _ in range(n)
+    ]
+
+
+def part_of(split: Split) -> dict[int, str]:
+    """Which part a line is in."""
+    return {row.line: name for name in ("train", "valid", "holdout") for row in getattr(split, name)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_near_duplicates_are_in_one_part(seed: int):
+    texts = letters(120)
+    rows = [[text, "a"] for text in texts] + [[f"{text} please", "a"] for text in texts]
+    split, findings = split_dataset(dataset(*rows), None, None, seed=seed)
+    parts = part_of(split)
+    assert all(parts[line] == parts[line + 120] for line in range(1, 121))
+    assert findings == ()
+    assert (len(split.holdout), len(split.valid)) == (60, 36), "as many as without groups"
+    folds, _ = split_into_folds(dataset(*rows), None, seed=seed)
+    for one in folds.splits:
+        parts = part_of(one)
+        assert all(parts[line] == parts[line + 120] for line in range(1, 121))
+
+
+def test_questions_about_one_document_are_in_one_part():
+    documents = letters(30, of=40)
+    rows = [
+        [f"{text}\n\n{question}", "a"]
+        for text, questions in zip(documents, zip(*[iter(letters(120, seed=1))] * 4, strict=True), strict=True)
+        for question in questions
+    ]
+    for shape in (lambda text: text, lambda text: text.replace("\n\n", " "), lambda text: f"{text} Thanks"):
+        shaped = [[shape(text), answer] for text, answer in rows]
+        split, findings = split_dataset(dataset(*shaped), None, None, seed=0)
+        parts = part_of(split)
+        assert all(len({parts[4 * n + k] for k in range(1, 5)}) == 1 for n in range(30))
+        assert findings == ()
+
+
+def test_a_long_instruction_in_every_prompt_is_no_document():
+    instruction = "Read the letter below with care and say in one word which desk of the museum answers it. " * 4
+    rows = [[f"{instruction}\n{text}", "a"] for text in letters(100, of=60)]
+    split, findings = split_dataset(dataset(*rows), None, None, seed=0)
+    assert len(split.holdout) == 25
+    assert findings == ()
+
+
+def test_declared_groups_are_in_one_part():
+    rows = [replace(conversation([text, "a"], n), group=f"customer {n % 20}") for n, text in enumerate(letters(100))]
+    train = Dataset(name="train.jsonl", examples=tuple(rows))
+    split, _ = split_dataset(train, None, None, seed=3)
+    groups = [{row.group for row in part} for part in (split.train, split.valid, split.holdout)]
+    assert sum(map(len, groups)) == 20
+    assert len(split.holdout) == 25
+    folds, _ = split_into_folds(train, None, seed=3)
+    assert all({row.group for row in one.holdout}.isdisjoint(row.group for row in one.train) for one in folds.splits)
+
+
+def test_a_declared_group_that_is_too_large_is_trained_on_and_told():
+    rows = [
+        replace(conversation([text, "a"], n), group="big" if n <= 70 else None)
+        for n, text in enumerate(letters(100), start=1)
+    ]
+    split, (finding,) = split_dataset(Dataset(name="t", examples=tuple(rows)), None, None, seed=0)
+    assert (finding.code, finding.severity, len(finding.lines)) == ("group_not_held_out", "note", 70)
+    assert {row.group for row in (*split.valid, *split.holdout)} == {None}
+
+
+def test_lookalikes_that_are_most_of_the_file_are_divided_by_prompt_and_told():
+    base = letters(1, of=20)[0]
+    alike = [[f"{base} {word}", "a"] for word in letters(60, seed=2, of=2)]
+    others = [[text, "a"] for text in letters(60, seed=1)]
+    split, findings = split_dataset(dataset(*alike, *others), None, None, seed=0)
+    (finding,) = findings
+    assert (finding.code, finding.severity) == ("group_split", "warning")
+    assert len(finding.lines) > 50
+    assert_disjoint(split)
+    assert len(split.holdout) == len({*lines(split.holdout)}) >= 25
+
+
+def test_near_leaks_of_given_files_are_left_out_by_name():
+    texts = letters(60)
+    train = dataset(*([text, "a"] for text in texts))
+    valid = dataset(
+        [f"Hello, {texts[3]}", "a"], [letters(1, seed=5)[0], "a"], ["held text of the holdout file!", "a"], name="v"
+    )
+    holdout = dataset([texts[9].upper() + "?!", "b"], ["Held text of the holdout file", "a"], name="h")
+    split, findings = split_dataset(train, valid, holdout, seed=0)
+    assert (lines(split.valid), lines(split.holdout)) == ([2], [2])
+    assert [(one.code, one.file, one.lines) for one in findings] == [
+        ("leak_removed", "h", (1,)),
+        ("leak_removed", "v", (1, 3)),
+    ]
+    assert split.caveats == ()
+
+
+def test_kept_leaks_are_scored_and_mark_the_split():
+    train = numbered(60)
+    holdout = dataset(*([f"question {n}", "x"] for n in (1, 2, 99)), name="h")
+    split, findings = split_dataset(train, None, holdout, seed=0, keep_leaks=True)
+    assert lines(split.holdout) == [1, 2, 3]
+    (caveat,) = split.caveats
+    assert caveat.startswith("2 of 3 holdout rows are, or nearly are, in the training file train.jsonl and were kept")
+    assert "the score may measure memory" in caveat
+    assert [(one.code, one.severity, one.lines) for one in findings] == [("leak_kept", "warning", (1, 2))]
+    folds, _ = split_into_folds(train, numbered(20, name="v"), seed=0, keep_leaks=True)
+    assert all(len(one.valid) == 20 for one in folds.splits)
+    assert "20 of 20 validation rows" in folds.whole.caveats[0]
+
+
+def test_forms_of_answers_keep_their_shares_where_answers_are_no_labels():
+    answers = [f'{{"name": "{n}"}}' if n % 4 == 0 else f"I found {n} of them" for n in range(200)]
+    rows = [list(pair) for pair in zip(letters(200), answers, strict=True)]
+    split, _ = split_dataset(dataset(*rows), None, None, seed=0)
+    assert sum(row.target.startswith("{") for row in split.holdout) * 4 in range(
+        len(split.holdout) - 4, len(split.holdout) + 4
+    )

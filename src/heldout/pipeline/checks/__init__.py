@@ -23,7 +23,10 @@ from heldout.pipeline.checks.length import find_cut_answers, find_overlong_examp
 from heldout.pipeline.checks.parts import Check, ModelTools, Parts
 from heldout.pipeline.checks.personal import find_personal_data
 from heldout.pipeline.checks.prompts import find_system_prompt_drift
+from heldout.pipeline.checks.shift import find_label_shift, find_shift
+from heldout.pipeline.checks.shortcuts import find_answers_in_prompts, find_shortcut_tokens
 from heldout.pipeline.checks.size import find_few_per_label, find_smallest_difference, find_too_few_examples
+from heldout.pipeline.checks.templates import find_templates
 from heldout.pipeline.checks.text import find_damaged_texts
 from heldout.pipeline.checks.wrong_labels import find_wrong_labels
 from heldout.pipeline.types import Finding
@@ -37,9 +40,15 @@ CHECKS: tuple[Check, ...] = (
     find_near_duplicates,
     find_conflicting_answers,
     find_near_conflicts,
+    find_templates,
     # leakage
     find_exact_leaks,
     find_near_leaks,
+    find_answers_in_prompts,
+    find_shortcut_tokens,
+    # shift
+    find_shift,
+    find_label_shift,
     # labels
     find_unknown_labels,
     find_rare_and_missing_classes,

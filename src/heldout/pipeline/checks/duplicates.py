@@ -14,6 +14,11 @@ from heldout.pipeline.types import Dataset, Example, Finding, Severity
 #: Up to this share of extra copies is what any real file has.
 WARN_ABOVE = 0.01
 _SHOWN = 5
+_VARIANTS_LEARNED = (
+    "They add weight but little to learn; keep the best of each group, unless such variants are wanted. A split keeps "
+    "each group in one part."
+)
+_VARIANTS_SCORED = "Each group counts as several rows in scores, though it asks one question."
 
 
 def find_exact_duplicates(parts: Parts) -> Iterator[Finding]:
@@ -72,11 +77,11 @@ def find_near_duplicates(parts: Parts) -> Iterator[Finding]:
         but = f", {equal} of them in all but case, punctuation and white space" if equal else ""
         yield Finding(
             code="near_duplicate",
-            severity=_severity(extra, dataset),
+            # Where rows are only scored, variants give one question more weight, and no more than that.
+            severity=_severity(extra, dataset) if part == 0 else "note",
             message=(
                 f"{extra} of {len(dataset)} rows say nearly the same as another row and have its answer{but} "
-                f"({where}). They add weight but little to learn; keep the best of each group, unless such "
-                "variants are wanted. A split keeps each group in one part."
+                f"({where}). {_VARIANTS_LEARNED if part == 0 else _VARIANTS_SCORED}"
             ),
             file=dataset.name,
             lines=_all([_lines(rows, group) for group in groups]),
