@@ -11,7 +11,7 @@ import pytest
 from heldout.engine.base import Message, ModelRef, Reply, Sampling
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.checks.facts import cannot_be_told, find_facts
-from heldout.pipeline.closed_book import ROWS, probe_facts, with_the_base_models_word
+from heldout.pipeline.closed_book import ROWS, ClosedBook, _decoys, probe_facts, with_the_base_models_word
 from heldout.pipeline.types import Dataset, Example, Finding
 from heldout.pipeline.watch import Silent
 
@@ -148,7 +148,7 @@ def test_a_base_model_that_knows_nothing_makes_the_warning_firmer():
     told_again = with_the_base_models_word(findings, engine, "base", rivers, Silent())  # type: ignore[arg-type]
     assert engine.asked == 4 * ROWS, "not all of the file"
     assert (told_again[0].code, told_again[0].severity) == ("teaches_facts", "warning")
-    assert "asked 32 of them: it answers 0 right and knows 0 more" in told_again[0].message
+    assert "Of 32 of them the base model answers 0 right, and finds" in told_again[0].message
     assert told_again[1:] == findings[1:]
 
 
@@ -159,10 +159,24 @@ def test_facts_that_the_base_model_knows_are_only_noted(says: bool):
     engine = Knowing(known, says=says)
     found = probe_facts(engine, "base", rivers, range(1, 31), Silent())  # type: ignore[arg-type]
     assert found is not None
-    assert (found.asked, found.greedy, found.preferred, found.unknown) == (30, 30 * says, 30 * (not says), 0)
+    assert (found.asked, found.greedy, found.first) == (30, 30 * says, 30)
+    assert found.unknown[0] == 0
     findings = tuple(find_facts(Parts(train=rivers)))
     told_again = with_the_base_models_word(findings, engine, "base", rivers, Silent())  # type: ignore[arg-type]
     assert told_again[0].severity == "note"
+
+
+def test_luck_is_no_knowledge():
+    lucky = ClosedBook(asked=32, greedy=0, first=8)  # a quarter: as if it had guessed among four
+    assert lucky.unknown == pytest.approx(((1 - 0.4212) / 0.75, 1.0), abs=1e-3)
+
+
+def test_decoys_are_of_the_form_of_the_answer():
+    rows = [example("a", "12.50 euros.", 1), example("b", "Ask Tom.", 2), example("c", "13.75 euros.", 3)]
+    decoys = _decoys(rows[0], rows)
+    assert decoys[0] == "13.75 euros."
+    assert all(decoy.endswith(" euros.") and decoy != "12.50 euros." for decoy in decoys)
+    assert len(set(decoys)) == 3
 
 
 def test_where_no_facts_are_taught_the_base_model_is_not_asked():

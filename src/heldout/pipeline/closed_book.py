@@ -11,7 +11,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from heldout.engine.base import Engine, Message, ModelRef, Sampling
 from heldout.pipeline.checks.facts import TEACHES, closed_book
@@ -23,9 +22,6 @@ from heldout.pipeline.watch import Watch
 ROWS = 32
 #: Answers of other rows that each row's own answer is held against.
 DECOYS = 3
-#: By how much the own answer must be likelier than every decoy, in nats per token: when all are of one form, and
-#: when they are not, so that the form alone gives some of the answer away.
-MARGIN, MARGIN_OF_FORMS = 0.5, 2.0
 #: The file is warned about when so many facts are unknown for sure (SCIENCE §5).
 UNKNOWN = 0.4
 
@@ -36,18 +32,17 @@ class ClosedBook:
 
     asked: int
     greedy: int  # that it answers right by itself
-    preferred: int  # of the others, those whose answer it finds likelier than every decoy by the margin
-    nats: float  # of a token of the answers, on average
+    first: int  # whose answer it finds likelier than all decoys, or says by itself
 
     @property
-    def unknown(self) -> int:
-        """Facts that the base model shows no sign of."""
-        return self.asked - self.greedy - self.preferred
+    def unknown(self) -> tuple[float, float]:
+        """95 % interval of the share of facts that it does not know.
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the share of unknown facts in the file."""
-        return wilson(self.unknown, self.asked)
+        Of unknown facts the right answer is still the likeliest of four in a quarter of the cases.
+        """
+        low, high = wilson(self.first, self.asked)
+        luck = 1 / (1 + DECOYS)
+        return (min(1.0, (1 - high) / (1 - luck)), min(1.0, (1 - low) / (1 - luck)))
 
 
 def probe_facts(
@@ -60,12 +55,10 @@ def probe_facts(
     chosen = set(lines) if len(lines) <= ROWS else set(random.Random("closed book").sample(list(lines), ROWS))
     rows = [example for example in dataset.examples if example.line in chosen]
     decoys = [_decoys(row, rows) for row in rows]
-    if any(len(some.answers) < DECOYS for some in decoys):
+    if any(len(some) < DECOYS for some in decoys):
         return None
     model = ModelRef(base_model=base_model)
-    asked = [
-        _answered(row, answer) for row, some in zip(rows, decoys, strict=True) for answer in (row.target, *some.answers)
-    ]
+    asked = [_answered(row, answer) for row, some in zip(rows, decoys, strict=True) for answer in (row.target, *some)]
     tokens = engine.count_tokens(base_model, [str(messages[-1]["content"]) for messages in asked])
     per_token = []
     for start in range(0, len(asked), 1 + DECOYS):
@@ -76,12 +69,10 @@ def probe_facts(
     room = Sampling(max_tokens=max(tokens) + 8)
     replies = engine.chat(model, [row.prompt for row in rows], room)
     right = [_says(reply.text, row.target) for reply, row in zip(replies, rows, strict=True)]
-    preferred = [own - max(others) >= some.margin for (own, *others), some in zip(per_token, decoys, strict=True)]
     return ClosedBook(
         asked=len(rows),
         greedy=sum(right),
-        preferred=sum(likes and not says for likes, says in zip(preferred, right, strict=True)),
-        nats=-sum(own for own, *_ in per_token) / len(rows),
+        first=sum(says or own > max(others) for says, (own, *others) in zip(right, per_token, strict=True)),
     )
 
 
@@ -100,36 +91,27 @@ def with_the_base_models_word(
 
 
 def _told(finding: Finding, found: ClosedBook) -> Finding:
-    low, high = found.interval
+    low, high = found.unknown
     numbers = (
-        f"The base model was asked {found.asked} of them: it answers {found.greedy} right and knows {found.preferred} "
-        f"more when it sees them beside others; {found.unknown} are unknown to it ({low:.0%} to {high:.0%} of all)."
+        f"Of {found.asked} of them the base model answers {found.greedy} right, and finds the right answer likelier "
+        f"than {DECOYS} wrong ones for {found.first} ({found.asked / (1 + DECOYS):.0f} would be luck): it does not know "
+        f"{low:.0%} to {high:.0%} of them."
     )
     if low >= UNKNOWN:
         return replace(finding, message=f"{finding.message} {numbers}")
-    return replace(
-        finding,
-        severity="note",
-        message=f"{finding.message} {numbers} That many known ones make it a matter of form more than of facts.",
-    )
+    numbers += " So the answers may be more a matter of form than of facts."
+    return replace(finding, severity="note", message=f"{finding.message} {numbers}")
 
 
-class _Decoys(NamedTuple):
-    answers: tuple[str, ...]
-    margin: float
-
-
-def _decoys(row: Example, rows: Sequence[Example]) -> _Decoys:
+def _decoys(row: Example, rows: Sequence[Example]) -> list[str]:
     """Wrong answers for this row: of its form if it can be, a price against prices."""
     own = row.target.strip()
     others = [*dict.fromkeys(other.target for other in rows if other.target.strip() != own)]
     alike = [answer for answer in others if _shape(answer) == _shape(own)]
     if re.search("[0-9]", own):
         alike += [_other_digits(row.target, by) for by in (3, 5, 7)]
-    if len(alike) >= DECOYS:
-        return _Decoys(tuple(alike[:DECOYS]), MARGIN)
     others.sort(key=lambda answer: abs(len(answer) - len(own)))
-    return _Decoys(tuple(others[:DECOYS]), MARGIN_OF_FORMS)
+    return [*dict.fromkeys([*alike, *others])][:DECOYS]
 
 
 def _other_digits(answer: str, by: int) -> str:
