@@ -233,3 +233,18 @@ def test_the_loss_curves_show_where_training_stopped_before_its_planned_end() ->
     assert f"stopped: step {CURVE[-1].step}" in stopped
     assert "30 steps planned" in stopped
     assert "stopped" not in charts.losses(CURVE, best_step=2, planned=CURVE[-1].step)
+
+
+def test_the_report_says_whether_more_examples_would_pay(outcome: Outcome) -> None:
+    from heldout.pipeline.advise.learning_curve import draw_curve, predict
+
+    heading = "More data?"
+    assert heading not in report.markdown(outcome) + report.page(outcome), "not where it was not estimated"
+    curve = draw_curve(["a", "b"] * 50, lambda taught, asked: ["a"] * len(asked))
+    more = predict(curve, 100, rung=f"a rung {ATTACK}")
+    told = replace(outcome, more_data=more)
+    assert heading in report.markdown(told)
+    assert more.sentence in report.markdown(told)
+    assert heading in report.page(told)
+    assert ATTACK not in report.page(told)
+    assert told.as_dict()["more_data"]["gain"] == more.gain
