@@ -16,7 +16,7 @@ from heldout.errors import InvalidTrainingFile, ModelNotFound
 from heldout.pipeline.advise.costs import Costs, Prices, Tokens, add_costs, count_tokens
 from heldout.pipeline.advise.duration import Training, add_up, training_of
 from heldout.pipeline.advise.learning_curve import PARTITIONS, draw_curve, predict
-from heldout.pipeline.advise.measure import Answering, Measured, measure
+from heldout.pipeline.advise.measure import READING_WEIGHTS, Answering, Measured, measure
 from heldout.pipeline.advise.recommend import Prompted, recommend, what_it_proves
 from heldout.pipeline.advise.rungs import Cheap, CheapRung, measure_cheap
 from heldout.pipeline.advise.task import Task, closed_book_share, infer_task, kind_of_rows
@@ -305,6 +305,7 @@ def answering(shots: int, rows: int, seconds: float, prompt: float, shared: floa
         prompt_tokens=prompt,
         shared_tokens=shared,
         answer_tokens=answer,
+        longest=round(answer),
         scores=scores,
     )
 
@@ -325,9 +326,9 @@ def measured(**changes: Any) -> Measured:
         "load": 4.0,
         "plain": answering(0, 24, 24.0, 100.0, 80.0),
         "behind_shots": (answering(4, 12, 12.0, 300.0, 280.0), answering(8, 12, 24.0, 500.0, 480.0)),
-        "tuned": 0.5,
+        "tuned": answering(0, 24, 12.0, 100.0, 80.0),
         "reading": 0.25,
-        "general": 20.0,
+        "general": answering(0, 8, 20.0, 20.0, 0.0, answer=40.0),
         "cheap": Cheap(),
         "system_tokens": 80.0,
         "target_tokens": 4.0,
@@ -356,8 +357,10 @@ def test_a_job_is_the_sum_of_its_stages() -> None:
     # 30 steps, 6 validations and one of the average, 7 checkpoints, 8 proofs twice.
     assert found["training and validation"].at_most == pytest.approx(3 + 60 + 7 * 2.0 + 7 * 0.5 + 16 * 0.25)
     assert found["training and validation"].typical == pytest.approx(3 + 40 + 5 * 2.0 + 5 * 0.5 + 16 * 0.25)
-    assert found["answers of tuned models"].at_most == 20.0
-    assert found["general skills"].at_most == 20.0 + 2 * len(HELD_BACK) * 0.25
+    assert found["answers of tuned models"].at_most == measured().tuned.seconds_for(40)
+    general = measured().general
+    assert general is not None
+    assert found["general skills"].at_most == general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * 0.25
 
 
 def test_prompts_are_chosen_twice_for_each_number_of_shots() -> None:
@@ -370,10 +373,13 @@ def test_prompts_are_chosen_twice_for_each_number_of_shots() -> None:
     assert stage.at_most == pytest.approx(choosing + holdout)
 
 
-def test_what_all_rows_share_is_computed_once() -> None:
-    one = answering(8, 10, 10.0, prompt=500.0, shared=485.0)  # 485 once, and 15 + 3 * 5 for each row
+def test_what_all_rows_share_is_computed_once_and_weights_are_read_for_every_batch() -> None:
+    # 480 tokens once, 20 + 5 for each row, and 5 steps of a batch that read the weights.
+    one = answering(8, 10, 10.0, prompt=500.0, shared=480.0)
+    steps = 5 * READING_WEIGHTS
     assert one.seconds_for(10) == 10.0
-    assert one.seconds_for(20) == pytest.approx(10.0 * (485 + 600) / (485 + 300))
+    assert one.seconds_for(20) == pytest.approx(10.0 * (480 + 500 + steps) / (480 + 250 + steps))
+    assert one.seconds_for(96) == pytest.approx(10.0 * (480 + 2400 + 2 * steps) / (480 + 250 + steps))
     assert one.seconds_for(0) == 0.0
 
 
@@ -382,7 +388,7 @@ def test_six_trainings_take_six_times_as_long_and_the_last_one_answers_nothing()
     duration = add_up([*folds, training(valid=0, holdout=0)], measured())
     assert (duration.trainings, duration.steps) == (6, 180)
     answers = next(stage for stage in duration.stages if "tuned" in stage.name)
-    assert answers.at_most == 40 * 0.5
+    assert answers.at_most == pytest.approx(5 * measured().tuned.seconds_for(8))
 
 
 def plan_and_split(n: int = 96, **asked: Any) -> tuple[Any, Split]:
@@ -421,7 +427,7 @@ def test_costs_on_both_sides() -> None:
     assert costs.hosted_calls == pytest.approx(1000 * (2.0 * 500 + 10.0 * 4) / 1e6)
     assert costs.hosted_calls_short == pytest.approx(1000 * (2.0 * 20 + 10.0 * 4) / 1e6)
     assert costs.here_training == pytest.approx(add_up([training()], measured()).typical / 1000)
-    assert costs.here_calls == pytest.approx(0.5)
+    assert costs.here_calls == pytest.approx(measured().tuned.seconds_for(1000) / 1000)
 
 
 def test_a_price_that_is_not_given_leaves_its_cost_out() -> None:

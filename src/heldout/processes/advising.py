@@ -193,6 +193,7 @@ def _prompted(measured: Measured) -> tuple[Prompted, ...]:
             metric=one.scores.metric,
         )
         for one in answered
+        if one.scores
     )
 
 

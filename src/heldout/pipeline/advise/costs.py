@@ -104,7 +104,7 @@ def add_costs(tokens: Tokens, duration: Duration, measured: Measured, prices: Pr
         hosted_calls=_calls(prices, prompt, tokens.answer),
         hosted_calls_short=_calls(prices, tokens.without_system, tokens.answer),
         here_training=_times(prices.hour, duration.typical / HOUR),
-        here_calls=_times(prices.hour, CALLS * measured.tuned / HOUR),
+        here_calls=_times(prices.hour, measured.tuned.seconds_for(CALLS) / HOUR),
     )
 
 

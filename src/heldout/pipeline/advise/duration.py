@@ -116,8 +116,8 @@ def add_up(trainings: Sequence[Training], measured: Measured) -> Duration:
             sum(_training(one, measured) for one in trainings),
             sum(_training(one.shorter, measured) for one in trainings),
         ),
-        "answers of tuned models": (sum(one.holdout for one in trainings) * measured.tuned,) * 2,
-        "general skills": (measured.general + 2 * len(HELD_BACK) * measured.reading,) * 2,
+        "answers of tuned models": (sum(measured.tuned.seconds_for(one.holdout) for one in trainings),) * 2,
+        "general skills": (_general(measured),) * 2,
     }
     return Duration(
         stages=tuple(Stage(name, most, typical) for name, (most, typical) in pairs.items()),
@@ -145,6 +145,13 @@ def _ladder(one: Training, measured: Measured) -> float:
         choosing = sum(prompt.seconds_for(min(CHOOSERS, one.valid)) for prompt in shots)
         seconds += ORDERS * choosing + sum(prompt.seconds_for(one.holdout) for prompt in shots) / len(shots)
     return seconds
+
+
+def _general(measured: Measured) -> float:
+    """The base model answers, and both models read the answers."""
+    if measured.general is None:
+        return 0.0
+    return measured.general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * measured.reading
 
 
 def _training(one: Training, measured: Measured) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from heldout.engine.base import Engine, ModelRef, Sampling
+from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
 from heldout.engine.catalogue import ENCODER
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.advise.rungs import Cheap
@@ -24,9 +25,9 @@ from heldout.pipeline.watch import Watch
 
 #: Rows that are answered as they are, and behind shots.
 ANSWERED, BEHIND_SHOTS = 24, 12
-#: An answer's token takes about as long as so many of a prompt, which are computed at once. It only decides how
-#: much of a sample's time is that of the shared beginning.
-SLOWER = 3.0
+#: Work of answering, in tokens computed: a step that adds a token to every row of a batch first reads all weights,
+#: which takes as long as computing about so many tokens; so many rows are a batch (engine/generate.py).
+READING_WEIGHTS, BATCH = 12, 48
 #: Conversations whose log-probability is read, and general prompts that are answered.
 READ, ASKED = 4, 8
 
@@ -41,15 +42,19 @@ class Answering:
     prompt_tokens: float  # of a call, on average
     shared_tokens: float  # of them the same for all rows and computed once: system prompt and shots
     answer_tokens: float  # on average
-    scores: Scores
+    longest: int  # answer, in tokens
+    scores: Scores | None = None
 
     def seconds_for(self, rows: int) -> float:
-        """What so many rows would take, asked at once."""
-        return self.seconds * self._tokens(rows) / self._tokens(self.rows)
+        """What so many rows would take, asked at once: what they share is computed once, and larger batches read the
+        weights less often."""
+        return self.seconds * self._work(rows) / self._work(self.rows)
 
-    def _tokens(self, rows: int) -> float:
-        own = self.prompt_tokens - self.shared_tokens + SLOWER * self.answer_tokens
-        return (self.shared_tokens + own * rows) if rows else 0.0
+    def _work(self, rows: int) -> float:
+        if not rows:
+            return 0.0
+        own = self.prompt_tokens - self.shared_tokens + self.answer_tokens
+        return self.shared_tokens + own * rows + READING_WEIGHTS * self.longest * math.ceil(rows / BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +64,9 @@ class Measured:
     load: float  # the base model into the engine, while a job goes on
     plain: Answering | None  # None: an encoder cannot be prompted
     behind_shots: tuple[Answering, ...]  # one for each number of shots that fits
-    tuned: float  # for each answer of a tuned model
+    tuned: Answering
     reading: float  # the log-probability of one conversation
-    general: float  # all general prompts, answered
+    general: Answering | None  # prompts that ask for general skills; None as above
     cheap: Cheap  # measured before
     system_tokens: float  # of a system prompt, on average
     target_tokens: float  # of an answer, on average
@@ -95,14 +100,14 @@ def measure(
     prompted = facts.kind != ENCODER
     plain: Answering | None = None
     behind_shots: tuple[Answering, ...] = ()
-    reading = general = 0.0
+    reading, general = 0.0, None
     system_tokens = _system_tokens(engine, base_model, rows)
     if prompted:
         watch.message(f"Answering {len(rows)} rows with the prompt as it is, and {BEHIND_SHOTS} behind solved examples")
-        plain = _answer(engine, model, rows, metric, (), max_tokens, shared=system_tokens)
+        plain = _answer(engine, model, rows, max_tokens, metric=metric, shared=system_tokens)
         behind_shots = tuple(_answer_behind_shots(engine, model, split, metric, max_tokens, rows, plain))
         reading = _clock(lambda: engine.log_probs(model, [one.messages for one in rows[:READ]])) / len(rows[:READ])
-        general = _clock(lambda: _ask_general(engine, model)) * len(HELD_BACK) / ASKED
+        general = _ask(engine, model, [[{"role": "user", "content": one}] for one in HELD_BACK[:ASKED]], MAX_TOKENS)
     engine.close()
     watch.message(f"Taking steps of training for about {seconds:.0f} seconds")
     timings = trainer.time_steps(plan, split, base_model=base_model, directory=directory, seconds=seconds)
@@ -110,12 +115,10 @@ def measure(
     targets = engine.count_tokens(base_model, [row.target for row in rows])  # loads the model again, as a job does
     load = time.perf_counter() - began
     tuned = ModelRef(base_model=base_model, adapter=str(timings.adapter))
-    prompts = [row.prompt for row in rows]
     engine.log_probs(tuned, [rows[0].messages])  # the adapter is loaded
     watch.message(f"Answering {len(rows)} rows with what those {timings.steps} steps made")
     # A tuned model ends its answers where the training answers end; this one does not know that yet.
-    limit = Sampling(max_tokens=_long(targets) + 1)
-    answering = _clock(lambda: engine.chat(tuned, prompts, limit)) / len(rows)
+    answering = _answer(engine, tuned, rows, _long(targets) + 1, shared=system_tokens)
     return Measured(
         load=load,
         plain=plain,
@@ -134,24 +137,40 @@ def _answer(
     engine: Engine,
     model: ModelRef,
     rows: Sequence[Example],
-    metric: Metric,
-    shots: Sequence[Example],
     max_tokens: int,
     *,
+    metric: Metric | None = None,
+    shots: Sequence[Example] = (),
     shared: float = 0.0,
 ) -> Answering:
-    began = time.perf_counter()
+    replies: list[Reply] = []
     prompts = [with_shots(row.prompt, shots) for row in rows]
-    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens))
+    one = _ask(engine, model, prompts, max_tokens, replies)
+    scores = score_answers(metric, rows, [reply.text for reply in replies], replies) if metric else None
+    return replace(one, shots=len(shots), shared_tokens=shared, scores=scores)
+
+
+def _ask(
+    engine: Engine,
+    model: ModelRef,
+    prompts: Sequence[Sequence[Message]],
+    max_tokens: int,
+    replies: list[Reply] | None = None,
+) -> Answering:
+    """Answer prompts that share nothing; the answers are added to `replies`."""
+    began = time.perf_counter()
+    given = engine.chat(model, prompts, Sampling(max_tokens=max_tokens))
     seconds = time.perf_counter() - began
+    if replies is not None:
+        replies += given
     return Answering(
-        shots=len(shots),
-        rows=len(rows),
+        shots=0,
+        rows=len(prompts),
         seconds=seconds,
-        prompt_tokens=statistics.fmean(reply.prompt_tokens for reply in replies),
-        shared_tokens=shared,
-        answer_tokens=statistics.fmean(reply.completion_tokens for reply in replies),
-        scores=score_answers(metric, rows, [reply.text for reply in replies], replies),
+        prompt_tokens=statistics.fmean(reply.prompt_tokens for reply in given),
+        shared_tokens=0.0,
+        answer_tokens=statistics.fmean(reply.completion_tokens for reply in given),
+        longest=max(reply.completion_tokens for reply in given),
     )
 
 
@@ -171,7 +190,7 @@ def _answer_behind_shots(
         if len(shots) in found or not asked:
             continue
         try:
-            one = _answer(engine, model, asked, metric, shots, max_tokens)
+            one = _answer(engine, model, asked, max_tokens, metric=metric, shots=shots)
         except ContextLengthExceeded:
             continue  # a job leaves it out, and says so
         shared = plain.shared_tokens + one.prompt_tokens - plain.prompt_tokens
@@ -185,11 +204,6 @@ def _system_tokens(engine: Engine, base_model: str, rows: Sequence[Example]) -> 
     texts = sorted({text for text in prompts if text})
     counts = dict(zip(texts, engine.count_tokens(base_model, texts), strict=True)) if texts else {}
     return statistics.fmean(counts.get(text, 0) for text in prompts)
-
-
-def _ask_general(engine: Engine, model: ModelRef) -> None:
-    prompts = [[{"role": "user", "content": prompt}] for prompt in HELD_BACK[:ASKED]]
-    engine.chat(model, prompts, Sampling(max_tokens=MAX_TOKENS))
 
 
 def _long(tokens: Sequence[int]) -> int:
