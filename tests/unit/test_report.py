@@ -235,7 +235,6 @@ def test_the_loss_curves_show_where_training_stopped_before_its_planned_end() ->
     assert "stopped" not in charts.losses(CURVE, best_step=2, planned=CURVE[-1].step)
 
 
-<<<<<<< HEAD
 def test_a_caveat_stands_before_every_number(outcome: Outcome, tmp_path: Path) -> None:
     caveat = "2 of 100 holdout rows are in the training file <t> and were kept: the score may measure memory"
     marked = replace(
@@ -251,7 +250,8 @@ def test_a_caveat_stands_before_every_number(outcome: Outcome, tmp_path: Path) -
     assert text.index(caveat) < text.index("examples nobody trained on (but see above)")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.index("2 of 100 holdout rows are in the training file &lt;t&gt;") < page.index("<ul>")
-=======
+
+
 def test_the_report_says_whether_more_examples_would_pay(outcome: Outcome) -> None:
     from heldout.pipeline.advise.learning_curve import draw_curve, predict
 
@@ -265,4 +265,3 @@ def test_the_report_says_whether_more_examples_would_pay(outcome: Outcome) -> No
     assert heading in report.page(told)
     assert ATTACK not in report.page(told)
     assert told.as_dict()["more_data"]["gain"] == more.gain
->>>>>>> advise
