@@ -447,7 +447,7 @@ def test_paraphrases_with_the_rows_label_and_its_numbers_are_kept(tmp_path: Path
         (Writer(say=lambda text, k: " "), "cut or empty"),
         (Writer(say=lambda text, k: text.upper()), "the same words"),
         (Writer(say=lambda text, k: f"the {_topic(text)}, wording {'abcd'[k]}"), "other numbers or quotations"),
-        (Writer(say=lambda text, k: f"wording {'abcd'[k]} since 77 weeks: {text.lower()}"), "other numbers or quotations"),
+        (Writer(say=lambda text, k: f"wording {'abcd'[k]}, 77 weeks: {text.lower()}"), "other numbers or quotations"),
         (Writer(say=lambda text, k: f"{_other(text)} wording {_number(text)} {'abcd'[k]}"), "another meaning"),
         (Writer(say=lambda text, k: f"{_topic(text)} {'abcd'[k]} {_number(text)}"), "hardly reworded"),
     ],
