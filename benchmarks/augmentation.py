@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/augmentation.py [--tasks banking12 clinc10-oos sentiment3] [--seeds 0 1 2]
         [--model all-minilm-l6-v2] [--per-label 8] [--set freeze_layers=turbo] [--rows 0 0] [--out runs.jsonl]
     .venv/bin/python benchmarks/augmentation.py --summary runs.jsonl
+    .venv/bin/python benchmarks/augmentation.py --packed
 
 Arms: `none` is the plan as it is. `duplicated` has every row twice and half as many epochs: what another order of
 the same rows is worth. `robust` and `paraphrase` are the product's own. All take the same number of steps without early
@@ -11,7 +12,8 @@ label, drawn by the seed and the same for every arm; validation and test are the
 
 The test is scored clean and badly typed by this file's own code, not by the product's: `typos` (a letter left out,
 doubled, swapped or replaced in every third word of four letters or more), `bare` (small letters, no punctuation) and
-`both`. A run that stands in `--out` is not done again.
+`both`. A run that stands in `--out` is not done again. `--packed` trains nothing: how many more tokens a chat model
+computes with `robust` copies, whose system prompts are not all the same.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import MODEL, mean, part_of, plan_of, split_of, trainer
+from benchmarks.common import MODEL, base_folder, mean, part_of, plan_of, split_of, trainer
 
+from heldout.engine import weights
 from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.types import Example, Split
@@ -163,6 +166,24 @@ def run(
     }
 
 
+def packed(task: str) -> float:
+    """Packed tokens of eight epochs with copies, for one without."""
+    from heldout.engine.template import ChatTemplate
+    from heldout.train import sft
+    from heldout.train.packing import pack
+
+    split = split_of(task)
+    plan, template = plan_of(split, 0), ChatTemplate(weights.load_tokenizer(base_folder()))
+
+    def tokens(examples: Sequence[Example]) -> list[Any]:
+        return sft.tokenize(template, examples, plan.max_length, task)
+
+    rows, (copies, _) = tokens(split.train), that_fit(robust_copies(split, seed=0).copies, tokens)
+    steps = range(1, 8 * math.ceil(len(rows) / plan.batch_size) + 1)
+    with_, without = (sum(len(pack(loop.batch(plan, rows, some, step)).ids) for step in steps) for some in (copies, ()))
+    return with_ / without
+
+
 def summary(runs: Sequence[dict[str, Any]], than: str = "duplicated") -> str:
     """Means of every arm, and paired gains over `than` with 95 % intervals (Student's t over seeds, and over the
     pairs of task and seed for all tasks together)."""
@@ -208,7 +229,12 @@ def main() -> None:
         "--out", type=Path, help="append each run as a line of JSON; runs that stand there are passed over"
     )
     parser.add_argument("--summary", type=Path, help="only print what is in this file")
+    parser.add_argument("--packed", action="store_true", help="only count tokens")
     asked = parser.parse_args()
+    if asked.packed:
+        for task in asked.tasks:
+            print(f"{task}: {packed(task):.2f} times the packed tokens", flush=True)
+        return
     if asked.summary:
         print(summary([json.loads(line) for line in asked.summary.read_text().splitlines()]))
         return

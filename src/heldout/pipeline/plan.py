@@ -207,7 +207,7 @@ def augmentation(asked: Hyperparameters, split: Split) -> Choice:
     """
     wanted = asked.augmentation
     if wanted is None:
-        return Choice("none", "auto: off; copies gained nothing over the rows themselves that holds on several tasks")
+        return Choice("none", "auto: off; at equal steps copies gained nothing that is more than chance")
     reason = None if wanted == "none" else why_blocked(split.train, labels_only=wanted == "paraphrase")
     if reason:
         raise InvalidValue(
