@@ -195,4 +195,4 @@ def test_findings_of_a_refused_job_stand_on_its_files_and_among_its_events_the_w
     assert ("warn", "leak_exact", "valid.jsonl") in told
     assert sorted(told, key=lambda one: ("error", "warn", "info").index(one[0])) == told
     assert db.get_file(files["train"].id).findings[0] == events[0].data
-    assert {one["code"] for one in db.get_file(files["valid"].id).findings} == {"leak_exact"}
+    assert {one["code"] for one in db.get_file(files["valid"].id).findings} == {"leak_exact", "no_final_newline"}
