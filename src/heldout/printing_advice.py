@@ -65,23 +65,25 @@ def lines(advice: Advice) -> Iterator[tuple[str, str]]:
 
 
 def _proof(proof: Proof) -> str:
-    told = [f"{100 * found:.1f} points" if found is not None else "nothing" for _, found in proof.detectable]
-    shares = [f"{share:.0%}" for share, _ in proof.detectable]
     how = "rows, out of fold" if proof.crossfit else "rows of the holdout"
-    return (
-        f"with {proof.rows} {how}: differences from {', '.join(told)} on, where two models disagree on "
-        f"{', '.join(shares)} of the answers (80 % power)"
-    )
+    told = [
+        f"{100 * found:.1f} points if they disagree on {share:.0%}" if found is not None else f"none if on {share:.0%}"
+        for share, found in proof.detectable
+    ]
+    return f"with {proof.rows} {how}, these differences of two models or larger ones: {'; '.join(told)}"
 
 
 def _job(job: Job) -> Iterator[tuple[str, str]]:
     duration, tokens = job.duration, job.tokens
-    folds = f"{duration.trainings} trainings, " if duration.trainings > 1 else ""
-    yield (
-        "A job",
-        f"{_time(duration.typical)} here, at most {_time(duration.at_most)} ({folds}{duration.typical_steps} of "
-        f"{duration.steps} steps: as if each stopped half way and a patience later); {_stages(duration)}",
-    )
+    trainings = f"{duration.trainings} trainings, " if duration.trainings > 1 else ""
+    if duration.typical_steps == duration.steps:
+        told = f"{_time(duration.at_most)} here ({trainings}{duration.steps} steps)"
+    else:
+        told = (
+            f"{_time(duration.typical)} here, at most {_time(duration.at_most)} ({trainings}{duration.typical_steps} "
+            f"of {duration.steps} steps: as if each stopped half way and a patience later)"
+        )
+    yield "A job", f"{told}; {_stages(duration)}"
     memory = f"{job.memory_bytes / 2**30:.2f} GiB at its highest" if job.memory_bytes else "not predicted: it is small"
     yield "", f"memory {memory}; {job.base_model}, {job.steps_measured} steps were timed"
     yield "Tokens", _tokens(tokens)
@@ -98,7 +100,7 @@ def _stages(duration: Duration) -> str:
 
 def _tokens(tokens: Tokens) -> str:
     return (
-        f"{tokens.per_epoch:,} an epoch, {tokens.supervised:,} of them learned from; at most {tokens.epochs} epochs, "
+        f"{tokens.per_epoch:,} an epoch, {tokens.supervised:,} of them learned from; epochs: at most {tokens.epochs}, "
         f"{tokens.per_epoch * tokens.epochs:,} tokens a training"
     )
 
