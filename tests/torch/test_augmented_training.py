@@ -12,7 +12,8 @@ import torch
 
 from heldout.pipeline.augment.copies import robust_copies
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.run import Request, Source, Tools, run_job
+from heldout.pipeline.request import Request, Source, Tools
+from heldout.pipeline.run import run_job
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch

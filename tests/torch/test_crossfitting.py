@@ -14,7 +14,8 @@ from heldout.engine.local import LocalEngine
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.run import Request, Source, Tools, run_job
+from heldout.pipeline.request import Request, Source, Tools
+from heldout.pipeline.run import run_job
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Watch

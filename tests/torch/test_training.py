@@ -23,7 +23,8 @@ from heldout.engine.template import ChatTemplate
 from heldout.engine.weights import load_tokenizer
 from heldout.errors import InvalidTrainingFile, InvalidValue
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.run import Tools, prove_serving
+from heldout.pipeline.request import Tools
+from heldout.pipeline.run import prove_serving
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent

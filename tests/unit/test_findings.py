@@ -16,7 +16,7 @@ import heldout
 from heldout.pipeline import findings
 from heldout.pipeline.findings import CheckedFile, Report, grouped, most_harmful_first, on_the_wire, place
 from heldout.pipeline.findings_page import bar
-from heldout.pipeline.run import tell_findings
+from heldout.pipeline.intake import tell_findings
 from heldout.pipeline.types import Finding, Severity
 from heldout.printing import report_lines
 from tests.conftest import colour_row, write_rows

@@ -12,7 +12,8 @@ import pytest
 from heldout.errors import InvalidTrainingFile, InvalidValidationFile
 from heldout.pipeline.checks import Parts, check
 from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
-from heldout.pipeline.run import Request, Source, check_files, refuse_errors
+from heldout.pipeline.intake import check_files, refuse_errors
+from heldout.pipeline.request import Request, Source
 from heldout.pipeline.types import Dataset, Finding
 
 USER = {"role": "user", "content": "Weather in Bern?"}

@@ -94,8 +94,8 @@ def _told(finding: Finding, found: ClosedBook) -> Finding:
     low, high = found.unknown
     numbers = (
         f"Of {found.asked} of them the base model answers {found.greedy} right, and finds the right answer likelier "
-        f"than {DECOYS} wrong ones for {found.first} ({found.asked / (1 + DECOYS):.0f} would be luck): it does not know "
-        f"{low:.0%} to {high:.0%} of them."
+        f"than {DECOYS} wrong ones for {found.first} ({found.asked / (1 + DECOYS):.0f} would be luck): it does not "
+        f"know {low:.0%} to {high:.0%} of them."
     )
     if low >= UNKNOWN:
         return replace(finding, message=f"{finding.message} {numbers}")

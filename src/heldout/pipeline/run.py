@@ -5,36 +5,33 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
-from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValidationFile, UserError
 from heldout.pipeline import crossfit, ladder, report
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.advise.rungs import measure_cheap
 from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
-from heldout.pipeline.checks import ModelTools, Parts, check
+from heldout.pipeline.checks import Parts
 from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
-from heldout.pipeline.dataset import UNTRAINABLE, read_dataset
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
-from heldout.pipeline.findings import grouped, most_harmful_first, name_more, on_the_wire
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
-from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.intake import check_files, model_tools, refuse_errors, tell_findings
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.plan import MAX_LENGTH, TrainPlan, make_plan
+from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
+from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import SMALL, split_dataset
-from heldout.pipeline.training import Adapter, ModelFacts, Trainer
-from heldout.pipeline.types import Dataset, Finding, Split
+from heldout.pipeline.training import Adapter, ModelFacts
+from heldout.pipeline.types import Finding, Split
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent, Watch
 from heldout.settings import DEFAULT_MODEL
@@ -42,37 +39,6 @@ from heldout.settings import DEFAULT_MODEL
 #: Largest difference of an answer's log-probability (nats per token of the answer, relative to its size)
 #: between the trainer and the serving path; two ways of adding up the same fp32 products differ by 1e-4.
 SERVING_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A file of the job: how reports call it, and how to read it."""
-
-    name: str
-    open: Callable[[], BinaryIO]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What was asked for."""
-
-    base_model: str
-    training: Source
-    validation: Source | None = None
-    holdout: Source | None = None
-    seed: int = 0
-    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
-    directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
-    keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tools:
-    """Who does the work that is not ours."""
-
-    engine: Engine
-    trainer: Trainer
-    watch: Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +57,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     """Check, make a model and measure it, judge, report."""
     started = time.monotonic()
     facts = tools.trainer.facts(request.base_model)
-    parts, findings = check_files(request, model_tools(request, facts, tools.trainer))
+    parts, findings = look_at_files(request, facts, tools)
     refuse_errors(request, findings)
     if facts.kind == catalogue.CHAT:  # an encoder says labels, no facts
         findings = with_the_base_models_word(findings, tools.engine, request.base_model, parts.train, tools.watch)
@@ -126,6 +92,13 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     first = ". ".join((verdict.outcome, *verdict.caveats, verdict.reasons[0]))
     tools.watch.message(f"Verdict: {first}", data={"outcome": verdict.outcome})
     return outcome
+
+
+def look_at_files(request: Request, facts: ModelFacts, tools: Tools) -> tuple[Parts, tuple[Finding, ...]]:
+    """The job's files, with all that the checks see of them by asking its models."""
+    limit = request.hyperparameters.max_length
+    models = model_tools(request.base_model, facts, tools.trainer, tools.engine, max_length=limit)
+    return check_files(request, models, tools.watch)
 
 
 def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
@@ -338,52 +311,6 @@ def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, dire
     )
 
 
-def check_files(request: Request, model: ModelTools = ModelTools()) -> tuple[Parts, tuple[Finding, ...]]:
-    """Read every file and look at all of them together; every problem is in the findings, the most harmful
-    first. `model` is what the checks may ask of the base model."""
-    parts, seen = read_files(request, model)
-    return parts, most_harmful_first((*seen, *check(parts)), {one.name: len(one) for one in parts.given()})
-
-
-def read_files(request: Request, model: ModelTools = ModelTools()) -> tuple[Parts, tuple[Finding, ...]]:
-    """The sound rows of every file, and what is wrong with the others."""
-    train, findings = _read(request.training)
-    valid, valid_findings = _read(request.validation) if request.validation else (None, ())
-    holdout, holdout_findings = _read(request.holdout) if request.holdout else (None, ())
-    parts = Parts(train=train, valid=valid, holdout=holdout, model=model)
-    return parts, (*findings, *valid_findings, *holdout_findings)
-
-
-def model_tools(request: Request, facts: ModelFacts, trainer: Trainer) -> ModelTools:
-    """What checks may ask of the job's base model."""
-    asked = request.hyperparameters.max_length
-    usual = facts.context if facts.kind == catalogue.ENCODER else min(facts.context, MAX_LENGTH)
-    return ModelTools(
-        kind=facts.kind,
-        limit=min(facts.context, asked or usual),
-        count_tokens=lambda examples: trainer.count_tokens(examples, base_model=request.base_model),
-    )
-
-
-def refuse_errors(request: Request, findings: Sequence[Finding]) -> None:
-    """Raise the error of the first file concerned, with every problem of every file in its message.
-
-    A sound file in a format that no method trains on is a warning to who only looks, and an error to a job.
-    """
-    errors = [finding for finding in findings if finding.severity == "error" or finding.code == UNTRAINABLE]
-    if not errors:
-        return
-    first = errors[0]
-    kind: type[UserError] = InvalidTrainingFile
-    if request.validation and first.file == request.validation.name:
-        kind = InvalidValidationFile
-    if request.holdout and first.file == request.holdout.name:
-        kind = InvalidHoldoutFile
-    # OpenAI's sentence and code stay as they are: scripts look for them.
-    code = first.code if first.code == "invalid_n_examples" else None
-    raise kind("\n".join(_sentence(finding) for finding in errors), code=code)
-
-
 def answer_room(engine: Engine, base_model: str, split: Split) -> int:
     """The most tokens an evaluated answer may have: a quarter more than the longest that was trained on,
     and a little. Longer ones are cut and counted as cut: they cannot be right."""
@@ -439,18 +366,6 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
     )
 
 
-def tell_findings(findings: Sequence[Finding], watch: Watch) -> None:
-    """What the checks or the split saw: a sentence for each, and one for what there is of a kind beyond a few."""
-    levels = {"error": "error", "warning": "warn", "note": "info"}
-    for group in grouped(findings):
-        level = levels[group.severity]
-        for finding in group.shown:
-            watch.message(f"{finding.file}: {finding.message}", level=level, data=on_the_wire(finding))
-        if group.more:
-            data = {"code": group.code, "findings": [on_the_wire(finding) for finding in group.more]}
-            watch.message(f"{group.code}: {name_more(group)}", level=level, data=data)
-
-
 def tell_split(split: Split, metric: Metric, watch: Watch) -> None:
     """What the rows are for."""
     watch.message(
@@ -486,13 +401,3 @@ def tell_rungs(rungs: Sequence[Rung], where: str, watch: Watch) -> None:
             f"(95 % interval {low:.1%} to {high:.1%})",
             data=rung.as_dict(),
         )
-
-
-def _read(source: Source) -> tuple[Dataset, tuple[Finding, ...]]:
-    with source.open() as content:
-        return read_dataset(content, name=source.name)
-
-
-def _sentence(finding: Finding) -> str:
-    alone = finding.code == "invalid_n_examples"
-    return finding.message if alone else f"{finding.file}: {finding.message}"

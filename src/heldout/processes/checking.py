@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from heldout.pipeline import checks
 from heldout.pipeline.checks import ModelTools
 from heldout.pipeline.findings import Report, make_report
-from heldout.pipeline.run import Request, Source, read_files
+from heldout.pipeline.intake import read_files
+from heldout.pipeline.request import Request
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.foreground import source
 from heldout.settings import Settings, read_settings
-
-#: Reading a smaller file is not worth a bar.
-TOLD_FROM = 16 << 20  # bytes
-MEGABYTE = 1 << 20
 
 
 def check(
@@ -45,47 +39,19 @@ def check(
     started = time.monotonic()
     request = Request(
         base_model=model or "",
-        training=_told(path, watch),
-        validation=_told(validation, watch) if validation else None,
-        holdout=_told(holdout, watch) if holdout else None,
+        training=source(path),
+        validation=source(validation) if validation else None,
+        holdout=source(holdout) if holdout else None,
         directory=Path(),
     )
-    parts, seen = read_files(request, _model_tools(model, settings or read_settings()) if model else ModelTools())
+    models = _check_tools(model, settings or read_settings()) if model else ModelTools()
+    parts, seen = read_files(request, models, watch)
     found = () if quick else checks.check(parts, lambda done, total: watch.progress("checks", done, total))
     return make_report(parts, seen, found, seconds=time.monotonic() - started, quick=quick, model=model)
 
 
-def _model_tools(model: str, settings: Settings) -> ModelTools:
+def _check_tools(model: str, settings: Settings) -> ModelTools:
     # torch and transformers come in here.
-    from heldout.processes.tools import model_tools
+    from heldout.processes.tools import check_tools
 
-    return model_tools(settings, model)
-
-
-def _told(path: str | Path, watch: Watch) -> Source:
-    """A file that tells how much of it has been read, if it is a large one."""
-    plain = source(path)
-    size = Path(path).stat().st_size
-    if size < TOLD_FROM:
-        return plain
-
-    def tell(read: int) -> None:
-        watch.progress(f"reading {Path(path).name}, MB", read // MEGABYTE, size // MEGABYTE)
-
-    # A BufferedReader has all that BinaryIO promises and is none to mypy.
-    return Source(
-        name=plain.name, open=lambda: cast(BinaryIO, io.BufferedReader(_Counted(path, tell), buffer_size=MEGABYTE))
-    )
-
-
-class _Counted(io.FileIO):
-    """Says after each read how far it is."""
-
-    def __init__(self, path: str | Path, tell: Callable[[int], None]) -> None:
-        super().__init__(path)
-        self._tell = tell
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        count = super().readinto(buffer) or 0
-        self._tell(self.tell())
-        return count
+    return check_tools(settings, model)

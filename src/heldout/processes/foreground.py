@@ -16,7 +16,8 @@ from heldout.pipeline import report
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.run import Request, Source, run_job
+from heldout.pipeline.request import Request, Source
+from heldout.pipeline.run import run_job
 from heldout.pipeline.verdict import Verdict
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.register import add_file, register

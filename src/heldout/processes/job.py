@@ -20,7 +20,9 @@ from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.checks import ModelTools
 from heldout.pipeline.findings import on_the_wire
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.run import Request, Source, check_files, refuse_errors, run_job, tell_findings
+from heldout.pipeline.intake import check_files, refuse_errors, tell_findings
+from heldout.pipeline.request import Request, Source
+from heldout.pipeline.run import run_job
 from heldout.pipeline.watch import InFold, in_fold
 from heldout.processes.register import put_adapter, register
 from heldout.records import (

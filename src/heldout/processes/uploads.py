@@ -22,7 +22,8 @@ from heldout import machine
 from heldout.errors import NotFound
 from heldout.pipeline.checks import Parts, check
 from heldout.pipeline.findings import most_harmful_first, on_the_wire
-from heldout.pipeline.run import Request, Source, read_files
+from heldout.pipeline.intake import read_files
+from heldout.pipeline.request import Request, Source
 from heldout.pipeline.types import Finding
 from heldout.records import File
 from heldout.settings import Settings, read_settings

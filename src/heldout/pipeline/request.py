@@ -1,0 +1,44 @@
+"""What a job is asked to do, and who does the work that is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from heldout.engine.base import Engine
+from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.training import Trainer
+from heldout.pipeline.watch import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A file of the job: how reports call it, and how to read it."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for."""
+
+    base_model: str
+    training: Source
+    validation: Source | None = None
+    holdout: Source | None = None
+    seed: int = 0
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
+    keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """Who does the work that is not ours."""
+
+    engine: Engine
+    trainer: Trainer
+    watch: Watch
