@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+import heldout
+from heldout.cli import app
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.errors import InvalidTrainingFile, ModelNotFound
 from heldout.pipeline.advise.costs import Costs, Prices, Tokens, add_costs, count_tokens
@@ -564,6 +567,21 @@ def test_an_unknown_model_is_named(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(30)])
     with pytest.raises(ModelNotFound, match="no such model"):
         advise(file, model="no such model", settings=tiny_settings(tmp_path))
+
+
+def test_the_command_prints_one_json_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELDOUT_DATA_DIR", str(tmp_path / "data"))
+    file = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(60)])
+    done = CliRunner().invoke(app, ["advise", str(file), "--quick", "--json", "--set", "n_epochs=2"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document == heldout.advise(file, quick=True).as_dict()
+
+
+def test_the_command_refuses_a_file_that_is_not_there(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["advise", str(tmp_path / "none.jsonl"), "--quick"])
+    assert done.exit_code == 2
+    assert "There is no file" in done.stderr
 
 
 def test_the_longest_advice_fits_on_one_screen(tmp_path: Path) -> None:
