@@ -17,7 +17,7 @@ from heldout.pipeline.checks.duplicates import (
     find_near_conflicts,
     find_near_duplicates,
 )
-from heldout.pipeline.checks.near import SIMILAR, find_near
+from heldout.pipeline.checks.near import DIFFERENT_BITS, SIMILAR, find_near
 from heldout.pipeline.checks.rows import Rows, canonical, grams, jaccard, plain, sign
 from heldout.pipeline.checks.templates import find_templates
 from heldout.pipeline.types import Dataset, Example
@@ -179,15 +179,19 @@ def test_similar_texts_meet_in_a_band_and_others_hardly_ever():
         for _ in range(rng.randrange(5)):
             words[rng.randrange(len(words))] = rng.choice(WORDS)
         pairs.append((text, " ".join(words)))
-    meet = (sign([one for one, _ in pairs]) == sign([other for _, other in pairs])).any(axis=0)
+    signed = [sign(texts) for texts in zip(*pairs, strict=True)]
+    apart = [(one ^ other).bit_count() for one, other in zip(*(each.sketch.tolist() for each in signed), strict=True)]
+    meet = (signed[0].bands == signed[1].bands).any(axis=0)
     similarity = np.array([jaccard(grams(one), grams(other)) for one, other in pairs])
     assert meet[similarity >= SIMILAR].mean() > 0.99
     assert meet[similarity < 0.15].mean() < 0.05
+    assert (np.array(apart)[similarity >= SIMILAR] <= DIFFERENT_BITS).mean() > 0.999
+    assert (np.array(apart)[similarity < 0.15] <= DIFFERENT_BITS).mean() < 0.1
 
 
 def test_short_and_empty_texts_have_a_signature_of_their_own():
     texts = ["", "a", "ab", "abc", "abcd", "abcde", "abcd"]
-    signed = sign(texts).T.tolist()
+    signed = sign(texts).bands.T.tolist()
     assert signed[4] == signed[6]
     assert all(one != other for one, other in itertools.combinations(signed[:6], 2))
 

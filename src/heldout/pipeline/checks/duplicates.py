@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from heldout.pipeline.checks.near import groups_of
+from heldout.pipeline.checks.near import Near, groups_of
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
 from heldout.pipeline.checks.rows import Numbers, Rows, user_text
 from heldout.pipeline.types import Dataset, Example, Finding, Severity
@@ -81,7 +81,7 @@ def find_near_duplicates(parts: Parts) -> Iterator[Finding]:
             severity=_severity(extra, dataset) if part == 0 else "note",
             message=(
                 f"{extra} of {len(dataset)} rows say nearly the same as another row and have its answer{but} "
-                f"({where}). {_VARIANTS_LEARNED if part == 0 else _VARIANTS_SCORED}"
+                f"({where}). {_VARIANTS_LEARNED if part == 0 else _VARIANTS_SCORED}{_given_up(near)}"
             ),
             file=dataset.name,
             lines=_all([_lines(rows, group) for group in groups]),
@@ -113,6 +113,15 @@ def find_near_conflicts(parts: Parts) -> Iterator[Finding]:
                 lines=_all([_lines(rows, pair) for pair in here]),
                 example=_side_by_side(rows, here[0]),
             )
+
+
+def _given_up(near: Near) -> str:
+    if not near.given_up:
+        return ""
+    return (
+        f" {near.given_up} texts are like so many others that they were not compared with all of them: there may "
+        "be more."
+    )
 
 
 def _severity(extra: int, dataset: Dataset) -> Severity:

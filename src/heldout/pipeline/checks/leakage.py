@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from heldout.pipeline.checks.near import Near
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
 from heldout.pipeline.checks.rows import Hashes, Numbers, Rows, user_text
@@ -55,18 +57,18 @@ def near_leaks(rows: Rows, near: Near, seen: int, asked: int) -> Leaks:
 
 def _matches(rows: Rows, values: Hashes | Numbers, shown: Hashes | None, seen: int, asked: int) -> dict[int, list[int]]:
     """Rows of `asked` with the value of a row of `seen`, or with one that a row of `seen` shows earlier."""
-    by_value: dict[int, list[int]] = {}
-    wanted = set(values[rows.of(asked)].tolist())
-    start = rows.starts[seen]
-    for row, value in enumerate(values[rows.of(seen)].tolist(), start=start):
-        if value in wanted and len(by_value.setdefault(value, [])) < _MOST:
-            by_value[value].append(row)
+    asking = values[rows.of(asked)]
+    given = rows.starts[seen] + np.flatnonzero(np.isin(values[rows.of(seen)], asking))
+    pairs = list(zip(given.tolist(), values[given].tolist(), strict=True))
     if shown is not None:
-        for row, value in zip(rows.shown_by.tolist(), shown.tolist(), strict=True):
-            if value in wanted and rows.part(row) == seen and len(by_value.setdefault(value, [])) < _MOST:
-                by_value[value].append(row)
-    asking = enumerate(values[rows.of(asked)].tolist(), start=rows.starts[asked])
-    return {row: by_value[value] for row, value in asking if value in by_value}
+        inside = (rows.shown_by >= rows.starts[seen]) & (rows.shown_by < rows.starts[seen + 1]) & np.isin(shown, asking)
+        pairs += zip(rows.shown_by[inside].tolist(), shown[inside].tolist(), strict=True)
+    by_value: dict[int, list[int]] = {}
+    for row, value in pairs:
+        if len(by_value.setdefault(value, [])) < _MOST:
+            by_value[value].append(row)
+    found = enumerate(asking.tolist(), start=rows.starts[asked])
+    return {row: by_value[value] for row, value in found if value in by_value}
 
 
 def _pairs_of_files(parts: Parts) -> Iterator[tuple[int, int, bool]]:

@@ -24,12 +24,16 @@ SIMILAR = 0.7
 WORDY, SAME_WORDS = 60, 0.9
 #: Free answers to the same question are worded freely; above this they say the same.
 ALIKE_ANSWERS = 0.5
+#: Of the 64 bits of two sketches, so many may differ: at similarity 0.7 more do in 3 of 10,000 pairs, at 0.2 in 9 of
+#: 10 (binomial with (1 - similarity) / 2). Spares most texts from being read again.
+DIFFERENT_BITS = 20
 #: In a bucket of more texts than this, each is compared with a few that stand for the others.
 SMALL_BUCKET, REPRESENTATIVES = 12, 4
-#: A text that was compared so often in vain is not compared any more: in a big bucket, and at all.
-FEW_FAILED, MOST_FAILED = 8, 200
+#: A text that was compared so often in vain is not compared any more: in a big bucket, and at all. The latter is
+#: less where there are many texts, so that all of them together are not compared more often than IN_ALL.
+FEW_FAILED, MOST_FAILED, LEAST_FAILED, IN_ALL = 8, 40, 8, 2_000_000
 _CACHED_CHARACTERS = 500_000
-_REMEMBERED = 2_000_000
+_REMEMBERED = 500_000
 
 _DIGITS = re.compile(r"[\d]+")
 
@@ -49,6 +53,7 @@ class Near:
     same: Numbers  # nearly the same question, the same answer
     joined: Numbers  # nearly the same question, whatever the answer
     contrasts: tuple[tuple[int, int], ...]  # pairs of rows: nearly the same question, another answer
+    given_up: int  # texts like so many others that they were not compared with all of them
 
 
 def find_near(rows: Rows) -> Near:
@@ -63,6 +68,7 @@ def find_near(rows: Rows) -> Near:
         same=search.same.roots()[text],
         joined=search.joined.roots()[text],
         contrasts=tuple((int(first[one]), int(first[other])) for one, other in search.contrasts),
+        given_up=search.given_up,
     )
 
 
@@ -73,8 +79,9 @@ def groups_of(numbers: Numbers | Hashes) -> Iterator[Numbers]:
     borders = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
     starts = np.concatenate([[0], borders])
     sizes = np.diff(np.concatenate([starts, [len(ordered)]]))
-    found = [order[start : start + size] for start, size in zip(starts, sizes, strict=True) if size > 1]
-    return iter(sorted(found, key=lambda group: int(group[0])))
+    starts, sizes = starts[sizes > 1], sizes[sizes > 1]
+    for which in np.argsort(order[starts], kind="stable").tolist():
+        yield order[starts[which] : starts[which] + sizes[which]]
 
 
 def _buckets(values: np.ndarray) -> Iterator[list[int]]:
@@ -124,11 +131,12 @@ class _Search:
         self.same, self.joined = _Sets(len(first)), _Sets(len(first))
         self.contrasts: list[tuple[int, int]] = []
         self._failed = array("H", bytes(2 * len(first)))  # how often a text was compared in vain
+        self._most = max(LEAST_FAILED, min(MOST_FAILED, IN_ALL // max(1, len(first))))
         self._known: dict[int, Relation] = {}
         self._grams: OrderedDict[tuple[str, int], frozenset[str]] = OrderedDict()
         self._characters = 0
-        self._answer, self._numbers, self._system, self._asked, self._length = (
-            _quick(values) for values in (rows.answer, rows.numbers, rows.system, rows.asked, rows.length)
+        self._answer, self._numbers, self._system, self._asked, self._length, self._sketch = (
+            _quick(values) for values in (rows.answer, rows.numbers, rows.system, rows.asked, rows.length, rows.sketch)
         )
 
     def compare_all(self, bucket: Sequence[int]) -> None:
@@ -140,8 +148,13 @@ class _Search:
             return
         for position, text in enumerate(bucket):
             for other in bucket[:position]:
-                if self._failed[text] < MOST_FAILED and self.same.root(text) != self.same.root(other):
+                if self._failed[text] < self._most and self.same.root(text) != self.same.root(other):
                     self._compare(other, text)
+
+    @property
+    def given_up(self) -> int:
+        """How many texts reached the limit."""
+        return int((np.frombuffer(self._failed, np.uint16) >= self._most).sum()) if self._failed else 0
 
     def _compare_with_few(self, bucket: Sequence[int]) -> None:
         """Only texts with the same numbers (and label) can be the same: those are compared with the first few
@@ -165,6 +178,8 @@ class _Search:
                     few.append(text)
 
     def _compare(self, one: int, other: int) -> Relation:
+        if not self._may_ask_the_same(self._first[one], self._first[other]):
+            return Relation.NONE
         pair = one * self._n + other
         relation = self._known.get(pair)
         if relation is not None:
@@ -174,7 +189,7 @@ class _Search:
         relation = self._known[pair] = self._relation(self._first[one], self._first[other])
         if relation is Relation.SAME:
             self.same.join(one, other)
-        elif self._failed[other] < MOST_FAILED:
+        elif self._failed[other] < self._most:
             self._failed[other] += 1
         if relation is not Relation.NONE:
             self.joined.join(one, other)
@@ -183,23 +198,30 @@ class _Search:
         return relation
 
     def _relation(self, one: int, other: int) -> Relation:
-        same_answer = self._answer[one] == self._answer[other]
-        if not self._ask_the_same(one, other, same_answer=same_answer):
+        if not self._ask_the_same(one, other):
             return Relation.NONE
+        same_answer = self._answer[one] == self._answer[other]
         if same_answer or (not self._labels and self._similarity("answer", one, other) >= ALIKE_ANSWERS):
             return Relation.SAME
         return Relation.OTHER_ANSWER
 
-    def _ask_the_same(self, one: int, other: int, *, same_answer: bool) -> bool:
-        same_numbers = self._numbers[one] == self._numbers[other]
-        short, long = sorted((self._length[one], self._length[other]))
-        if short * 2 < long or not (same_numbers or (same_answer and short >= WORDY)):
+    def _may_ask_the_same(self, one: int, other: int) -> bool:
+        """What the numbers in memory say, before the rows are read again."""
+        short, long = self._length[one], self._length[other]
+        if short > long:
+            short, long = long, short
+        if short * 2 < long:
             return False
+        if self._numbers[one] != self._numbers[other]:
+            return short >= WORDY and self._answer[one] == self._answer[other]
+        return (self._sketch[one] ^ self._sketch[other]).bit_count() <= DIFFERENT_BITS
+
+    def _ask_the_same(self, one: int, other: int) -> bool:
         if self._system[one] != self._system[other] and self._similarity("system", one, other) < SIMILAR:
             return False
         if self._asked[one] == self._asked[other]:
             return True
-        if same_numbers:
+        if self._numbers[one] == self._numbers[other]:
             return self._similarity("asked", one, other) >= SIMILAR
         return self._similarity("words", one, other) >= SAME_WORDS
 

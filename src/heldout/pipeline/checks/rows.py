@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heldout.engine.base import Message
-from heldout.pipeline.checks.groups import are_labels, fold
+from heldout.pipeline.checks.groups import MIN_EXAMPLES_PER_LABEL, are_labels, fold
 from heldout.pipeline.types import Dataset, Example
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
@@ -123,6 +123,7 @@ class Rows:
     numbers: Hashes  # the numbers in the asked text; 0 where there are none
     length: Numbers  # of the asked text
     bands: npt.NDArray[np.uint32]  # BANDS x rows
+    sketch: Hashes  # of two texts with similarity s, about (1 + s) / 2 of the 64 bits are equal
     #: For each answer before the last that a conversation teaches: its row, and the prompt before it.
     shown_by: Numbers
     shown_prompt: Hashes
@@ -162,7 +163,10 @@ class Rows:
 
     def labels(self, part: int = 0) -> bool:
         """True when the answers of a dataset look like labels."""
-        values, counts = np.unique(self.answer[self.of(part)], return_counts=True)
+        answers = self.answer[self.of(part)]
+        values, counts = np.unique(answers, return_counts=True)
+        if len(values) * MIN_EXAMPLES_PER_LABEL > len(answers):  # millions of free answers make no dictionary
+            return False
         return are_labels(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
@@ -180,6 +184,7 @@ class _Reader:
         self.exact, self.prompt, self.asked, self.system = (array("Q") for _ in range(4))
         self.answer, self.numbers, self.shown_prompt, self.shown_key = (array("Q") for _ in range(4))
         self.bands = _room(n)
+        self.sketch = np.empty(n, np.uint64)
         self.waiting: list[str] = []
         self.characters = 0
         self.signed = 0
@@ -209,6 +214,7 @@ class _Reader:
             numbers=_hashes(self.numbers),
             length=_integers(self.length),
             bands=self.bands,
+            sketch=self.sketch,
             shown_by=_integers(self.shown_by),
             shown_prompt=_hashes(self.shown_prompt),
             shown_key=_hashes(self.shown_key),
@@ -247,12 +253,20 @@ class _Reader:
     def _sign(self) -> None:
         if self.waiting:
             end = self.signed + len(self.waiting)
-            self.bands[:, self.signed : end] = sign(self.waiting)
+            self.bands[:, self.signed : end], self.sketch[self.signed : end] = sign(self.waiting)
             self.signed, self.waiting, self.characters = end, [], 0
 
 
-def sign(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
-    """BANDS numbers for each text (BANDS x texts): two texts share one with the probability that BANDS says."""
+class Signed(NamedTuple):
+    """BANDS numbers for each text (BANDS x texts), of which two texts share one with the probability that BANDS says;
+    and the lowest bits of 64 minima, for a quick look at a pair."""
+
+    bands: npt.NDArray[np.uint32]
+    sketch: Hashes
+
+
+def sign(texts: Sequence[str]) -> Signed:
+    """The texts' signatures."""
     # Three zeros between the texts, so that no gram lies in two of them.
     codes = np.frombuffer("\0\0\0".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     codes = np.concatenate([codes, np.zeros(GRAM, np.uint32)]).astype(np.uint64)
@@ -266,12 +280,15 @@ def sign(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
         hashed = hashed * np.uint64(0x9E3779B97F4A7C15) ^ codes[where + shift]
     hashed = (hashed * np.uint64(0xD6E8FEB86659FD93) >> np.uint64(32)).astype(np.uint32)
     signed = np.empty((BANDS, len(texts)), np.uint32)
+    sketch = np.zeros(len(texts), np.uint64)
     for band in range(BANDS):
         value = np.zeros(len(texts), np.uint64)
         for factor, mask in _FUNCTIONS[band * PER_BAND : (band + 1) * PER_BAND]:
-            value = mix(value, np.minimum.reduceat((hashed ^ mask) * factor, starts).astype(np.uint64))
+            least = np.minimum.reduceat((hashed ^ mask) * factor, starts).astype(np.uint64)
+            value = mix(value, least)
+            sketch = sketch << np.uint64(1) | mix(least, least) >> np.uint64(63)  # the last 64 stay
         signed[band] = value >> np.uint64(32)
-    return signed
+    return Signed(signed, sketch)
 
 
 def _functions() -> tuple[tuple[np.uint32, np.uint32], ...]:
@@ -307,8 +324,8 @@ def _room(n: int) -> npt.NDArray[np.uint32]:
 
 
 def _hashes(values: array[int]) -> Hashes:
-    return np.array(values, np.uint64)
+    return np.frombuffer(values, np.uint64) if values else np.empty(0, np.uint64)
 
 
 def _integers(values: array[int]) -> Numbers:
-    return np.array(values, np.int64)
+    return np.frombuffer(values, np.int64) if values else np.empty(0, np.int64)
