@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     api_key: str = ""  # empty: no key is asked for
     model_aliases: dict[str, str] = Field(default_factory=lambda: dict.fromkeys(HOSTED_NAMES, DEFAULT_MODEL))
     max_file_bytes: int = 512 * 1024 * 1024
+    check_uploads: bool = True  # look at training files when they are uploaded; a job looks at them in any case
     concurrent_jobs: int = Field(default=1, ge=1)
     precision: str = Field(default="auto", pattern="^(auto|float32|bfloat16)$")
     threads: int = Field(default=0, ge=0)  # of a job process; 0: see `job_threads`

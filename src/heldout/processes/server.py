@@ -42,7 +42,8 @@ def serve(settings: Settings, *, host: str, port: int, out: TextIO) -> None:
         db, blobs = open_db(settings.database), open_blobs(settings.blobs)
         uploads = Uploads(settings, db)
         stack.callback(uploads.close)
-        app = create_app(settings=settings, db=db, blobs=blobs, chat=chat, look=uploads)
+        look = uploads if settings.check_uploads else None
+        app = create_app(settings=settings, db=db, blobs=blobs, chat=chat, look=look)
         _welcome(settings, host, port, out)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         # uvicorn ends in order and then raises the signal again; SIGTERM becomes Ctrl-C, so that the

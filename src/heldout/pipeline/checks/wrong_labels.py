@@ -268,6 +268,9 @@ def _at_least(count: int, n: int) -> float:
 def _suspects(scores: Any, labels: Any, noise: _Noise | None) -> list[int]:
     """Rows whose label is probably wrong, most suspicious first. Without established noise only the sure ones."""
     import numpy as np
+
+    if (scores.argmax(axis=1) == labels).all():
+        return []  # and no library is loaded to say so
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
