@@ -40,15 +40,15 @@ def later(live, file, seconds=60):
 def test_the_answer_to_an_upload_says_what_is_wrong_with_the_file(start):
     live = start(uploads={"patience": 60})
     file = live.upload(BAD)
-    assert codes(file) == ["truncated_json", "blank_line"]
-    assert [(one["lines"], one["n_lines"], one["file"]) for one in file.x_findings] == [
-        ([62], 1, "train.jsonl"),
-        ([61], 1, "train.jsonl"),
-    ]
+    assert codes(file)[0] == "truncated_json", "the most harmful first"
+    seen = {one["code"]: (one["lines"], one["n_lines"], one["file"]) for one in file.x_findings}
+    assert seen["truncated_json"] == ([62], 1, "train.jsonl")
+    assert seen["blank_line"] == ([61], 1, "train.jsonl")
     assert (file.status, file.status_details) == ("processed", None), "some clients know no other status"
     assert live.client.files.retrieve(file.id).x_findings == file.x_findings
     assert live.client.files.content(file.id).read() == BAD
-    assert live.upload(GOOD).x_findings == []
+    good = live.upload(GOOD)
+    assert not {"truncated_json", "blank_line", "not_checked"} & set(codes(good))
 
 
 def test_a_check_that_takes_long_keeps_nobody_waiting(start):
@@ -56,7 +56,7 @@ def test_a_check_that_takes_long_keeps_nobody_waiting(start):
     file = live.upload(BAD)
     assert codes(file) == ["not_checked"]
     assert "being looked at" in file.x_findings[0]["message"]
-    assert codes(later(live, file)) == ["truncated_json", "blank_line"]
+    assert {"truncated_json", "blank_line"} <= set(codes(later(live, file)))
 
 
 @pytest.mark.parametrize(
