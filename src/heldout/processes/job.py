@@ -143,6 +143,7 @@ class DbWatch:
         self._looked = self._estimated = 0.0
         self._stage = ("", 0, 0)
         self._pace = Pace()
+        self._planned = False
 
     def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """See Watch.message."""
@@ -158,13 +159,14 @@ class DbWatch:
             self._pace.step(done, fold)
             if time.monotonic() - self._estimated > ESTIMATE_EVERY:
                 self._estimate(total)
-        else:
+        elif self._planned:  # what comes before the plan, the checks, is not done again after training
             self._pace.progress(stage)
         if time.monotonic() - self._looked > 0.5:
             self.raise_if_paused()
 
     def planned(self, plan: TrainPlan) -> None:
         """See Watch.planned."""
+        self._planned = True
         self.db.update_job(self.job.id, plan=plan.as_dict())
 
     def metrics(self, point: CurvePoint, total_steps: int) -> None:
