@@ -53,13 +53,18 @@ def model_tools(
     """What checks may ask of a base model: its tokens, by its own tokenizer and template, and vectors by the encoder
     of the frozen rung where there is one. Each is loaded at its first question."""
     usual = facts.context if facts.kind == catalogue.ENCODER else min(facts.context, MAX_LENGTH)
-    encoder = base_model if facts.kind == catalogue.ENCODER else catalogue.bundled_encoder()
+    encoder = frozen_encoder(base_model, facts)
     return ModelTools(
         kind=facts.kind,
         limit=min(facts.context, max_length or usual),
         count_tokens=lambda examples: trainer.count_tokens(examples, base_model=base_model),
         embed=(lambda texts: _vectors(engine, encoder, texts)) if encoder else None,
     )
+
+
+def frozen_encoder(base_model: str, facts: ModelFacts) -> str | None:
+    """The encoder of the frozen rung: the base model, if it is one."""
+    return base_model if facts.kind == catalogue.ENCODER else catalogue.bundled_encoder()
 
 
 def refuse_errors(request: Request, findings: Sequence[Finding]) -> None:

@@ -23,7 +23,7 @@ from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
-from heldout.pipeline.intake import check_files, model_tools, refuse_errors, tell_findings
+from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
@@ -165,7 +165,7 @@ def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -
     """What twice as many examples would gain, by the best cheap rung; None where answers are no labels, or few."""
     if choose_metric([example.target for example in parts.train.examples]).form != "label":
         return None
-    encoder = frozen_encoder(request, facts)
+    encoder = frozen_encoder(request.base_model, facts)
     more = measure_cheap(
         parts.train,
         (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None,
@@ -177,11 +177,6 @@ def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -
     return more
 
 
-def frozen_encoder(request: Request, facts: ModelFacts) -> str | None:
-    """The encoder of the frozen rung: the base model, if it is one."""
-    return request.base_model if facts.kind == catalogue.ENCODER else catalogue.bundled_encoder()
-
-
 def climb(
     split: Split, metric: Metric, request: Request, facts: ModelFacts, tools: Tools, *, max_tokens: int
 ) -> tuple[Rung, ...]:
@@ -191,7 +186,7 @@ def climb(
         metric,
         tools.engine,
         None if facts.kind == catalogue.ENCODER else request.base_model,
-        encoder=frozen_encoder(request, facts),
+        encoder=frozen_encoder(request.base_model, facts),
         max_tokens=max_tokens,
         watch=tools.watch,
     )

@@ -22,10 +22,10 @@ from heldout.pipeline.checks.length import find_too_long
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.folds import is_small, split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.intake import check_files, model_tools, refuse_errors
+from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.request import Request, Tools
-from heldout.pipeline.run import answer_room, frozen_encoder
+from heldout.pipeline.run import answer_room
 from heldout.pipeline.split import part_sizes, split_dataset
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
@@ -96,7 +96,7 @@ def advise(
         parts = replace(parts, model=model_tools(model, facts, tools.trainer, tools.engine))
         refuse_errors(request, tuple(find_too_long(parts)))
         if task.kind == "labels":
-            encoder = frozen_encoder(request, facts)
+            encoder = frozen_encoder(model, facts)
             embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
             cheap = measure_cheap(parts.train, embed, watch, seed=seed)
         with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
