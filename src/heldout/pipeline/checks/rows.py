@@ -17,7 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -42,10 +42,6 @@ SAMPLE, SAMPLE_CHARACTERS = 20_000, 4_000
 IN_MEMORY = 500_000
 _BATCH_ROWS, _BATCH_CHARACTERS = 4_096, 500_000
 
-_PUNCTUATION = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P")
-_DELETE = dict.fromkeys(map(ord, _PUNCTUATION))
-_CLASS = re.escape(_PUNCTUATION)
-_WITH_DIGITS = re.compile(f"[{_CLASS}](?!\\d)|(?<!\\d)[{_CLASS.replace(re.escape('-'), '')}](?=\\d)")
 _DIGIT = re.compile(r"\d")
 _NUMBER = re.compile(r"\d+(?:[^\w\s]\d+)*")
 
@@ -56,8 +52,18 @@ def plain(text: str) -> str:
     A mark between two digits and a minus before one stay: 3.5 is not 35.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
-    bare = _WITH_DIGITS.sub("", text) if _DIGIT.search(text) else text.translate(_DELETE)
+    deleted, beside_digits = _marks()
+    bare = beside_digits.sub("", text) if _DIGIT.search(text) else text.translate(deleted)
     return " ".join(bare.split()) or " ".join(text.split())
+
+
+@cache  # not at import: going through all of Unicode takes longer than some commands
+def _marks() -> tuple[dict[int, None], re.Pattern[str]]:
+    """All punctuation, to be deleted; and a pattern for those marks that may be beside digits."""
+    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P")
+    some = re.escape(marks)
+    but_minus = some.replace(re.escape("-"), "")
+    return dict.fromkeys(map(ord, marks)), re.compile(f"[{some}](?!\\d)|(?<!\\d)[{but_minus}](?=\\d)")
 
 
 def asked_text(prompt: Sequence[Message]) -> str:
