@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 
 import openai
@@ -29,12 +30,14 @@ def request(text="hello big world", **options):
 
 
 @contextlib.contextmanager
-def answering(event):
-    """A chat server that sends one event, whatever it is asked, and hangs up."""
+def answering(event, linger=None):
+    """A chat server that sends one event, whatever it is asked, and hangs up; lingering 0 s resets the connection."""
 
     def answer():
         connection, _ = listener.accept()
         with connection:
+            if linger is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, linger))
             connection.recv(65536)
             head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
             connection.sendall(f"{head}{event}\n\n".encode())
@@ -118,12 +121,12 @@ def test_a_process_that_is_not_there_is_a_503_that_says_so():
         assert raised.value.status == 503
 
 
-def test_a_process_that_breaks_off_half_way_is_a_503():
-    with answering('data: {"choices": [{"delta": {"content": "half"}}]}') as remote:
+@pytest.mark.parametrize("linger", [None, 0])
+def test_a_process_that_breaks_off_half_way_is_a_503(linger):
+    with answering('data: {"choices": [{"delta": {"content": "half"}}]}', linger) as remote:
         pieces = remote.stream(request())
-        assert next(pieces).text == "half"
         with pytest.raises(EngineUnavailable, match="in the middle"):
-            next(pieces)
+            assert "".join(piece.text for piece in pieces) == "half"
 
 
 def test_giving_up_a_stream_closes_the_connection_and_stops_the_engine(remote, echo):

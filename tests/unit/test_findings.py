@@ -220,8 +220,8 @@ def test_a_check_without_a_model_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_a_big_file_tells_how_much_of_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from heldout.pipeline import intake
     from heldout.pipeline.watch import Silent
-    from heldout.processes import checking
 
     told: list[tuple[str, int, int]] = []
 
@@ -229,7 +229,7 @@ def test_a_big_file_tells_how_much_of_it_was_read(tmp_path: Path, monkeypatch: p
         def progress(self, stage: str, done: int, total: int) -> None:
             told.append((stage, done, total))
 
-    monkeypatch.setattr(checking, "TOLD_FROM", 1)
+    monkeypatch.setattr(intake, "TOLD_FROM", 1)
     path = write_rows(tmp_path / "a.jsonl", [colour_row(i) for i in range(60)])
     heldout.check(path, watch=Watch())
     assert told[0][0] == "reading a.jsonl, MB"

@@ -66,7 +66,10 @@ class RemoteChat:
                 f"The inference process at {self._where} is starting or has stopped. Try again in a moment."
             ) from error
         except httpx.TransportError as error:
-            raise EngineUnavailable(f"The inference process at {self._where} broke off: {error}.") from error
+            # A connection that ends and one that is reset are the same to whoever waits for the rest.
+            raise EngineUnavailable(
+                f"The inference process at {self._where} stopped in the middle of an answer: {error}."
+            ) from error
 
     @property
     def _where(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from heldout.engine import catalogue
 from heldout.engine.base import Engine
@@ -101,7 +102,7 @@ def tell_findings(findings: Sequence[Finding], watch: Watch) -> None:
 def _read(source: Source, watch: Watch) -> tuple[Dataset, tuple[Finding, ...]]:
     def tell(done: int, total: int) -> None:
         if total >= TOLD_FROM:
-            watch.progress(f"reading {source.name}, MB", done >> 20, total >> 20)
+            watch.progress(f"reading {PurePath(source.name).name}, MB", done >> 20, total >> 20)
 
     with source.open() as content:
         return read_dataset(content, name=source.name, progress=tell)
