@@ -106,7 +106,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     split, left_out = split_dataset(
         parts.train, parts.valid, parts.holdout, seed=request.seed, keep_leaks=request.keep_leaks
     )
-    metric = choose_metric([example.target for example in parts.train.examples])
+    metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
     tell_findings(left_out, tools.watch)
     tell_split(split, metric, tools.watch)
 
@@ -131,7 +131,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     """Every fold goes through the stages of `make_by_holdout`, and the answers of all folds are put together.
     Then the model that is served is trained on all rows and proven."""
     folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed, keep_leaks=request.keep_leaks)
-    metric = choose_metric([example.target for example in parts.train.examples])
+    metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)
 

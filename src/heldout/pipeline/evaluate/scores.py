@@ -8,6 +8,7 @@ from typing import Any
 
 from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline.evaluate.answers import Metric
+from heldout.pipeline.evaluate.metrics.exact import are_imbalanced, macro_f1
 from heldout.pipeline.evaluate.statistics import mean_interval
 from heldout.pipeline.types import Example
 
@@ -24,6 +25,12 @@ class Scores:
     answers: tuple[str, ...]
     prompt_tokens: float = 0.0  # per answer, on average
     cut: int = 0  # answers that ran into the token limit
+    labels: tuple[str, ...] = ()  # the right answers, where they are labels
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Told beside the score where labels are so imbalanced that the common ones carry it; else None."""
+        return macro_f1(self.answers, self.labels) if self.labels and are_imbalanced(self.labels) else None
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report, without the single answers."""
@@ -34,6 +41,7 @@ class Scores:
             "n": len(self.per_example),
             "prompt_tokens": round(self.prompt_tokens, 1),
             "cut_answers": self.cut,
+            **({"macro_f1": self.macro_f1} if self.macro_f1 is not None else {}),
         }
 
 
@@ -41,7 +49,7 @@ def score_answers(
     metric: Metric, examples: Sequence[Example], answers: Sequence[str], replies: Sequence[Reply] = ()
 ) -> Scores:
     """Score answers that were given to `examples`, in order."""
-    per_example = tuple(metric.score(answer, example.target) for example, answer in zip(examples, answers, strict=True))
+    per_example = metric.score_all(examples, answers)
     return Scores(
         metric=metric.name,
         binary=metric.binary,
@@ -51,6 +59,7 @@ def score_answers(
         answers=tuple(answers),
         prompt_tokens=sum(reply.prompt_tokens for reply in replies) / len(replies) if replies else 0.0,
         cut=sum(reply.finish_reason == "length" for reply in replies),
+        labels=tuple(example.target for example in examples) if metric.form == "label" else (),
     )
 
 
