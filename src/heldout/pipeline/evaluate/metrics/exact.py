@@ -48,7 +48,7 @@ def same_number(answer: str, target: str) -> float:
     the target the texts are compared.
     """
     wanted = number(target)
-    return exact_match(answer, target) if wanted is None else float(_number_in(answer) == wanted)
+    return exact_match(answer, target) if wanted is None else float(number_in(answer) == wanted)
 
 
 def same_sql(answer: str, target: str) -> float:
@@ -80,6 +80,18 @@ def number(text: str) -> Decimal | None:
     return Decimal(re.sub("[,\u202f\u00a0]", "", bare).replace("−", "-"))
 
 
+def number_in(answer: str) -> Decimal | None:
+    """The number an answer gives: all of it, what is behind `####`, or the only number in it; None if unclear."""
+    whole = number(answer)
+    if whole is not None:
+        return whole
+    _, marked, last = answer.rpartition("####")
+    if marked and (behind := number(last)) is not None:
+        return behind
+    found = {number(one.rstrip(",\u202f\u00a0")) for one in _NUMBER_INSIDE.findall(answer)}
+    return found.pop() if len(found) == 1 else None
+
+
 def is_sql(text: str) -> bool:
     """True when a text begins like an SQL statement, perhaps in a code fence."""
     return bool(_SQL.match(_unfenced(text)))
@@ -107,17 +119,6 @@ def _bare(text: str) -> str:
     while bare != previous:
         previous, bare = bare, bare.strip().removesuffix(".").strip("\"'`“”‘’«»")
     return bare
-
-
-def _number_in(answer: str) -> Decimal | None:
-    whole = number(answer)
-    if whole is not None:
-        return whole
-    _, marked, last = answer.rpartition("####")
-    if marked and (behind := number(last)) is not None:
-        return behind
-    found = {number(one.rstrip(",\u202f\u00a0")) for one in _NUMBER_INSIDE.findall(answer)}
-    return found.pop() if len(found) == 1 else None
 
 
 def _sql_tokens(text: str) -> list[str]:
