@@ -189,12 +189,18 @@ def print_result(result: Result) -> None:
     for reason in result.verdict.reasons:
         console.print(f"  - {reason}", markup=False)
     table = Table(box=None, padding=(0, 2))
-    for column, side in (("rung", "left"), ("score", "right"), ("95 % interval", "right")):
+    for column, side in (
+        ("rung", "left"),
+        ("score", "right"),
+        ("95 % interval", "right"),
+        ("ms per answer", "right"),
+        ("prompt tokens", "right"),
+    ):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for rung in (*result.rungs, result.tuned):
         low, high = rung.scores.interval
         name = f"[bold]{rung.name}[/]" if rung is result.tuned else rung.name
-        table.add_row(name, f"{rung.scores.mean:.1%}", f"{low:.1%} to {high:.1%}")
+        table.add_row(name, f"{rung.scores.mean:.1%}", f"{low:.1%} to {high:.1%}", *rung.costs)
     console.print(table)
     console.print(f"Cheapest as good: {result.verdict.cheapest_as_good}")
     console.print(

@@ -45,7 +45,13 @@ def split_of(
 
 
 def rung(
-    name: str, per_example: Sequence[float], *, kind: str = "prompt", binary: bool = True, description: str = ""
+    name: str,
+    per_example: Sequence[float],
+    *,
+    kind: str = "prompt",
+    binary: bool = True,
+    description: str = "",
+    prompt_tokens: float = 0.0,
 ) -> Rung:
     """A rung with these scores."""
     scores = Scores(
@@ -55,6 +61,7 @@ def rung(
         interval=mean_interval(per_example, binary=binary),
         per_example=tuple(per_example),
         answers=("",) * len(per_example),
+        prompt_tokens=prompt_tokens,
     )
     return Rung(name=name, kind=kind, description=description, scores=scores)
 

@@ -122,10 +122,10 @@ def test_the_json_report_has_every_key_scripts_read(written: Path, outcome: Outc
 def test_the_markdown_report_has_a_table_of_the_rungs(written: Path) -> None:
     lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# Ship it"
-    head = lines.index("| rung | score | 95 % interval | prompt tokens | what it is |")
+    head = lines.index("| rung | score | 95 % interval | ms per answer | prompt tokens | what it is |")
     rows = lines[head + 2 : lines.index("", head)]
     assert [row.split(" | ")[0] for row in rows] == ["| constant", "| zero-shot", "| tuned"]
-    assert rows[1] == "| zero-shot | 60.0% | 50.2% to 69.1% |  | the prompt |"
+    assert rows[1] == "| zero-shot | 60.0% | 50.2% to 69.1% |  |  | the prompt |"
     assert ATTACK.replace("|", "\\|") in rows[0], "a bar in a text does not end the cell"
     assert "| 2 (kept) | 1.5000 | 1.2500 | 1.1250 |" in lines
     assert "| 3 | 0.5000 | 1.7500 | 1.5000 |" in lines

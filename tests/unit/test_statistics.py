@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from heldout.pipeline.evaluate.statistics import compare, mean_interval, smallest_detectable, wilson
+from heldout.pipeline.evaluate.statistics import compare, mcnemar_mid_p, mean_interval, smallest_detectable, wilson
 from heldout.pipeline.verdict import decide
 from tests.unit.conftest import right, rung
 
@@ -141,3 +141,18 @@ def test_a_null_difference_is_seldom_shipped() -> None:
         shipped += decide([rung("zero-shot", baseline)], rung("tuned", tuned, kind="tuned")).outcome == "ship"
     assert shipped <= 0.08 * 300
     assert shipped > 0, "a rule that never ships would pass too"
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"),
+    [
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+        (6, 3, 0.34375),  # 2 * P(X <= 3) - P(X = 3) of Binomial(9, 1/2): (2 * 130 - 84) / 512
+        (8, 1, 0.0215),
+        (0, 6, 0.0156),
+    ],
+)
+def test_mid_p_values_of_mcnemars_test_are_the_known_ones(wins: int, losses: int, p: float) -> None:
+    assert mcnemar_mid_p(wins, losses) == pytest.approx(p, abs=5e-5)
+    assert mcnemar_mid_p(losses, wins) == mcnemar_mid_p(wins, losses)

@@ -392,3 +392,14 @@ def test_a_url_says_where_blobs_are(tmp_path: Path) -> None:
         assert store.root == tmp_path
     with pytest.raises(InvalidValue, match="ftp://x"):
         open_blobs("ftp://x")
+
+
+def test_looks_at_nearly_the_same_examples_are_counted_and_a_resumed_one_is_not_counted_again(db: Db) -> None:
+    rows = [f"row {i}" for i in range(10)]
+    assert db.look("a", rows) == 1
+    assert db.look("a", rows) == 1, "the job was taken up again"
+    assert db.look("b", [*rows[:5], *(f"new {i}" for i in range(5))]) == 2, "half of them were seen"
+    assert db.look("c", [*rows[:4], *(f"other {i}" for i in range(6))]) == 1
+    assert db.look("d", rows) == 3
+    assert db.look("a", rows) == 1, "later looks change nothing"
+    assert db.look("e", [*rows, *rows]) == 4, "a repeated row is one"

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from heldout.pipeline.crossfit import CrossFit, Fold
+from heldout.pipeline.evaluate.statistics import mcnemar_mid_p
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.verdict import Verdict, decide
 from tests.unit.conftest import right, rung
@@ -83,18 +85,83 @@ def test_a_classical_model_that_is_surely_better_overrules_a_gain_over_the_promp
     assert judge(right(100, 80), slightly, prompt).outcome == "ship", "one more right answer is no proof"
 
 
-def test_the_cheapest_rung_that_is_as_good_is_the_first_of_the_ladder() -> None:
+def test_the_cheapest_rung_that_is_as_good_as_the_best_is_named_whoever_is_best() -> None:
     ladder = [
         rung("constant", right(400, 100), kind="constant"),
         rung("tfidf-logistic", right(400, 379), kind="classical"),
         rung("zero-shot", right(400, 380)),
-        rung("few-shot-8", right(400, 399)),
+        rung("few-shot-8", right(400, 399), prompt_tokens=800),
     ]
-    verdict = judge(right(400, 380), *ladder)
+    verdict = judge(right(400, 380), *ladder[:3])
     assert verdict.cheapest_as_good == "tfidf-logistic"
-    assert any("tfidf-logistic is cheaper and as good: 94.8% against 95.0%" in reason for reason in verdict.reasons)
-    assert judge(right(400, 380), ladder[0], ladder[2], ladder[3]).cheapest_as_good == "zero-shot"
+    assert any(
+        "tfidf-logistic is the cheapest that is as good as the best (zero-shot): 94.8% against 95.0%" in reason
+        for reason in verdict.reasons
+    )
+    assert judge(right(400, 380), *ladder).cheapest_as_good == "few-shot-8", "the others are 5 points behind it"
+    assert judge(right(400, 380), ladder[0], ladder[2]).cheapest_as_good == "zero-shot", "it needs no training"
+    assert judge(right(400, 398), ladder[0], ladder[3]).cheapest_as_good == "tuned", "it reads a shorter prompt"
     assert judge(right(400, 380), ladder[0]).cheapest_as_good == "tuned"
+
+
+def test_a_model_that_is_as_good_as_the_best_prompt_and_reads_half_of_it_ships() -> None:
+    tuned = rung("tuned", right(400, 320), kind="tuned", prompt_tokens=100)
+    verdict = decide([rung("few-shot-8", right(400, 321), prompt_tokens=900)], tuned)
+    assert (verdict.outcome, verdict.because) == ("ship", "cheaper")
+    assert "with 100 prompt tokens an answer instead of 900" in verdict.reasons[1]
+    as_long = decide([rung("zero-shot", right(400, 321), prompt_tokens=150)], tuned)
+    assert as_long.outcome != "ship", "two thirds of the prompt is no reason"
+    worse = rung("tuned", right(400, 300), kind="tuned", prompt_tokens=100)
+    assert decide([rung("few-shot-8", right(400, 321), prompt_tokens=900)], worse).outcome == "dont_ship"
+
+
+def test_every_further_look_at_the_same_holdout_takes_more_to_ship() -> None:
+    baseline, tuned = rung("zero-shot", right(100, 60)), rung("tuned", right(100, 66), kind="tuned")
+    first, third, eighth = (decide([baseline], tuned, look=look) for look in (1, 3, 8))
+    assert [one.numbers["p_needed"] for one in (first, third, eighth)] == pytest.approx(
+        [0.95, 0.98333, 0.99375], abs=1e-5
+    )
+    assert [one.outcome for one in (first, third, eighth)] == ["ship", "ship", "inconclusive"]
+    assert not any("the same examples" in reason for reason in first.reasons)
+    assert "this is verdict 8 on (nearly) the same examples" in eighth.reasons[-1]
+    assert "holdout file with examples that were never used" in eighth.reasons[-1]
+    assert not any("never used" in reason for reason in third.reasons)
+
+
+def test_examples_that_belong_together_are_one_piece_of_evidence() -> None:
+    baseline, tuned = rung("zero-shot", right(100, 50)), rung("tuned", right(100, 60), kind="tuned")
+    alone = decide([baseline], tuned)
+    one_document = decide([baseline], tuned, clusters=[50 if 50 <= i < 60 else i for i in range(100)])
+    assert (alone.outcome, one_document.outcome) == ("ship", "inconclusive"), "all wins are about one document"
+    assert one_document.numbers["clusters"] == 91
+    assert one_document.numbers["smallest_detectable"] > 2 * alone.numbers["smallest_detectable"]
+    few = decide([baseline], tuned, clusters=[i // 4 for i in range(100)])
+    assert few.reasons[0].startswith("25 groups of related examples (of 100 examples) are too few")
+
+
+def test_an_inconclusive_verdict_says_how_many_more_examples_would_settle_it() -> None:
+    verdict = judge([*[0.0] * 6, *[1.0] * 62, *[0.0] * 32], rung("zero-shot", right(100, 60)))
+    more = verdict.numbers["more_needed"]
+    assert f"to settle it takes about {more} more examples" in verdict.reasons[-1]
+    # So many examples with the same shares find it in about 80 of 100 cases (normal approximation, mid-p test).
+    n = 100 + more
+    rng = np.random.default_rng(0)
+    wins, losses, _ = rng.multinomial(n, [0.08, 0.06, 0.86], size=2000).T
+    found = np.mean([mcnemar_mid_p(*one) <= 0.05 for one in zip(wins, losses, strict=True)])
+    assert 0.76 < found < 0.87
+
+
+def test_by_cross_fitting_the_tuned_model_must_be_ahead_in_four_folds_of_five() -> None:
+    baseline = rung("zero-shot", [0.0] * 10 + [1.0, 0.0] * 20)
+    in_one = rung("tuned", [1.0] * 10 + [1.0, 0.0] * 20, kind="tuned")
+    in_all = rung(
+        "tuned", [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0] + [1.0, 1.0, 1.0] * 10 + [1.0] * 10, kind="tuned"
+    )
+    one, everywhere = (decide([baseline], tuned, crossfitted(50)) for tuned in (in_one, in_all))
+    assert one.numbers["p_better"] > 0.99
+    assert (one.outcome, one.numbers["folds_ahead"]) == ("inconclusive", 1)
+    assert any("it is ahead in 1 of 5 folds only" in reason for reason in one.reasons)
+    assert (everywhere.outcome, everywhere.numbers["folds_ahead"]) == ("ship", 5)
 
 
 def crossfitted(groups: int) -> CrossFit:
@@ -154,6 +221,7 @@ def test_every_number_in_a_reason_is_in_the_evidence(case: str) -> None:
     verdict = judge(tuned, *rungs)
     evidence = {*leaves(verdict.as_dict()["numbers"]), *(one.scores.mean for one in rungs)}
     known = {f"{100 * abs(value):.1f}" for value in evidence} | {str(verdict.numbers["n_holdout"])}
+    known.add(str(verdict.numbers["more_needed"]))
     if verdict.numbers["p_better"] > 0.999:
         known.add("99.9")
     if verdict.numbers["p_better"] < 0.001:

@@ -28,7 +28,7 @@ from heldout.pipeline.watch import Watch
 
 LADDER, FOLD = "ladder.json", "fold.json"
 #: Changes when the records on disk do; a job of another version is not taken up.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +198,7 @@ def pool(parts: Sequence[Scores]) -> Scores:
         prompt_tokens=sum(part.prompt_tokens * len(part.per_example) for part in parts) / len(per_example),
         cut=sum(part.cut for part in parts),
         labels=tuple(label for part in parts for label in part.labels),
+        milliseconds=sum(part.milliseconds * len(part.per_example) for part in parts) / len(per_example),
     )
 
 
@@ -303,12 +304,22 @@ def _pooled_description(name: str, parts: Sequence[Rung]) -> str:
 
 def _stored(scores: Scores) -> dict[str, Any]:
     # Answers, not scores: they are scored again as they are read.
-    return {"texts": scores.answers, "prompt_tokens": scores.prompt_tokens, "cut": scores.cut}
+    return {
+        "texts": scores.answers,
+        "prompt_tokens": scores.prompt_tokens,
+        "cut": scores.cut,
+        "milliseconds": scores.milliseconds,
+    }
 
 
 def _restored(stored: dict[str, Any], metric: Metric, examples: Sequence[Example]) -> Scores:
     scores = score_answers(metric, examples, stored["texts"])
-    return replace(scores, prompt_tokens=stored["prompt_tokens"], cut=stored["cut"])
+    return replace(
+        scores,
+        prompt_tokens=stored["prompt_tokens"],
+        cut=stored["cut"],
+        milliseconds=stored["milliseconds"],
+    )
 
 
 def _write(path: Path, split: Split, content: dict[str, Any]) -> None:

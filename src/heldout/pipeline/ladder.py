@@ -7,9 +7,10 @@ at with the choice made.
 from __future__ import annotations
 
 import random
+import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heldout.engine.base import Engine, ModelRef
@@ -17,6 +18,7 @@ from heldout.engine.labels import text_of, varies_in_system
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers, score_model
+from heldout.pipeline.evaluate.statistics import mean_interval
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 
@@ -40,6 +42,12 @@ class Rung:
     kind: str
     description: str
     scores: Scores
+
+    @property
+    def costs(self) -> tuple[str, str]:
+        """Milliseconds and prompt tokens of an answer, as they are shown; empty where there are none."""
+        milliseconds, tokens = self.scores.milliseconds, self.scores.prompt_tokens
+        return (f"{milliseconds:.3g}" if milliseconds else "", f"{tokens:.0f}" if tokens else "")
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report."""
@@ -76,6 +84,15 @@ def climb(
     if base_model:
         rungs += prompt_rungs(split, metric, engine, base_model, max_tokens=max_tokens, watch=watch)
     return tuple(rungs)
+
+
+def with_clusters(rungs: Sequence[Rung], clusters: Sequence[int]) -> tuple[Rung, ...]:
+    """The rungs with intervals that know which examples belong together."""
+
+    def interval(scores: Scores) -> tuple[float, float]:
+        return mean_interval(scores.per_example, binary=scores.binary, clusters=clusters)
+
+    return tuple(replace(rung, scores=replace(rung.scores, interval=interval(rung.scores))) for rung in rungs)
 
 
 def prompt_rungs(
@@ -154,12 +171,14 @@ def classical_rung(split: Split, metric: Metric) -> Rung:
     model = classical_model()
     with one_thread():
         model.fit([asked_of(example) for example in split.train], [example.target for example in split.train])
+        started = time.perf_counter()
         answers = [str(answer) for answer in model.predict([asked_of(example) for example in split.holdout])]
+        seconds = time.perf_counter() - started
     return Rung(
         name="tfidf-logistic",
         kind="classical",
         description="TF-IDF of words and word pairs + logistic regression: milliseconds, no language model",
-        scores=score_answers(metric, split.holdout, answers),
+        scores=score_answers(metric, split.holdout, answers, seconds=seconds),
     )
 
 
@@ -201,7 +220,9 @@ def frozen_rung(split: Split, metric: Metric, engine: Engine, encoder: str, watc
 
     watch.message(f"Scoring the frozen encoder {encoder} + logistic regression")
     try:
-        seen, asked = vectors(split.train), vectors(split.holdout)
+        seen = vectors(split.train)
+        started = time.perf_counter()
+        asked = vectors(split.holdout)
     except ContextLengthExceeded as error:
         watch.message(f"The frozen encoder is left out: {error}", level="warn")
         return []
@@ -209,13 +230,15 @@ def frozen_rung(split: Split, metric: Metric, engine: Engine, encoder: str, watc
     if len(set(targets)) < 2:
         return []
     with one_thread():
+        seconds = time.perf_counter() - started
         model = frozen_model().fit(seen, targets)
+        answers = [str(answer) for answer in model.predict(asked)]
     return [
         Rung(
             name="frozen-encoder",
             kind="classical",
             description=f"{encoder} as it is + logistic regression on its vectors: seconds, nothing of it is trained",
-            scores=score_answers(metric, split.holdout, [str(answer) for answer in model.predict(asked)]),
+            scores=score_answers(metric, split.holdout, answers, seconds=seconds),
         )
     ]
 

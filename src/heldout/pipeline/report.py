@@ -11,6 +11,7 @@ from pathlib import Path
 from heldout.pipeline import charts, findings, findings_page
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
+from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Finding
@@ -57,18 +58,18 @@ def markdown(outcome: Outcome) -> str:
         "",
         *(f"- {reason}" for reason in verdict.reasons),
         "",
-        f"The cheapest rung that is as good as the tuned model: **{verdict.cheapest_as_good}**.",
+        f"The cheapest rung that is as good as the best: **{verdict.cheapest_as_good}**.",
         "",
         f"## {_question(outcome)}",
         "",
-        "| rung | score | 95 % interval | prompt tokens | what it is |",
-        "|---|--:|--:|--:|---|",
+        "| rung | score | 95 % interval | ms per answer | prompt tokens | what it is |",
+        "|---|--:|--:|--:|--:|---|",
     ]
     for rung in (*outcome.rungs, outcome.tuned):
         low, high = rung.scores.interval
-        tokens = f"{rung.scores.prompt_tokens:.0f}" if rung.scores.prompt_tokens else ""
         lines.append(
-            f"| {rung.name} | {rung.scores.mean:.1%} | {low:.1%} to {high:.1%} | {tokens} | {_cell(rung.description)} |"
+            f"| {rung.name} | {rung.scores.mean:.1%} | {low:.1%} to {high:.1%} | {' | '.join(rung.costs)} | "
+            f"{_cell(rung.description)} |"
         )
     lines += [
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
@@ -108,7 +109,8 @@ def page(outcome: Outcome) -> str:
         for name, choice in outcome.plan.as_dict().items()
     )
     rungs = "".join(
-        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.description)}</li>"
+        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.description)}"
+        f"{f' <small>({costs})</small>' if (costs := _cost_sentence(rung)) else ''}</li>"
         for rung in (*outcome.rungs, outcome.tuned)
     )
     return f"""<!doctype html>
@@ -125,7 +127,7 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {"".join(f"<p><b>Mind: {html.escape(caveat)}.</b></p>" for caveat in verdict.caveats)}
 <p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
-<p>The cheapest rung that is as good as the tuned model: <b>{html.escape(verdict.cheapest_as_good)}</b>.</p>
+<p>The cheapest rung that is as good as the best: <b>{html.escape(verdict.cheapest_as_good)}</b>.</p>
 <h2>{_question(outcome)}</h2>
 {charts.intervals((*outcome.rungs, outcome.tuned))}
 <small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
@@ -143,6 +145,12 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}
 </body></html>
 """
+
+
+def _cost_sentence(rung: Rung) -> str:
+    """The same in words, for the page."""
+    words = zip(rung.costs, ("ms an answer", "prompt tokens"), strict=True)
+    return ", ".join(f"{number} {word}" for number, word in words if number)
 
 
 def _ordered(outcome: Outcome) -> tuple[Finding, ...]:

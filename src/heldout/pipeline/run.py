@@ -20,18 +20,19 @@ from heldout.pipeline.checks import Parts
 from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
+from heldout.pipeline.evaluate.clusters import find_clusters
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
-from heldout.pipeline.ladder import Rung
+from heldout.pipeline.ladder import Rung, with_clusters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import SMALL, split_dataset
 from heldout.pipeline.training import Adapter, ModelFacts
-from heldout.pipeline.types import Finding, Split
+from heldout.pipeline.types import Example, Finding, Split
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent, Watch
 from heldout.settings import DEFAULT_MODEL
@@ -50,6 +51,8 @@ class Made:
     rungs: tuple[Rung, ...]
     adapter: Adapter
     tuned: Rung
+    answered: tuple[Example, ...]  # whom the scores are about, in order
+    clusters: tuple[int, ...]  # answered[i] is one piece of evidence with all others of clusters[i]
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
 
 
@@ -73,6 +76,8 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         made.crossfit,
         forgetting=forgetting_of(made, request, facts, tools),
         caveats=made.split.caveats,
+        clusters=made.clusters,
+        look=tools.look(made.answered),
     )
     outcome = Outcome(
         verdict=verdict,
@@ -113,7 +118,8 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     max_tokens = answer_room(tools.engine, request.base_model, split)
     plan = within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
     tools.watch.planned(plan)
-    rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
+    clusters = find_clusters(split.holdout)
+    rungs = with_clusters(climb(split, metric, request, facts, tools, max_tokens=max_tokens), clusters)
     tell_rungs(rungs, "the holdout", tools.watch)
 
     adapter = train(plan, split, request, tools, directory=request.directory)
@@ -124,7 +130,15 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
         description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
         scores=score_tuned(adapter, split, metric, request.base_model, max_tokens, tools),
     )
-    return Made(split=split, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned)
+    return Made(
+        split=split,
+        left_out=left_out,
+        rungs=rungs,
+        adapter=adapter,
+        tuned=with_clusters([tuned], clusters)[0],
+        answered=split.holdout,
+        clusters=clusters,
+    )
 
 
 def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
@@ -143,11 +157,13 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         for split in folds.splits
     ]
     tools.watch.planned(plans[0])  # the others differ by a row or two
-    rungs = climb_folds(folds, metric, request, facts, tools)
+    answered = tuple(row for split in folds.splits for row in split.holdout)
+    clusters = find_clusters(answered)
+    rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
 
     fitted = fit_folds(folds, plans, metric, request, tools)
-    tuned = crossfit.pool_tuned(fitted)
+    tuned = with_clusters([crossfit.pool_tuned(fitted)], clusters)[0]
     tell_rungs([tuned], "the rows, out of fold", tools.watch)
 
     plan = crossfit.final_plan(request.hyperparameters, folds.whole, facts, fitted, seed=request.seed)
@@ -158,7 +174,16 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     prove_serving(adapter, request.base_model, tools)
     found = CrossFit(folds=fitted, groups=folds.groups)
     tools.watch.message(f"Mind that {found.sentence}")
-    return Made(split=folds.whole, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned, crossfit=found)
+    return Made(
+        split=folds.whole,
+        left_out=left_out,
+        rungs=rungs,
+        adapter=adapter,
+        tuned=tuned,
+        answered=answered,
+        clusters=clusters,
+        crossfit=found,
+    )
 
 
 def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:

@@ -13,6 +13,7 @@ from typing import Any
 from heldout.engine import catalogue
 from heldout.errors import InvalidValue
 from heldout.pipeline import report
+from heldout.pipeline.checks.groups import fingerprint
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
@@ -90,7 +91,13 @@ def tune(
         seed,
     )
     recorder = Recorder(watch or Silent())
-    tools = local_tools(settings, model, recorder)
+    db = open_db(settings.database)
+    # The folder stands for the job, whose id is drawn at its end.
+    look = hashlib.sha256(f"{directory.resolve()}/{seed}".encode()).hexdigest()
+    tools = replace(
+        local_tools(settings, model, recorder),
+        look=lambda examples: db.look(look, [fingerprint(one.messages) for one in examples]),
+    )
     request = Request(
         base_model=model,
         training=training,

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from heldout import disk, machine
 from heldout.engine import catalogue
 from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.checks import ModelTools
+from heldout.pipeline.checks.groups import fingerprint
 from heldout.pipeline.findings import on_the_wire
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.intake import check_files, refuse_errors, tell_findings
@@ -128,7 +130,11 @@ def run(watch: DbWatch) -> None:
         data={"threads": threads, "nice": nice},
     )
     request = _request(job, settings, db, watch.blobs)
-    outcome = run_job(request, local_tools(settings, job.base_model, watch))
+    tools = replace(
+        local_tools(settings, job.base_model, watch),
+        look=lambda examples: db.look(job.id, [fingerprint(one.messages) for one in examples]),
+    )
+    outcome = run_job(request, tools)
     # No look at the pause any more: what is done need not be done again.
     watch.raise_if_cancelled()
     _succeed(outcome, watch)

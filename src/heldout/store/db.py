@@ -5,6 +5,7 @@ A change of status is one conditional update; losing the race is a normal answer
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +20,7 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    func,
     insert,
     select,
     update,
@@ -232,6 +234,27 @@ class Db:
         with self._engine.begin() as connection:
             connection.execute(delete(schema.models).where(schema.models.c.id == model_id))
         return model
+
+    # Looks at holdouts
+
+    def look(self, look: str, examples: Collection[str]) -> int:
+        """Note that a verdict looks at these examples, each a digest; the number of the look: 1, and one more for
+        every earlier look at at least half of them. The same look again has the same number."""
+        table = schema.looks
+        mine, other = table.alias(), table.alias()
+        with self._engine.begin() as connection:
+            if not connection.execute(select(table.c.seq).where(table.c.look == look)).first():
+                rows = [{"look": look, "example": example} for example in dict.fromkeys(examples)]
+                connection.execute(insert(table), rows)
+            first = select(func.min(table.c.seq)).where(table.c.look == look).scalar_subquery()
+            shared = (
+                select(other.c.look)
+                .join(mine, mine.c.example == other.c.example)
+                .where(mine.c.look == look, other.c.seq < first)
+                .group_by(other.c.look)
+                .having(func.count() * 2 >= len(set(examples)))
+            )
+            return 1 + len(connection.execute(shared).all())
 
     # How the questions are asked
 

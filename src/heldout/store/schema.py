@@ -107,3 +107,10 @@ models = _table(
     Column("blobs", Text, nullable=False),
     Column("owned_by", Text, nullable=False),
 )
+
+#: A row for each example that a verdict looked at; `look` is the job, or what stands for one outside the server.
+looks = _table(
+    "looks",
+    Column("look", String(64), nullable=False, index=True),
+    Column("example", String(64), nullable=False, index=True),
+)

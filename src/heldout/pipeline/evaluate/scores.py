@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class Scores:
     answers: tuple[str, ...]
     prompt_tokens: float = 0.0  # per answer, on average
     cut: int = 0  # answers that ran into the token limit
+    milliseconds: float = 0.0  # per answer, in the batches of the evaluation; 0 where nothing was computed
     labels: tuple[str, ...] = ()  # the right answers, where they are labels
 
     @property
@@ -42,13 +44,19 @@ class Scores:
             "prompt_tokens": round(self.prompt_tokens, 1),
             "cut_answers": self.cut,
             **({"macro_f1": self.macro_f1} if self.macro_f1 is not None else {}),
+            "ms_per_answer": round(self.milliseconds, 3),
         }
 
 
 def score_answers(
-    metric: Metric, examples: Sequence[Example], answers: Sequence[str], replies: Sequence[Reply] = ()
+    metric: Metric,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    replies: Sequence[Reply] = (),
+    *,
+    seconds: float = 0.0,
 ) -> Scores:
-    """Score answers that were given to `examples`, in order."""
+    """Score answers that were given to `examples`, in order, in so many seconds."""
     per_example = metric.score_all(examples, answers)
     return Scores(
         metric=metric.name,
@@ -60,6 +68,7 @@ def score_answers(
         prompt_tokens=sum(reply.prompt_tokens for reply in replies) / len(replies) if replies else 0.0,
         cut=sum(reply.finish_reason == "length" for reply in replies),
         labels=tuple(example.target for example in examples) if metric.form == "label" else (),
+        milliseconds=1000 * seconds / len(per_example),
     )
 
 
@@ -75,8 +84,11 @@ def score_model(
 ) -> Scores:
     """Let a model answer every example greedily, after `shots` if there are any, and score it."""
     prompts = [with_shots(example.prompt, shots) for example in examples]
+    engine.chat(model, prompts[:1], Sampling(max_tokens=1))  # loads the model: that is no part of an answer's time
+    started = time.perf_counter()
     replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), progress)
-    return score_answers(metric, examples, [reply.text for reply in replies], replies)
+    seconds = time.perf_counter() - started
+    return score_answers(metric, examples, [reply.text for reply in replies], replies, seconds=seconds)
 
 
 def with_shots(prompt: Sequence[Message], shots: Sequence[Example]) -> list[Message]:

@@ -27,6 +27,9 @@ class Comparison:
     discordant: float  # share of examples on which the two differ
     smallest_detectable: float  # the true difference this holdout finds in 80 of 100 cases
     n: int
+    clusters: int  # pieces of evidence: examples, with those that belong together counted as one
+    mid_p: float | None  # two-sided mid-p McNemar test of right-or-wrong scores; None for graded ones
+    needed: int  # examples that find `difference`, or one of a point if that is larger, in 80 of 100 cases
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report."""
@@ -38,21 +41,27 @@ class Comparison:
             "discordant": self.discordant,
             "smallest_detectable": self.smallest_detectable,
             "n": self.n,
+            "clusters": self.clusters,
+            "mcnemar_mid_p": self.mid_p,
+            "needed": self.needed,
         }
 
 
 #: A model that loses at most this much counts as "as good".
 AS_GOOD = 0.03
+#: A difference below one point is of no use, and no number of examples is asked for to show it.
+WORTH = 0.01
 
 
-def mean_interval(scores: Sequence[float], *, binary: bool) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson for right-or-wrong scores, Bayesian bootstrap for graded ones."""
+def mean_interval(scores: Sequence[float], *, binary: bool, clusters: Sequence[int] = ()) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson for right-or-wrong scores, Bayesian bootstrap for graded ones, and for all
+    where examples belong together: `clusters[i]` is the number of the cluster that example i is in."""
     n = len(scores)
     if n == 0:
         return (0.0, 1.0)
-    if binary:
+    if binary and not _share(clusters):
         return wilson(sum(scores), n)
-    return _quantiles(_bootstrap(scores, 0.0, 1.0))
+    return _quantiles(_bootstrap(scores, 0.0, 1.0, clusters))
 
 
 def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -63,12 +72,14 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
-def compare(a: Sequence[float], b: Sequence[float], *, binary: bool) -> Comparison:
+def compare(a: Sequence[float], b: Sequence[float], *, binary: bool, clusters: Sequence[int] = ()) -> Comparison:
     """Compare two models answer by answer.
 
     Right-or-wrong scores: the share of discordant examples that A wins has the posterior
     Beta(1 + wins, 1 + losses); A is better when that share is above one half. Graded scores: paired
-    Bayesian bootstrap (Rubin 1981).
+    Bayesian bootstrap (Rubin 1981). Where examples belong together (`clusters[i]` is the number of the cluster
+    of example i), wins and losses count as many times less as the design effect says (ten wins in one document are
+    one), and the bootstrap draws whole clusters.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} scores against {len(b)}: a paired comparison needs the same examples")
@@ -76,20 +87,54 @@ def compare(a: Sequence[float], b: Sequence[float], *, binary: bool) -> Comparis
     wins = sum(d > 0 for d in differences)
     losses = sum(d < 0 for d in differences)
     n = len(differences)
-    draws = _bootstrap(differences, -1.0, 1.0)
-    p_better = _share_above_half(wins, losses) if binary else float((draws > 0).mean())
+    draws = _bootstrap(differences, -1.0, 1.0, clusters)
+    difference, spread = sum(differences) / n, _spread(differences)
+    repeated = design_effect(differences, clusters)
+    # A bootstrap of right-or-wrong scores would be sure of every model that never loses, even by one cluster.
+    p_better = _share_above_half(wins / repeated, losses / repeated) if binary else float((draws > 0).mean())
     return Comparison(
-        difference=sum(differences) / n,
+        difference=difference,
         interval=_quantiles(draws),
         p_better=p_better,
         p_not_worse=float((draws > -AS_GOOD).mean()),
         discordant=(wins + losses) / n,
-        smallest_detectable=smallest_detectable(n, spread=_spread(differences)),
+        smallest_detectable=smallest_detectable(n / repeated, spread=spread),
         n=n,
+        clusters=len(set(clusters)) if clusters else n,
+        mid_p=mcnemar_mid_p(wins, losses) if binary else None,
+        needed=math.ceil(examples_needed(difference, spread=spread) * repeated),
     )
 
 
-def smallest_detectable(n: int, *, spread: float) -> float:
+def mcnemar_mid_p(wins: int, losses: int) -> float:
+    """Two-sided mid-p value of McNemar's test: wins and losses are as likely (Fagerland et al. 2013)."""
+    from scipy.stats import binom
+
+    n, fewer = wins + losses, min(wins, losses)
+    return float(min(1.0, 2 * binom.cdf(fewer, n, 0.5) - binom.pmf(fewer, n, 0.5)))
+
+
+def design_effect(differences: Sequence[float], clusters: Sequence[int]) -> float:
+    """How many examples that belong together are worth one of their own: the variance of the mean by clusters over
+    that by single examples, at least 1 (Kish 1965)."""
+    if not _share(clusters):
+        return 1.0
+    mean = sum(differences) / len(differences)
+    sums: dict[int, float] = {}
+    for difference, cluster in zip(differences, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + difference - mean
+    alone = sum((difference - mean) ** 2 for difference in differences)
+    return max(1.0, sum(one * one for one in sums.values()) / alone) if alone else 1.0
+
+
+def examples_needed(difference: float, *, spread: float) -> int:
+    """How many examples a two-sided 5 % paired test needs to find a true difference of this size (of WORTH, if it
+    is smaller) in 80 of 100 cases: `smallest_detectable`, solved for n."""
+    delta = max(abs(difference), WORTH)
+    return math.ceil(((1.959964 * math.sqrt(spread) + 0.841621 * math.sqrt(max(0.0, spread - delta**2))) / delta) ** 2)
+
+
+def smallest_detectable(n: float, *, spread: float) -> float:
     """The true difference that a two-sided 5 % paired test on n examples finds with 80 % power.
 
     Normal approximation (Connor 1987): (1.96·√d + 0.84·√(d − Δ²))/√n = Δ, where d is the mean squared
@@ -146,24 +191,31 @@ def _spread(differences: Sequence[float]) -> float:
     return (sum(d * d for d in differences) + 1) / (len(differences) + 1)
 
 
-def _share_above_half(wins: int, losses: int) -> float:
+def _share_above_half(wins: float, losses: float) -> float:
     from scipy.stats import beta
 
     return float(beta.sf(0.5, 1 + wins, 1 + losses))
 
 
-def _bootstrap(values: Sequence[float], low: float, high: float) -> Any:
-    """DRAWS means of `values` under random Dirichlet weights; a numpy array.
+def _share(clusters: Sequence[int]) -> bool:
+    """True when two examples are in one cluster."""
+    return len(set(clusters)) < len(clusters)
+
+
+def _bootstrap(values: Sequence[float], low: float, high: float, clusters: Sequence[int] = ()) -> Any:
+    """DRAWS means of `values` under random Dirichlet weights, one weight for each cluster; a numpy array.
 
     Half an imagined example at each end of the possible range keeps the interval from collapsing when
     all values are equal.
     """
     import numpy as np
 
-    padded = np.asarray([*values, low, high], dtype=float)
-    weights = np.random.default_rng(0).standard_exponential((DRAWS, len(padded)))
+    of = np.unique(clusters, return_inverse=True)[1] if clusters else np.arange(len(values))
+    sizes = np.asarray([*np.bincount(of), 1, 1], dtype=float)
+    sums = np.asarray([*np.bincount(of, weights=values), low, high], dtype=float)
+    weights = np.random.default_rng(0).standard_exponential((DRAWS, len(sums)))
     weights[:, -2:] *= 0.5
-    return weights @ padded / weights.sum(axis=1)
+    return weights @ sums / (weights @ sizes)
 
 
 def _quantiles(draws: Any) -> tuple[float, float]:
