@@ -401,4 +401,4 @@ def test_a_folder_without_a_model_is_no_model(here: Callable[..., Run], tmp_path
     (tmp_path / "adapter_config.json").write_text("{}")
     done = here("chat", tmp_path, "hello")
     assert done.code == 2
-    assert "no report.json beside it" in done.err
+    assert "nor a report.json beside it says which base model" in done.err
