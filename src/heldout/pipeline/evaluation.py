@@ -342,8 +342,8 @@ def conclude(a: str, b: str, comparison: Comparison, pieces: int) -> str:
         return f"{pieces} rows are too few to tell {a} and {b} apart ({MINIMUM} are the minimum): {facts}"
     if not comparison.discordant:
         return (
-            f"{a} and {b} score the same on every one of {_rows(comparison.n)}; the smallest difference that these would "
-            f"have shown is {comparison.smallest_detectable:.1%}"
+            f"{a} and {b} score the same on every one of {_rows(comparison.n)}; the smallest difference that they "
+            f"would have shown is {comparison.smallest_detectable:.1%}"
         )
     if comparison.p_better >= SURE and comparison.difference > 0:
         return f"{a} is better than {b}: {facts}"
