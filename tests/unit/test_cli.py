@@ -63,10 +63,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     done = heldout(tmp_path, "--help")
     assert done.code == 0
-    assert all(command in done.out for command in ("serve", "tune", "check", "fix", "chat", "jobs"))
+    assert all(
+        command in done.out for command in ("serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs")
+    )
 
 
-@pytest.mark.parametrize("command", ["serve", "tune", "check", "fix", "chat", "jobs"])
+@pytest.mark.parametrize("command", ["serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs"])
 def test_every_command_explains_itself(here: Callable[..., Run], command: str) -> None:
     done = here(command, "--help")
     assert done.code == 0
@@ -219,7 +221,7 @@ def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file
         "--max-length 99 --lora-r 5 --lora-alpha 7.5 --target-modules q_proj,v_proj --freeze-layers 0.5 "
         "--lora-dropout 0.1 --weight-decay 0.01 --label-smoothing 0.2 --neftune-noise-alpha 5 "
         "--prompt-loss-weight 0.3 --ema-decay 0.75 --replay-ratio 0.25 --augmentation robust "
-        "--no-early-stopping --patience 3 --min-delta 0.05"
+        "--no-early-stopping --patience 3 --min-delta 0.05 --metric chrf"
     )
     done = here("tune", bad_file, "--model", tiny_model, "--out", "out", *flags.split())
     assert done.code == 2
@@ -245,6 +247,7 @@ def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file
         "replay_ratio": 0.25,
         "augmentation": "robust",
         "early_stopping": {"enabled": False, "patience": 3, "min_delta": 0.05},
+        "metric": "chrf",
     }
 
 
@@ -361,6 +364,22 @@ def test_a_job_in_json_mode_prints_one_document_and_tells_its_story_on_stderr(fi
     )
     assert all(part in story for part in parts)
     assert "Traceback" not in story
+
+
+def test_evaluate_gives_the_served_model_the_score_of_its_verdict(
+    finished: Finished, here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads(finished.run.out)
+    monkeypatch.setenv("HELDOUT_DATA_DIR", str(finished.out.parent / "data"))
+    room = ("--train", finished.files["train"], "--json")
+    done = here("evaluate", report["model"], finished.files["holdout"], *room)
+    assert done.code == 0, done.err
+    again = json.loads(done.out)
+    assert again["score"] == report["tuned"]["score"]
+    assert again["interval"] == report["tuned"]["interval"]
+    assert {rung["name"] for rung in again["rungs"]} == {rung["name"] for rung in report["rungs"]}
+    for name in ("constant", "zero-shot"):
+        assert again["against"][name]["difference"] == report["verdict"]["numbers"]["against"][name]["difference"]
 
 
 def test_a_verdict_other_than_ship_exits_with_3_when_ship_is_required(finished: Finished) -> None:
