@@ -75,9 +75,16 @@ def score_model(
 ) -> Scores:
     """Let a model answer every example greedily, after `shots` if there are any, and score it."""
     prompts = [with_shots(example.prompt, shots) for example in examples]
-    engine.chat(model, prompts[:1], Sampling(max_tokens=1))  # loads the model: that is no part of an answer's time
     started = time.perf_counter()
-    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), progress)
+
+    def clocked(done: int, total: int) -> None:
+        nonlocal started
+        if done == 0:  # the model is loaded: that is no part of an answer's time
+            started = time.perf_counter()
+        if progress:
+            progress(done, total)
+
+    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), clocked)
     seconds = time.perf_counter() - started
     return score_answers(metric, examples, [reply.text for reply in replies], replies, seconds=seconds)
 
