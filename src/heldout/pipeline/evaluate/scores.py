@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
@@ -25,7 +25,9 @@ class Scores:
     answers: tuple[str, ...]
     prompt_tokens: float = 0.0  # per answer, on average
     cut: int = 0  # answers that ran into the token limit
-    milliseconds: float = 0.0  # per answer, in the batches of the evaluation; 0 where nothing was computed
+    #: Per answer, in the batches of the evaluation; 0 where nothing was computed. The same answers are the same
+    #: scores however long they took.
+    milliseconds: float = field(default=0.0, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report, without the single answers."""
