@@ -27,6 +27,7 @@ from heldout.pipeline.findings import (
     shortened,
     tidy,
 )
+from heldout.records import rung_name
 
 if TYPE_CHECKING:
     from heldout.pipeline.fix import Fixed
@@ -203,6 +204,8 @@ def print_result(result: Result) -> None:
         table.add_row(name, f"{rung.scores.mean:.1%}", f"{low:.1%} to {high:.1%}", *rung.costs)
     console.print(table)
     console.print(f"Cheapest as good: {result.verdict.cheapest_as_good}")
+    for served in result.outcome.served_rungs:
+        console.print(f"Rung {served.rung}, as a model: {rung_name(result.model, served.rung)}", soft_wrap=True)
     console.print(
         f"Model:   {result.model}\nAdapter: {result.adapter}\nReport:  {result.report}", markup=False, soft_wrap=True
     )

@@ -170,3 +170,8 @@ def fine_tuned_name(model: str, organization: str, suffix: str | None, job_id: s
 def checkpoint_name(model: str, step: int) -> str:
     """The name a checkpoint of `model` is called by."""
     return f"{model}:ckpt-step-{step}"
+
+
+def rung_name(model: str, rung: str) -> str:
+    """The name a cheaper rung of the job that made `model` is called by."""
+    return f"{model}:rung-{rung}"

@@ -51,7 +51,9 @@ def test_a_classifier_is_trained_judged_and_asked_as_a_chat_model_is(served: Ser
     assert len(checkpoints) > 1
 
     asked: Any = [{"role": "user", "content": "item 7 of the list is red and has size 3"}]
-    for model in (job.fine_tuned_model, checkpoints[0].fine_tuned_model_checkpoint):
+    rung = f"{job.fine_tuned_model}:rung-frozen-encoder"
+    assert rung in {model.id for model in client.models.list()}
+    for model in (job.fine_tuned_model, checkpoints[0].fine_tuned_model_checkpoint, rung):
         answer = client.chat.completions.create(model=model, messages=asked)
         assert json.loads(answer.choices[0].message.content or "").keys() == {"colour"}
         assert answer.choices[0].logprobs is None

@@ -65,7 +65,8 @@ class ModelRef:
     adapter: str | None = None
 
 
-#: Called with (done, total) while many conversations are answered. It may raise to stop the work.
+#: Called with (done, total) while many conversations are answered, first with 0 when the model is loaded. It may
+#: raise to stop the work.
 Progress = Callable[[int, int], None]
 
 

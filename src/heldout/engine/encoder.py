@@ -96,13 +96,14 @@ class Encoder:
     ) -> torch.Tensor:
         """`vectors` of many texts, [n, h], without gradient."""
         out = torch.empty(len(ids), self.width, device=self.device)
+        tell = progress or (lambda done, total: None)
         done = 0
+        tell(done, len(ids))
         with torch.no_grad():
             for rows in batches([len(one) for one in ids], limit=BATCH_TOKENS):
                 out[rows] = self.vectors([ids[row] for row in rows], tensors)
                 done += len(rows)
-                if progress:
-                    progress(done, len(ids))
+                tell(done, len(ids))
         return out
 
 

@@ -82,6 +82,29 @@ class Labels:
 CLASSIFIER = "classifier"
 
 
+def classifier_config(
+    labels: Labels, *, width: int, frozen_layers: int, max_length: int, with_system: bool
+) -> dict[str, Any]:
+    """What stands beside a classifier's tensors: all that turns a text into an answer.
+
+    Args:
+        width: of the encoder's vectors.
+        max_length: tokens of the longest text, special tokens included.
+        with_system: see `text_of`.
+    """
+    return {
+        "heldout": CLASSIFIER,
+        "hidden_size": width,
+        "frozen_layers": frozen_layers,
+        "pooling": "mean over tokens, normalised to length sqrt(hidden_size)",
+        "max_length": max_length,
+        "with_system": with_system,
+        "key": labels.key,
+        "labels": list(labels.names),
+        "answers": list(labels.answers),
+    }
+
+
 def is_classifier(folder: Path) -> bool:
     """True when what was trained in this folder is a classifier on an encoder."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())

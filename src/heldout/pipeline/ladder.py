@@ -28,6 +28,8 @@ SHOT_COUNTS = (4, 8)
 ORDERS = 2
 #: Inverse strength of the penalty on vectors of length 1; 10 to 100 were alike (docs/experiments.md).
 FROZEN_C = 100.0
+#: The name of the frozen rung: it can be served (served_rungs.py).
+FROZEN = "frozen-encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +245,7 @@ def frozen_rung(split: Split, metric: Metric, engine: Engine, encoder: str, watc
         answers = [str(answer) for answer in model.predict(asked)]
     return [
         Rung(
-            name="frozen-encoder",
+            name=FROZEN,
             kind="classical",
             description=f"{encoder} as it is + logistic regression on its vectors: seconds, nothing of it is trained",
             scores=score_answers(metric, split.holdout, answers, seconds=seconds),

@@ -9,6 +9,7 @@ from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.served_rungs import ServedRung
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Finding, Split
 from heldout.pipeline.verdict import Verdict
@@ -28,6 +29,7 @@ class Outcome:
     base_model: str
     seconds: float
     crossfit: CrossFit | None = None  # where the scores come from, when there was no holdout
+    served_rungs: tuple[ServedRung, ...] = ()  # cheaper rungs that can be asked as models
     more_data: MoreData | None = None  # what twice as many examples would gain; only where answers are labels
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class Outcome:
                 "sources": self.split.sources,
             },
             "crossfit": self.crossfit.as_dict() if self.crossfit else None,
+            "served_rungs": [rung.rung for rung in self.served_rungs],
             "more_data": self.more_data.as_dict() if self.more_data else None,
             "findings": [finding.as_dict() for finding in self.findings],
             "plan": self.plan.as_dict(),

@@ -25,11 +25,12 @@ from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
-from heldout.pipeline.ladder import Rung, with_clusters
+from heldout.pipeline.ladder import FROZEN, Rung, with_clusters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
 from heldout.pipeline.request import Request, Tools
+from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder
 from heldout.pipeline.split import SMALL, split_dataset
 from heldout.pipeline.training import Adapter, ModelFacts
 from heldout.pipeline.types import Example, Finding, Split
@@ -90,6 +91,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         base_model=request.base_model,
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
+        served_rungs=serve_rungs(made, request, facts, tools),
         more_data=more,
     )
     report.write(outcome, request.directory)
@@ -200,6 +202,21 @@ def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -
     if more:
         tools.watch.message(more.sentence, data=more.as_dict())
     return more
+
+
+def serve_rungs(made: Made, request: Request, facts: ModelFacts, tools: Tools) -> tuple[ServedRung, ...]:
+    """The cheaper rungs that can be asked as models, fitted on what the tuned model was trained on."""
+    encoder = frozen_encoder(request.base_model, facts)
+    if encoder is None or not any(rung.name == FROZEN for rung in made.rungs):
+        return ()
+    served = serve_frozen_encoder(
+        made.split.train,
+        tools.engine,
+        encoder,
+        tools.trainer.facts(encoder),
+        directory=request.directory / "rungs" / FROZEN,
+    )
+    return (served,) if served else ()
 
 
 def climb(

@@ -36,6 +36,7 @@ from heldout.records import (
     checkpoint_name,
     fine_tuned_name,
     now,
+    rung_name,
 )
 from heldout.settings import Settings, read_settings
 from heldout.store.blobs import Blobs, open_blobs
@@ -324,6 +325,9 @@ def _succeed(outcome: Outcome, watch: DbWatch) -> None:
     watch.db.mark_best(job.id, adapter.best_step)
     results = register(outcome, job, watch.name, watch.settings, watch.db, watch.blobs)
     watch.db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))
+    for served in outcome.served_rungs:
+        text = f"The rung {served.rung} can be asked too: {rung_name(watch.name, served.rung)}"
+        watch.db.add_event(Event(job_id=job.id, message=text))
     done = Event(job_id=job.id, message="The job has successfully completed")
     watch.db.move_job(job.id, JobStatus.SUCCEEDED, done, estimated_finish=None, **results)
 

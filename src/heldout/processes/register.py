@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heldout.pipeline import report
-from heldout.records import File, Job, Model, now
+from heldout.records import File, Job, Model, now, rung_name
 from heldout.settings import Settings
 from heldout.store.blobs import Blobs
 from heldout.store.db import Db
@@ -24,7 +24,8 @@ RESULTS = {
 
 
 def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, blobs: Blobs) -> dict[str, Any]:
-    """Make the tuned model callable as `name`; the fields of the job's row that say so."""
+    """Make the tuned model callable as `name`, and cheaper rungs as `rung_name` says; the fields of the job's row
+    that say so."""
     prefix = f"adapters/{job.id}/final"
     put_adapter(blobs, prefix, outcome.adapter.directory)
     directory = outcome.adapter.directory.parent
@@ -33,6 +34,17 @@ def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, 
         for stored, filename in RESULTS.items()
     ]
     db.add_model(Model(id=name, job_id=job.id, base_model=job.base_model, blobs=prefix, owned_by=settings.organization))
+    for served in outcome.served_rungs:
+        put_adapter(blobs, f"adapters/{job.id}/rung-{served.rung}", served.directory)
+        db.add_model(
+            Model(
+                id=rung_name(name, served.rung),
+                job_id=job.id,
+                base_model=served.base_model,
+                blobs=f"adapters/{job.id}/rung-{served.rung}",
+                owned_by=settings.organization,
+            )
+        )
     return {
         "fine_tuned_model": name,
         "finished_at": now(),

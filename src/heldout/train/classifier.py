@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from heldout.engine.catalogue import ENCODER
 from heldout.engine.encoder import BATCH_TOKENS, Encoder, batches, context
-from heldout.engine.labels import CLASSIFIER, Labels, text_of, varies_in_system
+from heldout.engine.labels import Labels, classifier_config, text_of, varies_in_system
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.encoder_memory import EncoderShapes
 from heldout.pipeline.plan import TrainPlan
@@ -151,16 +151,14 @@ class ClassifierTrainee:
         tensors = {name: p.detach().contiguous() for name, p in self.parameters.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = {
-            "heldout": CLASSIFIER,
             "model_type": self.encoder.network.config.model_type,
-            "hidden_size": self.encoder.width,
-            "frozen_layers": self.plan.freeze_layers,
-            "pooling": "mean over tokens, normalised to length sqrt(hidden_size)",
-            "max_length": self.plan.max_length,
-            "with_system": self.with_system,
-            "key": self.labels.key,
-            "labels": list(self.labels.names),
-            "answers": list(self.labels.answers),
+            **classifier_config(
+                self.labels,
+                width=self.encoder.width,
+                frozen_layers=self.plan.freeze_layers,
+                max_length=self.plan.max_length,
+                with_system=self.with_system,
+            ),
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
@@ -26,8 +26,10 @@ class Scores:
     answers: tuple[str, ...]
     prompt_tokens: float = 0.0  # per answer, on average
     cut: int = 0  # answers that ran into the token limit
-    milliseconds: float = 0.0  # per answer, in the batches of the evaluation; 0 where nothing was computed
     labels: tuple[str, ...] = ()  # the right answers, where they are labels
+    #: Per answer, in the batches of the evaluation; 0 where nothing was computed. The same answers are the same
+    #: scores however long they took.
+    milliseconds: float = field(default=0.0, compare=False)
 
     @property
     def macro_f1(self) -> float | None:
@@ -84,9 +86,16 @@ def score_model(
 ) -> Scores:
     """Let a model answer every example greedily, after `shots` if there are any, and score it."""
     prompts = [with_shots(example.prompt, shots) for example in examples]
-    engine.chat(model, prompts[:1], Sampling(max_tokens=1))  # loads the model: that is no part of an answer's time
     started = time.perf_counter()
-    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), progress)
+
+    def clocked(done: int, total: int) -> None:
+        nonlocal started
+        if done == 0:  # the model is loaded: that is no part of an answer's time
+            started = time.perf_counter()
+        if progress:
+            progress(done, total)
+
+    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), clocked)
     seconds = time.perf_counter() - started
     return score_answers(metric, examples, [reply.text for reply in replies], replies, seconds=seconds)
 
