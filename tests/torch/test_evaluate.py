@@ -101,6 +101,13 @@ def test_the_report_has_every_row_and_needs_nothing_else(judged: Evaluation, tmp
         assert f"| {rung.name} |" in (tmp_path / "report.md").read_text()
 
 
+def test_every_key_of_the_reports_is_in_the_documentation(judged: Evaluation, tiny_model: Path, held: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    pair = heldout.compare(tiny_model, tiny_model, held, max_tokens=1, settings=Settings(precision="float32"))
+    for key in (*judged.as_dict(), *pair.as_dict()):
+        assert f"`{key}`" in page, key
+
+
 def test_a_folder_with_a_report_is_not_written_over(elsewhere: Path, held: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(InvalidValue, match="already holds a report"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from heldout.errors import InvalidValue
 from heldout.pipeline.crossfit import pool
-from heldout.pipeline.evaluate.answers import SCORERS, choose_metric
+from heldout.pipeline.evaluate.answers import SCORERS, USUAL, choose_metric
 from heldout.pipeline.evaluate.metrics import exact, overlap
 from heldout.pipeline.evaluate.scores import score_answers
 from heldout.pipeline.types import Example
@@ -214,3 +215,13 @@ def test_labels_as_json_are_one_label_however_they_are_spelled() -> None:
     targets = [json.dumps({"a": "x"}), '{"a":"x"}', '{"a": "x" }', '{"a":"y"}']
     assert exact.macro_f1(['{"a":"x"}'] * 3 + ['{"a": "y"}'], targets) == 1
     assert exact.are_imbalanced(targets)
+
+
+def test_every_metric_and_similarity_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name, scorer in SCORERS.items():
+        assert f"| `{name}` | {scorer.name} | {'yes' if scorer.binary else 'no'} |" in page
+    for name in ("fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_5", "rouge_l"):
+        assert f"`{name}`" in page
+    for form, name in USUAL.items():
+        assert f"| `{name}` |" in page, form
