@@ -12,7 +12,7 @@ import pytest
 import heldout
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
-from heldout.errors import InvalidHoldoutFile, InvalidTrainingFile, InvalidValue, ModelNotFound
+from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile, InvalidTrainingFile, InvalidValue, ModelNotFound
 from heldout.pipeline.evaluate.metrics.exact import exact_match
 from heldout.pipeline.evaluation import Evaluation
 from heldout.pipeline.training import Adapter
@@ -101,9 +101,11 @@ def test_the_report_has_every_row_and_needs_nothing_else(judged: Evaluation, tmp
         assert f"| {rung.name} |" in (tmp_path / "report.md").read_text()
 
 
-def test_every_key_of_the_reports_is_in_the_documentation(judged: Evaluation, tiny_model: Path, held: Path) -> None:
+def test_every_key_of_the_reports_is_in_the_documentation(
+    judged: Evaluation, tiny_model: Path, held: Path, settings: Settings
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
-    pair = heldout.compare(tiny_model, tiny_model, held, max_tokens=1, settings=Settings(precision="float32"))
+    pair = heldout.compare(tiny_model, tiny_model, held, max_tokens=1, settings=settings)
     for key in (*judged.as_dict(), *pair.as_dict()):
         assert f"`{key}`" in page, key
 
@@ -171,6 +173,14 @@ def test_faulty_rows_are_all_listed_and_none_is_judged(tiny_model: Path, held: P
     assert "Line 8" in str(raised.value)
     with pytest.raises(InvalidTrainingFile, match="Line 3"):
         heldout.evaluate(tiny_model, held, train=bad)
+
+
+def test_a_prompt_that_is_too_long_is_told_with_its_line(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    rows = [colour_row(i) for i in range(2000, 2005)]
+    rows[3]["messages"][1]["content"] = "far too long " * 200  # type: ignore[index]
+    file = write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(ContextLengthExceeded, match=r"maximum context length is 512 .* that of line 4"):
+        heldout.evaluate(tiny_model, file, settings=settings)
 
 
 def test_files_without_rows_and_no_files_are_told(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heldout.engine.base import Engine, ModelRef
-from heldout.errors import InvalidHoldoutFile
+from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile
 from heldout.pipeline import ladder
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric
@@ -366,14 +366,21 @@ def answer_room(answerer: Answerer, rows: Judged, metric: Metric) -> int:
 
 def _ask(answerer: Answerer, rows: Judged, metric: Metric, room: int, stage: str, watch: Watch) -> Scores:
     watch.message(f"{stage} answers {_rows(len(rows.examples))}")
-    scores = score_model(
-        answerer.engine,
-        answerer.model,
-        rows.examples,
-        metric,
-        max_tokens=room,
-        progress=lambda done, total: watch.progress(stage, done, total),
-    )
+    try:
+        scores = score_model(
+            answerer.engine,
+            answerer.model,
+            rows.examples,
+            metric,
+            max_tokens=room,
+            progress=lambda done, total: watch.progress(stage, done, total),
+        )
+    except ContextLengthExceeded as error:
+        longest = max(rows.examples, key=lambda example: sum(len(str(one["content"])) for one in example.prompt))
+        raise ContextLengthExceeded(
+            f"{answerer.name}: {error} The longest prompt of {rows.file} is that of line {longest.line}; take out what "
+            "this model cannot read, or ask one that reads more."
+        ) from error
     interval = mean_interval(scores.per_example, binary=scores.binary, clusters=rows.clusters)
     return replace(scores, interval=interval)
 
