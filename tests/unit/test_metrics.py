@@ -14,7 +14,8 @@ from heldout.errors import InvalidValue
 from heldout.pipeline.crossfit import pool
 from heldout.pipeline.evaluate.answers import SCORERS, USUAL, choose_metric
 from heldout.pipeline.evaluate.metrics import exact, overlap
-from heldout.pipeline.evaluate.scores import score_answers
+from heldout.pipeline.evaluate.scores import Scores, score_answers
+from heldout.pipeline.ladder import Rung
 from heldout.pipeline.types import Example
 
 Score = Callable[[str, str], float]
@@ -192,7 +193,7 @@ def test_a_metric_can_be_asked_for_by_name_and_the_answers_stay_what_they_are() 
         choose_metric(["red"], "accuracy")
 
 
-def scored(targets: list[str], answers: list[str]) -> object:
+def scored(targets: list[str], answers: list[str]) -> Scores:
     return score_answers(choose_metric(["red", "blue", "blue"] * 10), [row(one) for one in targets], answers)
 
 
@@ -203,6 +204,15 @@ def test_macro_f1_stands_beside_the_score_of_imbalanced_labels() -> None:
     assert scores.as_dict()["macro_f1"] == scores.macro_f1
     pooled = pool([scored(["red"] * 3, ["red"] * 3), scored(["blue"] * 9, ["blue"] * 9)])
     assert pooled.macro_f1 == 1, "rows of several folds count together"
+
+
+def test_a_rung_tells_its_macro_f1_behind_what_it_is() -> None:
+    def told(targets: list[str]) -> str:
+        scores = scored(targets, ["blue"] * len(targets))
+        return Rung(name="constant", kind="constant", description="always 'blue'", scores=scores).explained
+
+    assert told(["red"] + ["blue"] * 9) == "always 'blue'; macro-F1 47.4%"
+    assert told(["red"] * 9 + ["blue"] * 9) == "always 'blue'"
 
 
 def test_balanced_labels_and_free_texts_have_no_macro_f1() -> None:

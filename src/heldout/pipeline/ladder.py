@@ -51,6 +51,12 @@ class Rung:
         milliseconds, tokens = self.scores.milliseconds, self.scores.prompt_tokens
         return (f"{milliseconds:.3g}" if milliseconds else "", f"{tokens:.0f}" if tokens else "")
 
+    @property
+    def explained(self) -> str:
+        """What it is, and its macro-F1 where labels are imbalanced."""
+        macro = self.scores.macro_f1
+        return self.description if macro is None else f"{self.description}; macro-F1 {macro:.1%}"
+
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report."""
         return {

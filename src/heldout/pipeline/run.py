@@ -435,6 +435,7 @@ def tell_rungs(rungs: Sequence[Rung], where: str, watch: Watch) -> None:
         low, high = rung.scores.interval
         watch.message(
             f"{rung.name}: {rung.scores.mean:.1%} {rung.scores.metric} on {where} "
-            f"(95 % interval {low:.1%} to {high:.1%})",
+            f"(95 % interval {low:.1%} to {high:.1%})"
+            + (f", macro-F1 {rung.scores.macro_f1:.1%}" if rung.scores.macro_f1 is not None else ""),
             data=rung.as_dict(),
         )
