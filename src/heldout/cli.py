@@ -102,6 +102,10 @@ def tune(
             "--keep-leaks", help="Score validation and holdout rows that are in the training file; the verdict says so."
         ),
     ] = False,
+    grader: Annotated[
+        Path | None,
+        typer.Option("--grader", metavar="FILE", help="One of OpenAI's graders as JSON: scores instead of a metric."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter by its name on the wire."),
@@ -127,6 +131,7 @@ def tune(
             seed=seed,
             out=out,
             keep_leaks=keep_leaks,
+            grader=grader,
             watch=watch,
             **_hyperparameters(set_ or [], flags),
         )

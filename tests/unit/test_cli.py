@@ -382,6 +382,29 @@ def test_evaluate_gives_the_served_model_the_score_of_its_verdict(
         assert again["against"][name]["difference"] == report["verdict"]["numbers"]["against"][name]["difference"]
 
 
+def test_tune_scores_by_a_grader_that_asks_no_model(
+    here: Callable[..., Run], colours: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    grader = {
+        "type": "string_check",
+        "name": "begins with a brace",
+        "operation": "like",
+        "input": "{{ sample.output_text }}",
+        "reference": '{"colour"',
+    }
+    (tmp_path / "grader.json").write_text(json.dumps(grader))
+    files = (colours["train"], "--validation", colours["valid"], "--holdout", colours["holdout"])
+    asked = ("--model", tiny_model, "--out", "out", "--n-epochs", "1", "--json", "--grader", "grader.json")
+    report = json.loads(here("tune", *files, *asked).out)
+    constant, classical = report["rungs"][:2]
+    assert (constant["metric"], constant["score"]) == ("begins with a brace", 1)
+    assert classical["name"] == "tfidf-logistic", "the answers are labels still"
+    told = here("tune", *files, *asked[:4], "--grader", "grader.json", "--metric", "chrf")
+    assert (told.code, told.err) == (2, "error: A metric and a grader were both given; give one of them.\n")
+    (tmp_path / "grader.json").write_text(json.dumps({"type": "score_model", "model": "m", "input": []}))
+    assert "a job asks no judge" in here("tune", *files, *asked[:2], "--grader", "grader.json").err
+
+
 def test_a_verdict_other_than_ship_exits_with_3_when_ship_is_required(finished: Finished) -> None:
     assert finished.run.code == 3
 

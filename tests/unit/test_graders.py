@@ -285,3 +285,5 @@ def test_a_file_that_is_no_json_is_named() -> None:
         parse_grader(b"{", "g.json")
     with pytest.raises(InvalidValue, match=r"g\.json: no JSON"):
         parse_grader(b"[" * 100_000, "g.json")
+    with pytest.raises(InvalidValue, match=r"g\.json: a grader is a JSON object"):
+        parse_grader(b"[1]", "g.json")

@@ -22,6 +22,7 @@ from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.clusters import find_clusters
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
+from heldout.pipeline.evaluate.graders.read import grader_metric, read_grader
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
@@ -113,7 +114,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     split, left_out = split_dataset(
         parts.train, parts.valid, parts.holdout, seed=request.seed, keep_leaks=request.keep_leaks
     )
-    metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
+    metric = metric_of(request, parts)
     tell_findings(left_out, tools.watch)
     tell_split(split, metric, tools.watch)
 
@@ -147,7 +148,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     """Every fold goes through the stages of `make_by_holdout`, and the answers of all folds are put together.
     Then the model that is served is trained on all rows and proven."""
     folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed, keep_leaks=request.keep_leaks)
-    metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
+    metric = metric_of(request, parts)
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)
 
@@ -186,6 +187,12 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         clusters=clusters,
         crossfit=found,
     )
+
+
+def metric_of(request: Request, parts: Parts) -> Metric:
+    """How answers are scored: as was asked for, or as fits the training answers."""
+    metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
+    return metric if request.grader is None else grader_metric(read_grader(request.grader), metric.form)
 
 
 def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:

@@ -15,7 +15,7 @@ from heldout.engine.remote import RemoteChat
 from heldout.errors import InvalidValue
 from heldout.pipeline import evaluation_report
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
-from heldout.pipeline.evaluate.graders.read import Ask, grader_metric, parse_grader, read_grader
+from heldout.pipeline.evaluate.graders.read import Ask, grader_json, grader_metric, read_grader
 from heldout.pipeline.evaluation import Answerer, Evaluation, Judged, Pairing, compare_models, evaluate_model, read_rows
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.foreground import source
@@ -132,8 +132,7 @@ class _Run:
             return usual
         if name is not None:
             raise InvalidValue("A metric and a grader were both given; give one of them.", param="grader")
-        raw = grader if isinstance(grader, dict) else _read_grader(grader)
-        return grader_metric(read_grader(raw, self._judge(judge), self._tell), usual.form)
+        return grader_metric(read_grader(grader_json(grader), self._judge(judge), self._tell), usual.form)
 
     def answerer(self, model: str | Path | Endpoint, base: str | None) -> Answerer:
         """A model to be judged."""
@@ -201,11 +200,6 @@ class _Run:
     def _tell(self, text: str) -> None:
         self.told.append(text)
         self.watch.message(text, level="warn")
-
-
-def _read_grader(path: str | Path) -> Any:
-    with source(path).open() as content:
-        return parse_grader(content.read(), str(path))
 
 
 def _template_note(adapter: Path, base: Path) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from heldout.engine.base import Message, Reply, Sampling
@@ -291,9 +292,22 @@ def _needs_the_row(answer: str, target: str) -> float:
     raise TypeError("a grader looks at the row; ask Metric.score_all")
 
 
-def parse_grader(content: bytes, name: str) -> Any:
+def grader_json(grader: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """A grader's JSON: itself, or what is in a file. Raises InvalidValue."""
+    if isinstance(grader, dict):
+        return grader
+    file = Path(grader)
+    if not file.is_file():
+        raise InvalidValue(f"There is no file {file}", param="grader")
+    return parse_grader(file.read_bytes(), str(file))
+
+
+def parse_grader(content: bytes, name: str) -> dict[str, Any]:
     """The JSON of a grader's file. Raises InvalidValue."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InvalidValue(f"{name}: no JSON: {error}", param="grader") from error
+    if not isinstance(value, dict):
+        raise InvalidValue(f'{name}: a grader is a JSON object with a "type".', param="grader")
+    return value
