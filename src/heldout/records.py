@@ -97,6 +97,7 @@ class Job:
     fine_tuned_model: str | None = None
     result_files: list[str] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
+    release: dict[str, Any] | None = None  # `reason` and `released_at`, once somebody overruled the verdict
     error: dict[str, Any] | None = None
     paused: bool = False  # asked to wait; a process that still works for it ends at its next safe point
     # The worker's own notes: who runs it, since when, how often it was taken up without progress.
