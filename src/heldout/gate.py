@@ -12,7 +12,7 @@ from typing import Any
 
 from heldout.errors import InvalidState, InvalidValue, NotFound, NotReleased
 from heldout.pipeline import released
-from heldout.records import Event, File, Job, JobStatus, now
+from heldout.records import Event, File, Job, now
 from heldout.store.blobs import Blobs
 from heldout.store.db import Db
 
@@ -89,7 +89,7 @@ def _one_line(reason: str) -> str:
 
 def _releasable(job: Job) -> str:
     """The outcome that is overruled."""
-    if job.status is not JobStatus.SUCCEEDED or job.verdict is None:
+    if job.verdict is None:
         what = "made no model" if job.status.ended else "has no verdict yet: wait until it succeeded"
         raise InvalidState(f"Job {job.id} has status '{job.status.value}' and {what}. There is nothing to release.")
     outcome = str(job.verdict["outcome"])

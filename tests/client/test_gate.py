@@ -121,8 +121,7 @@ def test_the_log_says_once_that_a_model_answers_in_spite_of_its_verdict(live, ca
             ask(live)
         ask(live, CHECKPOINT)
     told = [record.getMessage() for record in caplog.records if "HELDOUT_GATE" in record.getMessage()]
-    assert [f"{model} answers although the verdict of its job is dont_ship" in line for model, line in
-            zip((FINAL, CHECKPOINT), told, strict=True)] == [True, True]  # fmt: skip
+    assert [line.split(" answers although the verdict of its job is ")[0] for line in told] == [FINAL, CHECKPOINT]
 
 
 def test_without_a_gate_nothing_is_said(start, caplog):
