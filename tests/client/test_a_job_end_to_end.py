@@ -93,8 +93,8 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path, tiny_model: Path) -> Iterator[Served]:
-    """A server that takes jobs; nobody asks it for an answer."""
-    one = Served(tmp_path / "data", tiny_model, **NO_CHAT)
+    """A server that takes jobs; nobody asks it for an answer. A job asks its own models whatever the gate says."""
+    one = Served(tmp_path / "data", tiny_model, HELDOUT_GATE="block", **NO_CHAT)
     yield one
     if one.process.poll() is None:
         one.close()
