@@ -393,10 +393,12 @@ def chat(
 ) -> None:
     """Talk to a model in this process. An adapter's folder brings its own base model."""
     from heldout.engine.base import Message, Sampling
-    from heldout.processes.talk import open_model
+    from heldout.processes.talk import caution, open_model
 
     with _told_on_stderr():
         engine, ref = open_model(model)
+        if warning := caution(model):
+            print(f"Mind: {warning}.", file=sys.stderr)
         history: list[Message] = [{"role": "system", "content": system}] if system else []
         sampling = Sampling(max_tokens=max_tokens)
         while True:
@@ -435,6 +437,24 @@ def jobs(
         from heldout.printing import print_jobs
 
         print_jobs(rows)
+
+
+@app.command()
+def release(
+    job: Annotated[str, typer.Argument(help="The job whose models may answer.")],
+    reason: Annotated[str, typer.Option(help="Why, in a sentence; it goes into the report.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let a job's models answer although its verdict is not ship (HELDOUT_GATE=block)."""
+    from heldout.processes.talk import release_job
+    from heldout.settings import read_settings
+
+    with _told_on_stderr():
+        row = release_job(read_settings(), job, reason)
+    if as_json:
+        _print_json(row)
+    else:
+        print(f"Released {row['fine_tuned_model']} (verdict: {row['verdict']}). Reason: {row['release']['reason']}")
 
 
 def _told_on_stderr() -> Any:

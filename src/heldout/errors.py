@@ -74,6 +74,12 @@ class Forbidden(UserError):
     code, status = "insufficient_permissions", 403
 
 
+class NotReleased(UserError):
+    """The model's verdict is not `ship`, and nobody has released it."""
+
+    code, param, status = "model_not_released", "model", 403
+
+
 class TooLarge(UserError):
     """More bytes than the server takes."""
 

@@ -224,7 +224,7 @@ def print_jobs(rows: list[dict[str, Any]]) -> None:
             row["id"],
             row["created"],
             row["pause"] or row["status"],
-            row["verdict"] or "",
+            (row["verdict"] or "") + (" (released)" if row["release"] else ""),
             row["fine_tuned_model"] or row["model"],
         )
     _console().print(table)

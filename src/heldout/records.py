@@ -97,6 +97,7 @@ class Job:
     fine_tuned_model: str | None = None
     result_files: list[str] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
+    release: dict[str, Any] | None = None  # `reason` and `released_at`, once somebody overruled the verdict
     error: dict[str, Any] | None = None
     paused: bool = False  # asked to wait; a process that still works for it ends at its next safe point
     # The worker's own notes: who runs it, since when, how often it was taken up without progress.
@@ -152,6 +153,8 @@ class Model:
     owned_by: str
 
 
+#: In the name of a rung; a suffix holds no colon.
+_RUNG = ":rung-"
 _SUFFIX = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -174,4 +177,9 @@ def checkpoint_name(model: str, step: int) -> str:
 
 def rung_name(model: str, rung: str) -> str:
     """The name a cheaper rung of the job that made `model` is called by."""
-    return f"{model}:rung-{rung}"
+    return f"{model}{_RUNG}{rung}"
+
+
+def is_rung(model: str) -> bool:
+    """True of a name that `rung_name` made."""
+    return _RUNG in model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     model_aliases: dict[str, str] = Field(default_factory=lambda: dict.fromkeys(HOSTED_NAMES, DEFAULT_MODEL))
     max_file_bytes: int = 512 * 1024 * 1024
     check_uploads: bool = True  # look at training files when they are uploaded; a job looks at them in any case
+    gate: Literal["off", "warn", "block"] = "warn"  # what happens when a model is asked whose verdict is not `ship`
     concurrent_jobs: int = Field(default=1, ge=1)
     precision: str = Field(default="auto", pattern="^(auto|float32|bfloat16)$")
     threads: int = Field(default=0, ge=0)  # of a job process; 0: see `job_threads`

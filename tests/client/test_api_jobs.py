@@ -50,6 +50,7 @@ def test_a_new_job_has_every_key_that_clients_validate(live):
         "x_pause": None,
         "x_plan": None,
         "x_verdict": None,
+        "x_release": None,
     }
 
 

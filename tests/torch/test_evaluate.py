@@ -233,6 +233,17 @@ def test_the_base_model_of_an_adapter_can_be_told(
     assert any("chat template of its own" in note for note in done.notes)
 
 
+def test_an_evaluations_report_beside_an_adapter_is_no_jobs_report(
+    elsewhere: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(elsewhere, tmp_path / "adapter")
+    for n in (1, 2):
+        done = heldout.evaluate(
+            tmp_path / "adapter", held, max_tokens=2, out=tmp_path if n == 1 else None, settings=settings
+        )
+        assert len(done.examples) == 48
+
+
 def test_a_grader_scores_instead_of_a_metric(elsewhere: Path, held: Path, settings: Settings, tmp_path: Path) -> None:
     check = {
         "type": "string_check",

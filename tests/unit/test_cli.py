@@ -16,8 +16,11 @@ from heldout.cli import main
 from heldout.pipeline.hyperparameters import KNOBS
 from heldout.records import Job, JobStatus
 from heldout.settings import Settings
+from heldout.store.blobs import open_blobs
 from heldout.store.db import open_db
 from tests.conftest import colour_files, colour_row, write_rows
+
+COMMANDS = ("serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs", "release")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ def heldout(folder: Path, *arguments: str | Path) -> Run:
         **os.environ,
         "HELDOUT_DATA_DIR": str(folder / "data"),
         "HELDOUT_PRECISION": "float32",
+        "HELDOUT_GATE": "block",  # a job asks its own models whatever their verdict will be
         "PYTHONPATH": os.pathsep.join(sys.path),
         "COLUMNS": "200",
     }
@@ -63,12 +67,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     done = heldout(tmp_path, "--help")
     assert done.code == 0
-    assert all(
-        command in done.out for command in ("serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs")
-    )
+    assert all(command in done.out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(here: Callable[..., Run], command: str) -> None:
     done = here(command, "--help")
     assert done.code == 0
@@ -434,6 +436,40 @@ def test_an_adapters_folder_answers(here: Callable[..., Run], finished: Finished
     assert all(one.out.endswith("\n") and one.out.strip() for one in answers)
     assert answers[0].out == answers[1].out != answers[2].out
     assert answers[0].err == ""
+
+
+def test_a_model_that_is_not_to_ship_is_released_with_a_reason_and_its_report_says_so(
+    here: Callable[..., Run], finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELDOUT_DATA_DIR", str(finished.out.parent / "data"))
+    monkeypatch.setenv("HELDOUT_GATE", "block")
+    monkeypatch.setenv("COLUMNS", "200")
+    (job,) = json.loads(here("jobs", "--json").out)
+    assert (job["verdict"], job["release"]) == ("dont_ship", None)
+    looked = here("chat", job["fine_tuned_model"], "hello", "--max-tokens", "8")
+    assert (looked.code, looked.err) == (0, "Mind: the verdict on this model is dont_ship.\n")
+    assert here("release", job["id"]).code == 2, "no reason"
+    empty = here("release", job["id"], "--reason", " ")
+    assert (empty.code, empty.err[:31]) == (2, "error: A release needs a reason")
+
+    done = here("release", job["id"], "--reason", "accepted by Kim")
+    assert (done.code, done.out) == (
+        0,
+        f"Released {job['fine_tuned_model']} (verdict: dont_ship). Reason: accepted by Kim\n",
+    )
+    again = json.loads(here("release", job["id"], "--reason", "accepted by Kim", "--json").out)
+    assert again["release"]["reason"] == "accepted by Kim"
+    assert here("release", job["id"], "--reason", "another").code == 2
+    assert "dont_ship (released)" in here("jobs").out
+    assert here("chat", job["fine_tuned_model"], "hello", "--max-tokens", "8").err == ""
+
+    settings = Settings(data_dir=finished.out.parent / "data")
+    db, blobs = open_db(settings.database), open_blobs(settings.blobs)
+    files = [db.get_file(one) for one in db.get_job(job["id"]).result_files]
+    report, markdown, page = (blobs.open(file.blob).read().decode() for file in files[1:])
+    assert json.loads(report) == json.loads((finished.out / "report.json").read_text()) | {"release": again["release"]}
+    assert "accepted by Kim" in markdown.splitlines()[2]
+    assert page.index("</h1>") < page.index("accepted by Kim") < page.index("<svg")
 
 
 def test_a_folder_without_a_model_is_no_model(here: Callable[..., Run], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from heldout.pipeline import charts, report
+from heldout.pipeline import charts, released, report
 from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
@@ -250,6 +250,23 @@ def test_a_caveat_stands_before_every_number(outcome: Outcome, tmp_path: Path) -
     assert text.index(caveat) < text.index("examples nobody trained on (but see above)")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.index("2 of 100 holdout rows are in the training file &lt;t&gt;") < page.index("<ul>")
+
+
+def test_a_release_stands_below_the_headline_and_its_reason_is_text(written: Path) -> None:
+    release = {"reason": ATTACK, "released_at": 1_700_000_000}
+    told = {
+        name: released.ADD_TO[name]((written / name).read_text(encoding="utf-8"), release)
+        for name in (report.JSON, report.MARKDOWN, report.HTML)
+    }
+    before = json.loads((written / report.JSON).read_text(encoding="utf-8"))
+    assert json.loads(told[report.JSON]) == before | {"release": release}
+    lines = told[report.MARKDOWN].splitlines()
+    when = "Released all the same on 2023-11-14 22:13 UTC"
+    assert lines[:3] == ["# Ship it", "", rf"**{when}:** \<script\>alert(1)\</script\> \| a"]
+    assert lines[3:] == (written / report.MARKDOWN).read_text(encoding="utf-8").splitlines()[1:]
+    page = told[report.HTML]
+    assert f'</h1>\n<p class="release"><b>{when}:</b> &lt;script&gt;alert(1)&lt;/script&gt; | a</p>\n' in page
+    assert "<script" not in page
 
 
 def test_the_report_says_whether_more_examples_would_pay(outcome: Outcome) -> None:

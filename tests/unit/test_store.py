@@ -131,6 +131,28 @@ def test_a_job_that_was_paused_a_moment_ago_is_not_claimed(db: Db) -> None:
     assert db.claim_job(job, "worker") is False, "the worker saw it before"
 
 
+def test_a_job_is_released_once_with_its_event_and_its_files(db: Db) -> None:
+    job = added(db, status=JobStatus.SUCCEEDED, verdict={"outcome": "dont_ship"})
+    reports = [File(filename="report.json", purpose="fine-tune-results", bytes=i) for i in range(2)]
+    events = [Event(job_id=job.id, message=f"released {i}") for i in range(2)]
+    done = [
+        db.release_job(job.id, one, [report], release={"reason": report.id}, result_files=[report.id])
+        for one, report in zip(events, reports, strict=True)
+    ]
+    assert done == [True, False]
+    assert (db.get_job(job.id).release, db.get_job(job.id).result_files) == ({"reason": reports[0].id}, [reports[0].id])
+    assert messages(db, job) == ["released 0"]
+    assert [file.id for file in db.list_files(after=None, limit=9)[0]] == [reports[0].id]
+
+
+def test_a_models_job_is_found_by_the_models_name_and_a_model_without_one_is_left_out(db: Db) -> None:
+    job = added(db, verdict={"outcome": "ship"})
+    for name, job_id in (("ft:a", job.id), ("ft:a:ckpt-step-5", job.id), ("ft:b", "ftjob-none")):
+        db.add_model(Model(id=name, job_id=job_id, base_model="m", blobs="x", owned_by="o"))
+    assert db.jobs_of_models() == {"ft:a": job, "ft:a:ckpt-step-5": job}
+    assert db.jobs_of_models("ft:a", "ft:b") == {"ft:a": job}
+
+
 def open_together(url: str, then: str) -> list[str]:
     """What five processes print that open the database at the same moment, and then do something with `db`."""
     program = "from heldout.store.db import open_db; print(end='.', flush=True); input(); "

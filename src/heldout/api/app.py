@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request
 
+from heldout import gate
 from heldout.api import chat as chat_completions
 from heldout.api import failures, files, jobs, models
 from heldout.api.deps import Look
@@ -28,6 +30,8 @@ def create_app(*, settings: Settings, db: Db, blobs: Blobs, chat: ChatService, l
     app = _app(settings, api_key=settings.api_key)
     app.state.settings, app.state.db, app.state.blobs, app.state.chat = settings, db, blobs, chat
     app.state.look = look
+    app.state.gate = functools.partial(gate.admit, settings.gate, db)
+    app.state.warned = set()
     _include(app, files.router, jobs.router, models.router, chat_completions.router)
     app.add_api_route("/", _about)
     return app
@@ -40,6 +44,7 @@ def create_chat_app(*, settings: Settings, chat: ChatService) -> FastAPI:
     """
     app = _app(settings, api_key="")
     app.state.chat = chat
+    app.state.gate = None  # the service of that process asks by itself
     _include(app, chat_completions.router)
     return app
 

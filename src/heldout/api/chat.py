@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from heldout.api import failures
 from heldout.api import wire_chat as wire
-from heldout.api.deps import ChatDep
+from heldout.api.deps import ChatDep, GateDep
 from heldout.api.streaming import ClosingStream
 from heldout.engine.base import ChatRequest, ChatService, Piece
 from heldout.errors import UserError
@@ -22,22 +22,39 @@ log = logging.getLogger(__name__)
 
 router = APIRouter()
 
+#: On answers of a model whose verdict is not `ship`; its value is the outcome.
+VERDICT_HEADER = "x-heldout-verdict"
+
 
 @router.post("/v1/chat/completions")
-def create_chat_completion(body: wire.ChatCompletion, request: Request, chat: ChatDep) -> Response:
+def create_chat_completion(body: wire.ChatCompletion, request: Request, chat: ChatDep, gate: GateDep) -> Response:
     asked, log_probs = body.to_request(), wire.LogProbs(body)
+    headers = _warning(request, body.model, gate(body.model)) if gate else {}
     if body.stream:
         chunks = wire.Chunks(body.model, log_probs, include_usage=body.include_usage)
-        return _stream(chunks, asked, chat, request.state.request_id)
-    return JSONResponse(wire.completion(body.model, chat.chat(asked), log_probs))
+        return _stream(chunks, asked, chat, request.state.request_id, headers)
+    return JSONResponse(wire.completion(body.model, chat.chat(asked), log_probs), headers=headers)
 
 
-def _stream(chunks: wire.Chunks, asked: ChatRequest, chat: ChatService, request_id: str) -> Response:
+def _warning(request: Request, model: str, outcome: str | None) -> dict[str, str]:
+    """The headers that tell of a verdict other than `ship`. A body with more in it would break strict clients."""
+    if outcome is None:
+        return {}
+    warned: set[str] = request.app.state.warned
+    if model not in warned:  # once, not with every question
+        warned.add(model)
+        log.warning("%s answers although the verdict of its job is %s (HELDOUT_GATE=warn)", model, outcome)
+    return {VERDICT_HEADER: outcome}
+
+
+def _stream(
+    chunks: wire.Chunks, asked: ChatRequest, chat: ChatService, request_id: str, warning: dict[str, str]
+) -> Response:
     pieces = chat.stream(asked)
     # Before the reply begins: an error up to the first token can still have its status.
     first = next(pieces)
     events = _reporting(_events(chunks, itertools.chain([first], pieces)), request_id)
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **warning}
     return ClosingStream(events, source=pieces, media_type="text/event-stream", headers=headers)
 
 

@@ -16,6 +16,9 @@ from heldout.store.db import Db
 #: Has an uploaded file looked at; the file with its findings, or with a note that they are to come.
 Look = Callable[[File], File]
 
+#: Lets a question to a model pass, or raises; the outcome of its verdict, if its asker is to be warned of it.
+Gate = Callable[[str], "str | None"]
+
 
 def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
@@ -42,8 +45,14 @@ def _look(request: Request) -> Look | None:
     return look
 
 
+def _gate(request: Request) -> Gate | None:
+    gate: Gate | None = request.app.state.gate
+    return gate
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DbDep = Annotated[Db, Depends(_db)]
 BlobsDep = Annotated[Blobs, Depends(_blobs)]
 ChatDep = Annotated[ChatService, Depends(_chat)]
+GateDep = Annotated[Gate | None, Depends(_gate)]
 LookDep = Annotated[Look | None, Depends(_look)]

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from heldout import gate
 from heldout.api import wire_jobs as wire
-from heldout.api.deps import DbDep, SettingsDep
+from heldout.api.deps import BlobsDep, DbDep, SettingsDep
 from heldout.api.wire import Page
 from heldout.engine.catalogue import resolve
 from heldout.errors import (
@@ -84,6 +85,13 @@ def resume_job(job_id: str, settings: SettingsDep, db: DbDep) -> wire.FineTuning
     if not asked:
         raise _refused(job, "resumed", "is not paused")
     return wire.FineTuningJob.of(job, settings.organization)
+
+
+@router.post("/{job_id}/release")
+def release_job(
+    job_id: str, body: wire.ReleaseJob, settings: SettingsDep, db: DbDep, blobs: BlobsDep
+) -> wire.FineTuningJob:
+    return wire.FineTuningJob.of(gate.release(db, blobs, job_id, body.reason), settings.organization)
 
 
 @router.get("/{job_id}/events")

@@ -17,7 +17,8 @@ router = APIRouter()
 
 @router.get("/v1/models")
 def list_models(settings: SettingsDep, db: DbDep) -> wire.Page[wire.ModelObject]:
-    trained = [wire.ModelObject.of(model) for model in db.list_models()]
+    jobs = db.jobs_of_models()
+    trained = [wire.ModelObject.of(model, jobs.get(model.id)) for model in db.list_models()]
     return wire.Page.of([*_bases(settings).values(), *trained], False)
 
 
@@ -25,7 +26,7 @@ def list_models(settings: SettingsDep, db: DbDep) -> wire.Page[wire.ModelObject]
 @router.get("/v1/models/{name:path}")
 def get_model(name: str, settings: SettingsDep, db: DbDep) -> wire.ModelObject:
     if name.startswith("ft:"):
-        return wire.ModelObject.of(db.get_model(name))
+        return wire.ModelObject.of(db.get_model(name), db.jobs_of_models(name).get(name))
     return _base(name, settings)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, model_validator
 
-from heldout.records import File, Model
+from heldout.records import File, Job, Model
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 Item = TypeVar("Item")
@@ -78,17 +78,27 @@ class FileObject(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """A model that can be called. `x_base_model` says what a fine-tuned model or an alias stands on."""
+    """A model that can be called. `x_base_model` says what a fine-tuned model or an alias stands on, `x_outcome`
+    what its job's verdict says, and `x_release` that somebody overruled it, and why."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     x_base_model: str
+    x_outcome: str | None = None
+    x_release: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, model: Model) -> ModelObject:
-        return cls(id=model.id, created=model.created_at, owned_by=model.owned_by, x_base_model=model.base_model)
+    def of(cls, model: Model, job: Job | None) -> ModelObject:
+        return cls(
+            id=model.id,
+            created=model.created_at,
+            owned_by=model.owned_by,
+            x_base_model=model.base_model,
+            x_outcome=job.verdict["outcome"] if job and job.verdict else None,
+            x_release=job.release if job else None,
+        )
 
     @classmethod
     def of_base(cls, name: str, base_model: str) -> ModelObject:

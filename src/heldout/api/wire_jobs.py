@@ -81,6 +81,12 @@ class CreateJob(Body):
         return asked[0] if asked else Hyperparameters()
 
 
+class ReleaseJob(Body):
+    """The request to let the models of a job answer although its verdict is not `ship`."""
+
+    reason: str
+
+
 def _checked_suffix(suffix: str | None) -> str | None:
     if suffix and ":" in suffix:
         raise InvalidValue(
@@ -128,6 +134,7 @@ class FineTuningJob(BaseModel):
     x_pause: str | None  # "pausing" or "paused"; the status stays one of the six
     x_plan: dict[str, Any] | None
     x_verdict: dict[str, Any] | None
+    x_release: dict[str, Any] | None  # `reason` and `released_at`, once somebody overruled the verdict
 
     @classmethod
     def of(cls, job: Job, organization: str) -> FineTuningJob:
@@ -157,6 +164,7 @@ class FineTuningJob(BaseModel):
             x_pause=job.pause,
             x_plan=job.plan,
             x_verdict=job.verdict,
+            x_release=job.release,
         )
 
 

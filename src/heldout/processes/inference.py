@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from heldout import gate
 from heldout.api.app import create_chat_app
 from heldout.api.wire_chat import no_log_probs
 from heldout.engine import catalogue, labels
@@ -54,6 +55,8 @@ class LocalChat:
         if not name.startswith("ft:"):
             source = catalogue.resolve(name, self.settings.model_aliases)
             return ModelRef(base_model=source.name)
+        # The server has asked already; this port is open to others on the machine.
+        gate.admit(self.settings.gate, self.db, name)
         model = self.db.get_model(name)
         try:
             # The key is ours (adapters/<job>/<step>), so the folder below the cache is too.

@@ -114,6 +114,8 @@ def _welcome(settings: Settings, host: str, port: int, out: TextIO) -> None:
         lines.append(
             f"Aliases:           {len(settings.model_aliases)} hosted model names train {', '.join(targets)} here"
         )
+    if settings.gate == "block":
+        lines.append("Gate:              a model without the verdict 'ship' answers once it is released")
     if open_to_all and not settings.api_key:
         lines.append(f"WARNING: anyone who reaches {host}:{port} can use it. Set HELDOUT_API_KEY to ask for a key.")
     print("\n".join([*lines, "Stop with Ctrl-C."]), file=out, flush=True)

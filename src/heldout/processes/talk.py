@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from heldout import gate
 from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import ModelNotFound
@@ -39,8 +40,9 @@ def find_model(name: str, settings: Settings, *, base: str | None = None) -> Mod
     folder = Path(name)
     for out in (folder, folder.parent):  # `tune --out DIR`: DIR or DIR/adapter
         if (out / report.JSON).is_file() and (out / "adapter").is_dir():
-            known = json.loads((out / report.JSON).read_text())["base_model"]
-            return ModelRef(base_model=base or known, adapter=str((out / "adapter").absolute()))
+            known = base or json.loads((out / report.JSON).read_text()).get("base_model")
+            if known:  # not so in an evaluation's report
+                return ModelRef(base_model=known, adapter=str((out / "adapter").absolute()))
     if (folder / ADAPTER_CONFIG).is_file():
         base = base or _base_of(folder)
         _refuse_other_adapters(folder)
@@ -81,6 +83,16 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def caution(name: str) -> str | None:
+    """What whoever talks to this model should know. Nobody is refused here, whatever the setting: before a model is
+    released somebody has to look at it."""
+    settings = read_settings()
+    if settings.gate == "off" or not name.startswith("ft:"):
+        return None
+    outcome = gate.admit("warn", open_db(settings.database), name)
+    return outcome and f"the verdict on this model is {outcome}"
+
+
 def list_jobs(settings: Settings) -> list[dict[str, Any]]:
     """All jobs, newest first."""
     jobs, _ = open_db(settings.database).list_jobs(after=None, limit=1_000)
@@ -95,6 +107,12 @@ def job_story(settings: Settings, job_id: str) -> dict[str, Any]:
     return _row(job) | {"events": [_event(event) for event in reversed(events)]}
 
 
+def release_job(settings: Settings, job_id: str, reason: str) -> dict[str, Any]:
+    """Let the models of a job answer although its verdict is not `ship`; the job. See gate.release."""
+    job = gate.release(open_db(settings.database), open_blobs(settings.blobs), job_id, reason)
+    return _row(job)
+
+
 def _row(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
@@ -104,6 +122,7 @@ def _row(job: Job) -> dict[str, Any]:
         "model": job.model,
         "fine_tuned_model": job.fine_tuned_model,
         "verdict": job.verdict["outcome"] if job.verdict else None,
+        "release": job.release,
         "error": job.error,
     }
 

@@ -5,7 +5,7 @@ A change of status is one conditional update; losing the race is a normal answer
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,13 +22,14 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    null,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError
 
 from heldout.errors import InvalidValue, NotFound
-from heldout.records import COMES_BEFORE, Checkpoint, Event, File, Job, JobStatus, Model
+from heldout.records import COMES_BEFORE, Checkpoint, Event, File, Job, JobStatus, Model, is_rung
 from heldout.store import schema
 
 Record = TypeVar("Record", File, Job, Event, Checkpoint, Model)
@@ -147,6 +148,18 @@ class Db:
                 _insert(connection, one)
         return changed.rowcount == 1
 
+    def release_job(self, job_id: str, one: Event, files: Sequence[File], **values: Any) -> bool:
+        """Record a release with its event, the files that tell it and the fields of the row, `release` among them.
+        False if the job was released before."""
+        held = (schema.jobs.c.id == job_id, schema.jobs.c.release.is_(null()))
+        with self._engine.begin() as connection:
+            changed = connection.execute(update(schema.jobs).where(*held).values(values))
+            if changed.rowcount == 1:
+                _insert(connection, one)
+                for file in files:
+                    _insert(connection, file)
+        return changed.rowcount == 1
+
     def put_back(self, job_id: str, one: Event) -> bool:
         """A paused job has come to rest: back to the queue. False if it is not running (any more).
 
@@ -227,6 +240,19 @@ class Db:
     def list_models(self) -> list[Model]:
         """All fine-tuned models, newest first."""
         return self._page(Model, [], after=None, limit=1_000_000, order="desc")[0]
+
+    def jobs_of_models(self, *names: str) -> dict[str, Job]:
+        """The jobs whose verdict is about these models, or about all models, by the model's name. A model without a
+        job is left out, and so is a cheaper rung: the verdict compares with it, and judges the tuned model."""
+        models, jobs = schema.models, schema.jobs
+        query = select(models.c.id.label("made"), *(jobs.c[one.name] for one in fields(Job))).join(
+            jobs, jobs.c.id == models.c.job_id
+        )
+        if names:
+            query = query.where(models.c.id.in_(names))
+        with self._engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return {row["made"]: _record(Job, row) for row in rows if not is_rung(row["made"])}
 
     def delete_model(self, model_id: str) -> Model:
         """Forget a fine-tuned model. Raises NotFound."""
