@@ -20,9 +20,6 @@ import pytest
 from openai import OpenAI
 from tests.conftest import colour_row, write_rows
 
-import heldout
-from heldout.settings import Settings
-
 BASE = "gpt-4o-mini-2024-07-18"
 
 #: Where no test asks a model anything, none is loaded to answer: every server would import torch for it.
@@ -181,15 +178,6 @@ def test_the_flow_of_openais_guide_works_with_only_base_url_changed(chatting: Se
         assert (answer.choices[0].message.content or "").startswith('{"colour":"')
         assert answer.choices[0].finish_reason == "stop"
     plain = answer
-
-    held = write_rows(tmp_path / "held.jsonl", [colour_row(i) for i in range(3000, 3008)])
-    asked_there = heldout.Endpoint(model=job.fine_tuned_model, base_url=str(client.base_url))
-    local = Settings(data_dir=served.data_dir, precision="float32")
-    there, here = (
-        heldout.evaluate(model, held, metric="exact_match", max_tokens=20, settings=local)
-        for model in (asked_there, job.fine_tuned_model)
-    )
-    assert there.scores.answers == here.scores.answers, "over the wire and from the data directory, one model"
     stream = client.chat.completions.create(
         model=job.fine_tuned_model, messages=asked, temperature=0, max_tokens=20, stream=True
     )
