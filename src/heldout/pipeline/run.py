@@ -18,6 +18,8 @@ from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.closed_book import with_the_base_models_word
+from heldout.pipeline.consequences import measure_all
+from heldout.pipeline.consequences.base import Budget, Consequence, Subject
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
@@ -31,7 +33,7 @@ from heldout.pipeline.replay import Replay, replay_examples
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import SMALL, split_dataset
 from heldout.pipeline.training import Adapter, ModelFacts
-from heldout.pipeline.types import Finding, Split
+from heldout.pipeline.types import Example, Finding, Split
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent, Watch
 from heldout.settings import DEFAULT_MODEL
@@ -50,6 +52,8 @@ class Made:
     rungs: tuple[Rung, ...]
     adapter: Adapter
     tuned: Rung
+    metric: Metric
+    answered: tuple[Example, ...]  # the examples behind the scores of all rungs, in their order
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
 
 
@@ -67,11 +71,14 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     few = parts.holdout is None and is_small(parts.train)
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
+    forgetting = forgetting_of(made, request, facts, tools)
+    consequences = consequences_of(made, forgetting, request, facts, tools)
     verdict = decide(
         made.rungs,
         made.tuned,
         made.crossfit,
-        forgetting=forgetting_of(made, request, facts, tools),
+        forgetting=forgetting,
+        consequences=consequences,
         caveats=made.split.caveats,
     )
     outcome = Outcome(
@@ -85,6 +92,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         base_model=request.base_model,
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
+        consequences=consequences,
         more_data=more,
     )
     report.write(outcome, request.directory)
@@ -124,7 +132,9 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
         description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
         scores=score_tuned(adapter, split, metric, request.base_model, max_tokens, tools),
     )
-    return Made(split=split, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned)
+    return Made(
+        split=split, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned, metric=metric, answered=split.holdout
+    )
 
 
 def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: Tools) -> Made:
@@ -158,7 +168,16 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     prove_serving(adapter, request.base_model, tools)
     found = CrossFit(folds=fitted, groups=folds.groups)
     tools.watch.message(f"Mind that {found.sentence}")
-    return Made(split=folds.whole, left_out=left_out, rungs=rungs, adapter=adapter, tuned=tuned, crossfit=found)
+    return Made(
+        split=folds.whole,
+        left_out=left_out,
+        rungs=rungs,
+        adapter=adapter,
+        tuned=tuned,
+        metric=metric,
+        answered=tuple(row for split in folds.splits for row in split.holdout),
+        crossfit=found,
+    )
 
 
 def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:
@@ -359,6 +378,30 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
         directory=request.directory,
         watch=tools.watch,
     )
+
+
+def consequences_of(
+    made: Made, forgetting: Forgetting | None, request: Request, facts: ModelFacts, tools: Tools
+) -> tuple[Consequence, ...]:
+    """What training made worse in the served model, in the time that the job has for it."""
+    seconds = made.adapter.seconds if request.eval_budget is None else request.eval_budget
+    subject = Subject(
+        engine=tools.engine,
+        model=ModelRef(base_model=request.base_model, adapter=str(made.adapter.directory)),
+        is_encoder=facts.kind == catalogue.ENCODER,
+        split=made.split,
+        answered=made.answered,
+        metric=made.metric,
+        max_tokens=answer_room(tools.engine, request.base_model, made.split),
+        tuned=made.tuned,
+        baseline=ladder.best_baseline(made.rungs),
+        rungs=made.rungs,
+        crossfit=made.crossfit is not None,
+        forgetting=forgetting,
+        budget=Budget(seconds),
+        watch=tools.watch,
+    )
+    return measure_all(subject)
 
 
 def tell_split(split: Split, metric: Metric, watch: Watch) -> None:

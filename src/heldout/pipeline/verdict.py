@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from heldout.pipeline.consequences import INFORMING
+from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import Forgetting
 from heldout.pipeline.evaluate.statistics import AS_GOOD, Comparison, compare
@@ -50,6 +52,7 @@ def decide(
     crossfit: CrossFit | None = None,
     *,
     forgetting: Forgetting | None = None,
+    consequences: Sequence[Consequence] = (),
     caveats: Sequence[str] = (),
 ) -> Verdict:
     """Compare the tuned model with every rung below it, on the same examples: those of a holdout, or, by
@@ -57,7 +60,7 @@ def decide(
 
     The outcome is about the best prompt (or a constant answer, if that is better): what the user would
     have without training. A classical model that is surely better than the tuned one overrules it.
-    `caveats` are told before everything else and change nothing.
+    A failed consequence overrules any outcome. `caveats` are told before everything else and change nothing.
     """
     against = {rung.name: _compare(tuned, rung) for rung in rungs}
     baseline = max((rung for rung in rungs if rung.kind in ("prompt", "constant")), key=lambda rung: rung.scores.mean)
@@ -72,6 +75,9 @@ def decide(
         reasons.insert(1, crossfit.sentence)
     if forgetting and forgetting.dropped:
         reasons.append(f"general skills dropped: {forgetting.sentence}; {forgetting.advice}")
+    if failed := [one for one in consequences if one.status == "fail" and one.name not in INFORMING]:
+        outcome = DONT_SHIP
+        reasons = [*(f"{one.name} fails: {one.sentence}" for one in failed), *reasons]
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),
