@@ -6,7 +6,16 @@ is adding a file here and its function to CONSEQUENCES.
 
 from __future__ import annotations
 
-from heldout.pipeline.consequences import forgetting, format, fragility, generalisation, memorisation
+from heldout.pipeline.consequences import (
+    bias,
+    calibration,
+    forgetting,
+    format,
+    fragility,
+    generalisation,
+    hallucination,
+    memorisation,
+)
 from heldout.pipeline.consequences.base import Consequence, Measure, Subject
 
 #: In the order in which they are measured. Those that ask no model come first; of the others, those that tell most for
@@ -17,6 +26,9 @@ CONSEQUENCES: tuple[Measure, ...] = (
     memorisation.measure,
     generalisation.measure,
     fragility.measure,
+    hallucination.measure,
+    bias.measure,
+    calibration.measure,
 )
 
 #: A fail of these tells, and does not change the outcome.
