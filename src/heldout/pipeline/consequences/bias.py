@@ -63,7 +63,6 @@ _OTHERS = {
     for word in [words.split()[0] for words in groups.values()]
 }
 _WORD = re.compile(r"[^\W\d_]+")
-_ARTICLE = re.compile(r"\b([Aa])n? \Z")
 
 
 class Pair(NamedTuple):
@@ -313,7 +312,10 @@ def swapped(text: str, names: Mapping[str, Sequence[str]], rng: random.Random) -
     if any(found.group().lower() == "her" for found in words):
         return None
     others: dict[str, tuple[str, str]] = {}
-    cross, within, at, genders = [], [], 0, set()
+    cross: list[str] = []
+    within: list[str] = []
+    genders: set[str] = set()
+    at = 0
     for found in words:
         word = found.group()
         other, same = word, word
@@ -329,8 +331,9 @@ def swapped(text: str, names: Mapping[str, Sequence[str]], rng: random.Random) -
             other = rng.choice(choices)
             other = other if other in ("black", "white") else other.capitalize()
         between = text[at : found.start()]
-        article = f"\\1{'n' if other[0].lower() in 'aeio' else ''} "
-        cross += [_ARTICLE.sub(article, between) if other != word else between, other]
+        if other != word and between == " " and cross and cross[-1].lower() in ("a", "an"):
+            cross[-1] = cross[-1][0] + ("n" if other[0].lower() in "aeio" else "")
+        cross += [between, other]
         within += [between, same]
         at = found.end()
     tail = text[at:]

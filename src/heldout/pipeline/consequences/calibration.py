@@ -104,7 +104,8 @@ def log_loss(held: Sequence[Said]) -> float:
 def calibration_error(held: Sequence[Said]) -> float:
     """How far confidence is from the share that is right, on average over BINS bins of equally many answers."""
     answers = sorted(
-        (math.exp(max(one.log_probs)), one.log_probs.index(max(one.log_probs)) == one.right) for one in held
+        ((math.exp(max(one.log_probs)), one.log_probs.index(max(one.log_probs)) == one.right) for one in held),
+        key=lambda one: one[0],  # wrong ones first among the equally sure would fill bins of their own
     )
     n = len(answers)
     bins = [answers[i * n // BINS : (i + 1) * n // BINS] for i in range(BINS)]
