@@ -372,6 +372,14 @@ def test_a_fail_overrules_a_better_score_and_is_the_first_reason(status: str, ou
     assert (verdict.reasons[0] == "fragility fails: it breaks") == (outcome == "dont_ship")
 
 
+def test_too_few_examples_carry_no_verdict_but_the_fail_is_told() -> None:
+    found = Consequence(name="format", status="fail", sentence="it breaks")
+    tuned = rung("tuned", right(20, 18), kind="tuned")
+    verdict = decide([rung("zero-shot", right(20, 6))], tuned, consequences=[found])
+    assert verdict.outcome == "inconclusive"
+    assert verdict.reasons[0] == "format fails: it breaks"
+
+
 def test_a_light_needs_to_be_sure() -> None:
     assert [status_of(fails=p, warns=p) for p in (0.5, 0.89, 0.9, 0.989, 0.99)] == ["ok", "ok", "warn", "warn", "fail"]
     assert not_measured("x", "no time").sentence == "not measured: no time"
