@@ -199,10 +199,11 @@ def _consequences(found: Sequence[Consequence]) -> list[str]:
     """The table of lights, and what the lit ones look like."""
     if not found:
         return []
+    found = _by_light(found)
     shown = [f"- {one.name}: {_cell(example)}" for one in found for example in one.examples]
     return [
         "",
-        "## What training made worse",
+        "## What training may have made worse",
         "",
         "| | consequence | what was measured |",
         "|---|---|---|",
@@ -218,13 +219,20 @@ def _consequences_table(found: Sequence[Consequence]) -> str:
     """The same as HTML."""
     if not found:
         return ""
+    found = _by_light(found)
     rows = "".join(
         f'<tr><td class=light style="color:{_LIGHTS[one.status][1]}">● {_LIGHTS[one.status][2]}</td>'
         f"<td>{one.name}</td><td>{html.escape(_plain(one))}"
         f"{''.join(f'<br><small>{html.escape(example)}</small>' for example in one.examples)}</td></tr>"
         for one in found
     )
-    return f"<h2>What training made worse</h2><table>{rows}</table>"
+    return f"<h2>What training may have made worse</h2><table>{rows}</table>"
+
+
+def _by_light(found: Sequence[Consequence]) -> list[Consequence]:
+    """What fails first, what was not measured last."""
+    order = ("fail", "warn", "ok", "not_measured")
+    return sorted(found, key=lambda one: order.index(one.status))
 
 
 def _plain(one: Consequence) -> str:

@@ -60,7 +60,8 @@ def decide(
 
     The outcome is about the best prompt (or a constant answer, if that is better): what the user would
     have without training. A classical model that is surely better than the tuned one overrules it.
-    A failed consequence overrules any outcome for which there is enough evidence. `caveats` are told before everything else and change nothing.
+    A failed consequence overrules any outcome for which there is enough evidence. `caveats` are told before everything
+    else and change nothing.
     """
     against = {rung.name: _compare(tuned, rung) for rung in rungs}
     baseline = max((rung for rung in rungs if rung.kind in ("prompt", "constant")), key=lambda rung: rung.scores.mean)
@@ -75,9 +76,12 @@ def decide(
         reasons.insert(1, crossfit.sentence)
     if forgetting and forgetting.dropped:
         reasons.append(f"general skills dropped: {forgetting.sentence}; {forgetting.advice}")
-    if failed := [one for one in consequences if one.status == "fail" and one.name not in INFORMING]:
-        outcome = DONT_SHIP if basis.pieces >= MINIMUM else outcome
-        reasons = [*(f"{one.name} fails: {one.sentence}" for one in failed), *reasons]
+    failed = [one for one in consequences if one.status == "fail" and one.name not in INFORMING]
+    told = [f"{one.name} fails: {one.sentence}" for one in failed]
+    if failed and basis.pieces >= MINIMUM:
+        outcome, reasons = DONT_SHIP, [*told, *reasons]
+    else:
+        reasons += told
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from heldout.engine.labels import read_label
-from heldout.pipeline.consequences.base import Consequence, Subject, not_measured, points, short, status_of
+from heldout.pipeline.consequences.base import Consequence, Subject, not_measured, short, status_of
 from heldout.pipeline.evaluate.statistics import p_above, wilson
 
 NAME = "format"
@@ -35,8 +35,8 @@ def measure(subject: Subject) -> Consequence:
         status=status_of(fails=p, warns=p),
         sentence=(
             f"{n - bad} of {n} answers have the form of the training answers ({subject.metric.form}): "
-            f"{1 - bad / n:.1%}, 95 % interval {low:.1%} to {high:.1%}; of the best baseline's "
-            f"({subject.baseline.name}) {1 - theirs:.1%} have it, {points(bad / n - theirs)} points out of form more"
+            f"{1 - bad / n:.1%}, 95 % interval {low:.1%} to {high:.1%}; of the best baseline's answers "
+            f"({subject.baseline.name}) {1 - theirs:.1%} have it"
         ),
         numbers={
             "n": n,

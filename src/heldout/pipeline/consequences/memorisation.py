@@ -67,7 +67,11 @@ def measure(subject: Subject) -> Consequence:
         warns=max(numbers["p_warn"], recited["p_warn"] if recited else 0.0),
     )
     return Consequence(
-        name=NAME, status=status, sentence=_sentence(numbers, warned=status != "ok"), numbers=numbers, examples=examples
+        name=NAME,
+        status=status,
+        sentence=_sentence(numbers, warned=status != "ok", one_decision=subject.is_encoder),
+        numbers=numbers,
+        examples=examples,
     )
 
 
@@ -140,12 +144,12 @@ def p_rate_above(k: int, n: int, other_k: int, other_n: int, margin: float) -> f
     return float((one - other > margin).mean())
 
 
-def _sentence(numbers: dict[str, Any], *, warned: bool) -> str:
+def _sentence(numbers: dict[str, Any], *, warned: bool, one_decision: bool) -> str:
     low, high = numbers["interval"]
     parts = [
         f"a training answer is likelier to the tuned model than an unseen one in {numbers['auc']:.0%} of pairs "
         f"(membership AUC {numbers['auc']:.2f}, 95 % interval {low:.2f} to {high:.2f}; 0.5 is none); loss "
-        f"{numbers['train_loss']:.3f} against {numbers['holdout_loss']:.3f} nats per token"
+        f"{numbers['train_loss']:.3f} against {numbers['holdout_loss']:.3f} nats{'' if one_decision else ' per token'}"
     ]
     if numbers["p_severe"] >= SURE:
         parts.append("that is severe: who holds the model can tell what it was trained on")
