@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heldout.engine.base import Message
+from heldout.errors import InvalidValue
 from heldout.pipeline.augment.perturb import pieces
 from heldout.pipeline.consequences import CONSEQUENCES, fragility, generalisation, measure_all, memorisation
 from heldout.pipeline.consequences import forgetting as forgetting_light
@@ -23,6 +24,7 @@ from heldout.pipeline.evaluate.forgetting import judge_changes
 from heldout.pipeline.types import Example
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent
+from heldout.settings import read_settings
 from tests.unit.conftest import example, right, rung
 from tests.unit.consequences import MODEL, Speaking, last, subject
 
@@ -383,3 +385,12 @@ def test_too_few_examples_carry_no_verdict_but_the_fail_is_told() -> None:
 def test_a_light_needs_to_be_sure() -> None:
     assert [status_of(fails=p, warns=p) for p in (0.5, 0.89, 0.9, 0.989, 0.99)] == ["ok", "ok", "warn", "warn", "fail"]
     assert not_measured("x", "no time").sentence == "not measured: no time"
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("", None), ("0", 0.0), ("90.5", 90.5)])
+def test_the_time_for_probes_is_a_setting(monkeypatch: pytest.MonkeyPatch, value: str, seconds: float | None) -> None:
+    monkeypatch.setenv("HELDOUT_EVAL_BUDGET", value)
+    assert read_settings().eval_budget == seconds
+    monkeypatch.setenv("HELDOUT_EVAL_BUDGET", "-1")
+    with pytest.raises(InvalidValue, match="HELDOUT_EVAL_BUDGET"):
+        read_settings()
