@@ -107,6 +107,7 @@ def tune(
         hyperparameters=asked,
         directory=directory,
         keep_leaks=keep_leaks,
+        eval_budget=settings.eval_budget,
     )
     outcome = run_job(request, tools)
     tools.engine.close()
