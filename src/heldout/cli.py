@@ -102,6 +102,10 @@ def tune(
             "--keep-leaks", help="Score validation and holdout rows that are in the training file; the verdict says so."
         ),
     ] = False,
+    grader: Annotated[
+        Path | None,
+        typer.Option("--grader", metavar="FILE", help="One of OpenAI's graders as JSON: scores instead of a metric."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter by its name on the wire."),
@@ -127,6 +131,7 @@ def tune(
             seed=seed,
             out=out,
             keep_leaks=keep_leaks,
+            grader=grader,
             watch=watch,
             **_hyperparameters(set_ or [], flags),
         )
@@ -231,6 +236,152 @@ def advise(
         from heldout.printing_advice import print_advice
 
         print_advice(advice)
+
+
+#: Options that evaluate and compare share.
+Train = Annotated[
+    Path | None,
+    typer.Option(help="The training file: its rows are left out, and prompts and cheap models made of it scored."),
+]
+MetricName = Annotated[str | None, typer.Option("--metric", help="How answers are scored. Default: what fits them.")]
+GraderFile = Annotated[
+    Path | None, typer.Option("--grader", metavar="FILE", help="One of OpenAI's graders as JSON, instead of a metric.")
+]
+JudgeUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="Where the model of a score_model grader answers. Default: here.")
+]
+JudgeKey = Annotated[str | None, typer.Option(metavar="NAME", help="The variable with the key for that.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="Ask there, at a chat completions API (with its /v1).")
+]
+KeyEnv = Annotated[str | None, typer.Option(metavar="NAME", help="The environment variable with the key for that.")]
+Base = Annotated[str | None, typer.Option(help="The base model of an adapter that was trained elsewhere.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="The most tokens of an answer. Default: a quarter more than the right ones.")
+]
+KeepLeaks = Annotated[bool, typer.Option("--keep-leaks", help="Score rows that are in the training file, too.")]
+Seed = Annotated[int, typer.Option(help="Draws the examples that are shown in prompts.")]
+ReportFolder = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write report.json, .md and .html there.")
+]
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Bundled name, ft: model, folder, hub id; or a name at --base-url.")],
+    file: Annotated[Path, typer.Argument(help="JSONL in OpenAI's chat format, with the right answers.")],
+    train: Train = None,
+    metric: MetricName = None,
+    grader: GraderFile = None,
+    judge_base_url: JudgeUrl = None,
+    judge_api_key_env: JudgeKey = None,
+    base_url: BaseUrl = None,
+    api_key_env: KeyEnv = None,
+    base: Base = None,
+    max_tokens: MaxTokens = None,
+    keep_leaks: KeepLeaks = False,
+    seed: Seed = 0,
+    out: ReportFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score any model on a file: base, tuned, trained elsewhere or behind an API. Trains nothing."""
+    from heldout.processes.judging import evaluate as run
+    from heldout.progress import TerminalWatch
+
+    with _told_on_stderr(), TerminalWatch() as watch:
+        done = run(
+            _model_at(model, base_url, api_key_env),
+            file,
+            train=train,
+            metric=metric,
+            grader=grader,
+            judge=_judge_at(judge_base_url, judge_api_key_env),
+            base=base,
+            max_tokens=max_tokens,
+            keep_leaks=keep_leaks,
+            seed=seed,
+            out=out,
+            watch=watch,
+        )
+    _print_evaluation(done, as_json)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="As for evaluate.")],
+    b: Annotated[str, typer.Argument(help="As for evaluate.")],
+    file: Annotated[Path, typer.Argument(help="JSONL in OpenAI's chat format, with the right answers.")],
+    train: Annotated[Path | None, typer.Option(help="The training file: rows that leak from it are left out.")] = None,
+    metric: MetricName = None,
+    grader: GraderFile = None,
+    judge_base_url: JudgeUrl = None,
+    judge_api_key_env: JudgeKey = None,
+    base_url_a: Annotated[str | None, typer.Option(metavar="URL", help="Where A answers. Default: here.")] = None,
+    api_key_env_a: KeyEnv = None,
+    base_url_b: Annotated[str | None, typer.Option(metavar="URL", help="Where B answers. Default: here.")] = None,
+    api_key_env_b: KeyEnv = None,
+    base: Base = None,
+    max_tokens: MaxTokens = None,
+    keep_leaks: KeepLeaks = False,
+    seed: Seed = 0,
+    out: ReportFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which of two models answers a file better, row by row, and how sure that is."""
+    from heldout.processes.judging import compare as run
+    from heldout.progress import TerminalWatch
+
+    with _told_on_stderr(), TerminalWatch() as watch:
+        done = run(
+            _model_at(a, base_url_a, api_key_env_a),
+            _model_at(b, base_url_b, api_key_env_b),
+            file,
+            train=train,
+            metric=metric,
+            grader=grader,
+            judge=_judge_at(judge_base_url, judge_api_key_env),
+            base=base,
+            max_tokens=max_tokens,
+            keep_leaks=keep_leaks,
+            seed=seed,
+            out=out,
+            watch=watch,
+        )
+    _print_evaluation(done, as_json)
+
+
+def _model_at(name: str, base_url: str | None, api_key_env: str | None) -> Any:
+    """A model here, or behind an API."""
+    from heldout.processes.judging import Endpoint
+
+    if base_url is None:
+        if api_key_env is not None:
+            raise UserError(f"a key in {api_key_env} was given for {name}, but no base URL to send it to")
+        return name
+    return Endpoint(model=name, base_url=base_url, api_key=_key(api_key_env))
+
+
+def _judge_at(base_url: str | None, api_key_env: str | None) -> Any:
+    """Where judges answer, under the names that graders give them; None: here."""
+    return _model_at("", base_url, api_key_env) if base_url or api_key_env else None
+
+
+def _key(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    key = os.environ.get(variable)
+    if not key:
+        raise UserError(f"the environment variable {variable} is not set; it should hold the API key")
+    return key
+
+
+def _print_evaluation(done: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(done.as_dict())
+    else:
+        from heldout.printing_evaluation import print_evaluation
+
+        print_evaluation(done)
 
 
 @app.command()

@@ -32,6 +32,7 @@ def test_auto_null_and_absence_all_mean_not_set():
         {"freeze_layers": 1},
         {"freeze_layers": 1.0},
         {"freeze_layers": "turbo"},
+        {"metric": "chrf"},
         {"lr_search": "light", "learning_rate": 1e-4, "n_epochs": 3},
     ],
 )
@@ -125,6 +126,7 @@ def test_what_is_no_value_of_a_hyperparameter_is_refused_by_name(name, value):
         ("augmentation", "Robust", '"none", "robust" or "paraphrase"'),
         ("augmentation", True, '"none", "robust" or "paraphrase"'),
         ("lr_search", "Light", '"off" or "light"'),
+        ("metric", "accuracy", '"exact_match", "label_accuracy", "number", "sql", "field_f1"'),
         ("lr_search", True, '"off" or "light"'),
         ("freeze_layers", 1.5, "a share of them above 0 and below 1"),
         ("freeze_layers", True, "a whole number of layers"),

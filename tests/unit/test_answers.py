@@ -7,7 +7,10 @@ import random
 
 import pytest
 
-from heldout.pipeline.evaluate.answers import choose_metric, exact_match, field_f1, rouge_l
+from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.evaluate.metrics.exact import exact_match
+from heldout.pipeline.evaluate.metrics.overlap import rouge_l
+from heldout.pipeline.evaluate.metrics.records import field_f1
 
 SCORES = (exact_match, field_f1, rouge_l)
 

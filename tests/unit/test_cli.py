@@ -65,10 +65,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     done = heldout(tmp_path, "--help")
     assert done.code == 0
-    assert all(command in done.out for command in ("serve", "tune", "check", "fix", "chat", "jobs", "release"))
+    assert all(
+        command in done.out
+        for command in ("serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs", "release")
+    )
 
 
-@pytest.mark.parametrize("command", ["serve", "tune", "check", "fix", "chat", "jobs", "release"])
+@pytest.mark.parametrize("command", ["serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs", "release"])
 def test_every_command_explains_itself(here: Callable[..., Run], command: str) -> None:
     done = here(command, "--help")
     assert done.code == 0
@@ -221,7 +224,7 @@ def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file
         "--max-length 99 --lora-r 5 --lora-alpha 7.5 --target-modules q_proj,v_proj --freeze-layers 0.5 "
         "--lora-dropout 0.1 --weight-decay 0.01 --label-smoothing 0.2 --neftune-noise-alpha 5 "
         "--prompt-loss-weight 0.3 --ema-decay 0.75 --replay-ratio 0.25 --augmentation robust "
-        "--no-early-stopping --patience 3 --min-delta 0.05"
+        "--no-early-stopping --patience 3 --min-delta 0.05 --metric chrf"
     )
     done = here("tune", bad_file, "--model", tiny_model, "--out", "out", *flags.split())
     assert done.code == 2
@@ -247,6 +250,7 @@ def test_flags_ask_for_what_the_wire_asks_for(here: Callable[..., Run], bad_file
         "replay_ratio": 0.25,
         "augmentation": "robust",
         "early_stopping": {"enabled": False, "patience": 3, "min_delta": 0.05},
+        "metric": "chrf",
     }
 
 
@@ -365,6 +369,45 @@ def test_a_job_in_json_mode_prints_one_document_and_tells_its_story_on_stderr(fi
     assert "Traceback" not in story
 
 
+def test_evaluate_gives_the_served_model_the_score_of_its_verdict(
+    finished: Finished, here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads(finished.run.out)
+    monkeypatch.setenv("HELDOUT_DATA_DIR", str(finished.out.parent / "data"))
+    room = ("--train", finished.files["train"], "--json")
+    done = here("evaluate", report["model"], finished.files["holdout"], *room)
+    assert done.code == 0, done.err
+    again = json.loads(done.out)
+    assert again["score"] == report["tuned"]["score"]
+    assert again["interval"] == report["tuned"]["interval"]
+    assert {rung["name"] for rung in again["rungs"]} == {rung["name"] for rung in report["rungs"]}
+    for name in ("constant", "zero-shot"):
+        assert again["against"][name]["difference"] == report["verdict"]["numbers"]["against"][name]["difference"]
+
+
+def test_tune_scores_by_a_grader_that_asks_no_model(
+    here: Callable[..., Run], colours: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    grader = {
+        "type": "string_check",
+        "name": "begins with a brace",
+        "operation": "like",
+        "input": "{{ sample.output_text }}",
+        "reference": '{"colour"',
+    }
+    (tmp_path / "grader.json").write_text(json.dumps(grader))
+    files = (colours["train"], "--validation", colours["valid"], "--holdout", colours["holdout"])
+    asked = ("--model", tiny_model, "--out", "out", "--n-epochs", "1", "--json", "--grader", "grader.json")
+    report = json.loads(here("tune", *files, *asked).out)
+    constant, classical = report["rungs"][:2]
+    assert (constant["metric"], constant["score"]) == ("begins with a brace", 1)
+    assert classical["name"] == "tfidf-logistic", "the answers are labels still"
+    told = here("tune", *files, *asked[:4], "--grader", "grader.json", "--metric", "chrf")
+    assert (told.code, told.err) == (2, "error: A metric and a grader were both given; give one of them.\n")
+    (tmp_path / "grader.json").write_text(json.dumps({"type": "score_model", "model": "m", "input": []}))
+    assert "a job asks no judge" in here("tune", *files, *asked[:2], "--grader", "grader.json").err
+
+
 def test_a_verdict_other_than_ship_exits_with_3_when_ship_is_required(finished: Finished) -> None:
     assert finished.run.code == 3
 
@@ -437,4 +480,4 @@ def test_a_folder_without_a_model_is_no_model(here: Callable[..., Run], tmp_path
     (tmp_path / "adapter_config.json").write_text("{}")
     done = here("chat", tmp_path, "hello")
     assert done.code == 2
-    assert "no report.json beside it" in done.err
+    assert "nor a report.json beside it says which base model" in done.err

@@ -25,6 +25,7 @@ def run(program: str) -> str:
         "heldout.processes.server",
         "heldout.processes.worker",
         "heldout.processes.job",
+        "heldout.processes.judging",
         "heldout.api.app",
         "heldout.pipeline.run",
     ],
@@ -44,7 +45,7 @@ def test_the_package_alone_loads_neither_numpy_nor_rich() -> None:
 def test_the_package_has_tune_and_says_what_it_has_not() -> None:
     import heldout
 
-    assert heldout.__all__ == ["advise", "check", "tune"]
+    assert heldout.__all__ == ["Endpoint", "advise", "check", "compare", "evaluate", "tune"]
     assert callable(heldout.check)
     assert callable(heldout.advise)
     with pytest.raises(AttributeError, match="'heldout' has no attribute 'tunes'"):

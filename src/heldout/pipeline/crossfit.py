@@ -197,6 +197,7 @@ def pool(parts: Sequence[Scores]) -> Scores:
         answers=tuple(answer for part in parts for answer in part.answers),
         prompt_tokens=sum(part.prompt_tokens * len(part.per_example) for part in parts) / len(per_example),
         cut=sum(part.cut for part in parts),
+        labels=tuple(label for part in parts for label in part.labels),
         milliseconds=sum(part.milliseconds * len(part.per_example) for part in parts) / len(per_example),
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from heldout.errors import InvalidValue
+from heldout.pipeline.evaluate.answers import SCORERS
 
 
 class Values(NamedTuple):
@@ -94,6 +95,7 @@ _MODULES = Values(
 AUGMENTATIONS = ("none", "robust", "paraphrase")
 
 LENGTH, ADAPTER, REGULARISATION, STOPPING = "Length and learning rate", "Adapter", "Regularisation", "Early stopping"
+JUDGING = "Judging"
 
 
 def _knob(group: str, values: Values, help: str) -> Any:
@@ -104,8 +106,8 @@ def _knob(group: str, values: Values, help: str) -> Any:
 class Hyperparameters:
     """What was asked for, in range; None is left to the plan.
 
-    The first three are OpenAI's, the others ours, with PEFT's and TRL's names where they have one. The last
-    three travel as one key: `early_stopping: true`, or `{"enabled": true, "patience": 3, "min_delta": 0.01}`.
+    The first three are OpenAI's, the others ours, with PEFT's and TRL's names where they have one. Those of early
+    stopping travel as one key: `early_stopping: true`, or `{"enabled": true, "patience": 3, "min_delta": 0.01}`.
     """
 
     n_epochs: int | None = _knob(
@@ -161,6 +163,7 @@ class Hyperparameters:
     min_delta: float | None = _knob(
         STOPPING, _AT_LEAST_0, "Nats per example a validation must be better by to be an improvement."
     )
+    metric: str | None = _knob(JUDGING, _one_of(*SCORERS), "How answers are compared with those in the data.")
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Hyperparameters:

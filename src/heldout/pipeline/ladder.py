@@ -52,6 +52,12 @@ class Rung:
         milliseconds, tokens = self.scores.milliseconds, self.scores.prompt_tokens
         return (f"{milliseconds:.3g}" if milliseconds else "", f"{tokens:.0f}" if tokens else "")
 
+    @property
+    def explained(self) -> str:
+        """What it is, and its macro-F1 where labels are imbalanced."""
+        macro = self.scores.macro_f1
+        return self.description if macro is None else f"{self.description}; macro-F1 {macro:.1%}"
+
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report."""
         return {
@@ -107,34 +113,42 @@ def prompt_rungs(
     split: Split, metric: Metric, engine: Engine, base_model: str, *, max_tokens: int, watch: Watch
 ) -> list[Rung]:
     """The base model with the prompt as it is, and behind the best shots."""
-    model = ModelRef(base_model=base_model)
-
-    def ask(examples: Sequence[Example], shots: Sequence[Example], stage: str) -> Scores:
-        return score_model(
+    zero_shot = Rung(
+        name="zero-shot",
+        kind="prompt",
+        description="the base model with the prompt as it is",
+        scores=score_model(
             engine,
-            model,
-            examples,
+            ModelRef(base_model=base_model),
+            split.holdout,
             metric,
             max_tokens=max_tokens,
-            shots=shots,
-            progress=lambda done, total: watch.progress(stage, done, total),
-        )
+            progress=lambda done, total: watch.progress("zero-shot prompt", done, total),
+        ),
+    )
+    return [zero_shot, *few_shot_rungs(split, metric, engine, base_model, max_tokens=max_tokens, watch=watch)]
+
+
+def few_shot_rungs(
+    split: Split, metric: Metric, engine: Engine, base_model: str, *, max_tokens: int, watch: Watch
+) -> list[Rung]:
+    """The base model behind the best shots; nothing when there are no shots, or none that fit."""
 
     def ask_if_it_fits(examples: Sequence[Example], shots: Sequence[Example], stage: str) -> Scores | None:
         try:
-            return ask(examples, shots, stage)
+            return score_model(
+                engine,
+                ModelRef(base_model=base_model),
+                examples,
+                metric,
+                max_tokens=max_tokens,
+                shots=shots,
+                progress=lambda done, total: watch.progress(stage, done, total),
+            )
         except ContextLengthExceeded as error:
             watch.message(f"A prompt with {len(shots)} shots is left out: {error}", level="warn")
             return None
 
-    rungs = [
-        Rung(
-            name="zero-shot",
-            kind="prompt",
-            description="the base model with the prompt as it is",
-            scores=ask(split.holdout, (), "zero-shot prompt"),
-        )
-    ]
     choosers = _spread(split.valid, CHOOSERS, split.seed)
     best: tuple[float, tuple[Example, ...]] = (-1.0, ())
     for shots in candidate_shots(split, metric):
@@ -143,21 +157,21 @@ def prompt_rungs(
             best = (tried.mean, shots)
     score, shots = best
     scores = ask_if_it_fits(split.holdout, shots, f"{len(shots)}-shot prompt") if shots else None
-    if scores:
-        lines = ", ".join(str(shot.line) for shot in shots)
-        rungs.append(
-            Rung(
-                name=f"few-shot-{len(shots)}",
-                kind="prompt",
-                description=(
-                    f"the base model with {len(shots)} solved examples (training lines {lines}), the best of "
-                    f"{len(SHOT_COUNTS) * ORDERS} prompts on {len(choosers)} validation examples ({score:.2f} there)"
-                ),
-                scores=scores,
-                shots=shots,
-            )
+    if not scores:
+        return []
+    lines = ", ".join(str(shot.line) for shot in shots)
+    return [
+        Rung(
+            name=f"few-shot-{len(shots)}",
+            kind="prompt",
+            description=(
+                f"the base model with {len(shots)} solved examples (training lines {lines}), the best of "
+                f"{len(SHOT_COUNTS) * ORDERS} prompts on {len(choosers)} validation examples ({score:.2f} there)"
+            ),
+            scores=scores,
+            shots=shots,
         )
-    return rungs
+    ]
 
 
 def constant_rung(split: Split, metric: Metric) -> Rung:

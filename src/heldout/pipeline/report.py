@@ -79,7 +79,7 @@ def markdown(outcome: Outcome) -> str:
         low, high = rung.scores.interval
         lines.append(
             f"| {rung.name} | {rung.scores.mean:.1%} | {low:.1%} to {high:.1%} | {' | '.join(rung.costs)} | "
-            f"{_cell(rung.description)} |"
+            f"{_cell(rung.explained)} |"
         )
     lines += [
         *_consequences(outcome.consequences),
@@ -120,7 +120,7 @@ def page(outcome: Outcome) -> str:
         for name, choice in outcome.plan.as_dict().items()
     )
     rungs = "".join(
-        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.description)}"
+        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.explained)}"
         f"{f' <small>({costs})</small>' if (costs := _cost_sentence(rung)) else ''}</li>"
         for rung in (*outcome.rungs, outcome.tuned)
     )

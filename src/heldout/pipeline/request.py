@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from heldout.engine.base import Engine
 from heldout.pipeline.hyperparameters import Hyperparameters
@@ -34,6 +34,7 @@ class Request:
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
     eval_budget: float | None = None  # seconds for probes of the tuned model; None: as long as its training took
+    grader: dict[str, Any] | None = None  # OpenAI's, as JSON; instead of `hyperparameters.metric`
     keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
 
 

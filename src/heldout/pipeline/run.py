@@ -24,6 +24,7 @@ from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.clusters import find_clusters
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
+from heldout.pipeline.evaluate.graders.read import grader_metric, read_grader
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
@@ -120,7 +121,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     split, left_out = split_dataset(
         parts.train, parts.valid, parts.holdout, seed=request.seed, keep_leaks=request.keep_leaks
     )
-    metric = choose_metric([example.target for example in parts.train.examples])
+    metric = metric_of(request, parts)
     tell_findings(left_out, tools.watch)
     tell_split(split, metric, tools.watch)
 
@@ -155,7 +156,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     """Every fold goes through the stages of `make_by_holdout`, and the answers of all folds are put together.
     Then the model that is served is trained on all rows and proven."""
     folds, left_out = split_into_folds(parts.train, parts.valid, seed=request.seed, keep_leaks=request.keep_leaks)
-    metric = choose_metric([example.target for example in parts.train.examples])
+    metric = metric_of(request, parts)
     tell_findings(left_out, tools.watch)
     tell_folds(folds, metric, tools.watch)
 
@@ -195,6 +196,12 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         metric=metric,
         crossfit=found,
     )
+
+
+def metric_of(request: Request, parts: Parts) -> Metric:
+    """How answers are scored: as was asked for, or as fits the training answers."""
+    metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
+    return metric if request.grader is None else grader_metric(read_grader(request.grader), metric.form)
 
 
 def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:
@@ -468,6 +475,7 @@ def tell_rungs(rungs: Sequence[Rung], where: str, watch: Watch) -> None:
         low, high = rung.scores.interval
         watch.message(
             f"{rung.name}: {rung.scores.mean:.1%} {rung.scores.metric} on {where} "
-            f"(95 % interval {low:.1%} to {high:.1%})",
+            f"(95 % interval {low:.1%} to {high:.1%})"
+            + (f", macro-F1 {rung.scores.macro_f1:.1%}" if rung.scores.macro_f1 is not None else ""),
             data=rung.as_dict(),
         )

@@ -148,7 +148,7 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, c
     measured = measure(
         plans[0],
         splits[0],
-        choose_metric([example.target for example in parts.train.examples]),
+        choose_metric([example.target for example in parts.train.examples], asked.metric),
         facts,
         tools.engine,
         tools.trainer,

@@ -14,6 +14,7 @@ from heldout.engine import catalogue
 from heldout.errors import InvalidValue
 from heldout.pipeline import report
 from heldout.pipeline.checks.groups import fingerprint
+from heldout.pipeline.evaluate.graders.read import grader_json, read_grader
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
@@ -51,6 +52,7 @@ def tune(
     seed: int | None = None,
     out: str | Path | None = None,
     keep_leaks: bool = False,
+    grader: str | Path | dict[str, Any] | None = None,
     watch: Watch | None = None,
     settings: Settings | None = None,
     **hyperparameters: Any,
@@ -67,12 +69,15 @@ def tune(
             time>` here.
         keep_leaks: score rows of `validation` and `holdout` although the training file has them, or nearly; the
             verdict says so first. Default: they are left out, and listed.
+        grader: one of OpenAI's graders that asks no model, as JSON in a file or as a dict: scores answers instead of
+            a metric (docs/metrics.md).
         hyperparameters: `n_epochs`, `learning_rate`, `lora_r`, … as on the wire.
 
     Raises UserError (bad data, unknown model, value out of range); its message says what to do.
     """
     settings = settings or read_settings()
     asked = Hyperparameters.parse(hyperparameters)
+    graded_by = _grader(grader, asked)
     training = source(train)
     valid, held = (source(path) if path else None for path in (validation, holdout))
     catalogue.resolve(model, settings.model_aliases, allow_paths=True)
@@ -86,6 +91,7 @@ def tune(
             "model": model,
             "files": [_checksum(one) for one in (training, valid, held)],
             "hyperparameters": asked.as_dict(),
+            **({"grader": graded_by} if graded_by else {}),
             **({"keep_leaks": True} if keep_leaks else {}),  # absent in the notes of earlier versions
         },
         seed,
@@ -108,6 +114,7 @@ def tune(
         directory=directory,
         keep_leaks=keep_leaks,
         eval_budget=settings.eval_budget,
+        grader=graded_by,
     )
     outcome = run_job(request, tools)
     tools.engine.close()
@@ -139,6 +146,17 @@ def _same_request(directory: Path, request: dict[str, Any], seed: int | None) ->
     seed = random.randrange(2**31) if seed is None else seed
     note.write_text(json.dumps({"seed": seed, "request": request}))
     return seed
+
+
+def _grader(grader: str | Path | dict[str, Any] | None, asked: Hyperparameters) -> dict[str, Any] | None:
+    """The grader's JSON, known to be sound before anything is loaded."""
+    if grader is None:
+        return None
+    if asked.metric is not None:
+        raise InvalidValue("A metric and a grader were both given; give one of them.", param="grader")
+    raw = grader_json(grader)
+    read_grader(raw)
+    return raw
 
 
 def _checksum(one: Source | None) -> str | None:

@@ -17,17 +17,22 @@ from heldout.settings import Settings, read_settings
 from heldout.store.blobs import fetch_folder, open_blobs
 from heldout.store.db import open_db
 
+#: What PEFT writes beside an adapter's weights.
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def open_model(name: str) -> tuple[Engine, ModelRef]:
     """An engine and what to ask it for. `name`: base model, `ft:` model, or the folder that `tune` wrote."""
     settings = read_settings()
-    ref = _find(name, settings)
+    ref = find_model(name, settings)
     from heldout.processes.tools import local_engine
 
     return local_engine(settings), ref
 
 
-def _find(name: str, settings: Settings) -> ModelRef:
+def find_model(name: str, settings: Settings, *, base: str | None = None) -> ModelRef:
+    """What a name means on the command line. `base`: the base model of an adapter that was trained elsewhere, where
+    the name in its configuration is not known here. Raises ModelNotFound, or NotFound for an unknown `ft:` model."""
     if name.startswith("ft:"):
         model = open_db(settings.database).get_model(name)
         folder = fetch_folder(open_blobs(settings.blobs), model.blobs, settings.adapters / model.blobs)
@@ -35,12 +40,13 @@ def _find(name: str, settings: Settings) -> ModelRef:
     folder = Path(name)
     for out in (folder, folder.parent):  # `tune --out DIR`: DIR or DIR/adapter
         if (out / report.JSON).is_file() and (out / "adapter").is_dir():
-            base = json.loads((out / report.JSON).read_text())["base_model"]
-            return ModelRef(base_model=base, adapter=str((out / "adapter").absolute()))
-    if (folder / "adapter_config.json").is_file():
-        raise ModelNotFound(
-            f"{folder} is an adapter, but no {report.JSON} beside it says which base model it belongs to"
-        )
+            known = json.loads((out / report.JSON).read_text())["base_model"]
+            return ModelRef(base_model=base or known, adapter=str((out / "adapter").absolute()))
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = base or _base_of(folder)
+        _refuse_other_adapters(folder)
+        catalogue.resolve(base, settings.model_aliases, allow_paths=True)
+        return ModelRef(base_model=base, adapter=str(folder.absolute()))
     catalogue.resolve(name, settings.model_aliases, allow_paths=True)
     return ModelRef(base_model=name)
 
@@ -53,6 +59,37 @@ def caution(name: str) -> str | None:
         return None
     outcome = gate.admit("warn", open_db(settings.database), name)
     return outcome and f"the verdict on this model is {outcome}"
+
+
+def _base_of(adapter: Path) -> str:
+    """The base model that an adapter from elsewhere names."""
+    base = _adapter_config(adapter).get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        return base
+    raise ModelNotFound(
+        f"{adapter} is an adapter, but neither its {ADAPTER_CONFIG} nor a {report.JSON} beside it says which base "
+        "model it belongs to"
+    )
+
+
+def _refuse_other_adapters(adapter: Path) -> None:
+    kind = _adapter_config(adapter).get("peft_type")
+    if kind != "LORA":
+        # Our decoding goes round PEFT's own forward pass: a prefix or a soft prompt would be left out without a word.
+        raise ModelNotFound(f"The adapter in {adapter} is of the kind {kind!r}; LORA is the one that is supported.")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelNotFound(
+            f"There is no adapter_model.safetensors in {adapter}. Weights in pickles (adapter_model.bin) are not "
+            "loaded: opening one runs whatever is in it. Save the adapter anew with safe_serialization=True."
+        )
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"The {ADAPTER_CONFIG} in {adapter} cannot be read: {error}") from error
+    return config if isinstance(config, dict) else {}
 
 
 def list_jobs(settings: Settings) -> list[dict[str, Any]]:

@@ -1,11 +1,27 @@
-"""What the answers of a data set are (labels, JSON records, free text), and how one answer is scored."""
+"""What the answers of a data set are (labels, JSON records, numbers, SQL, free text), and which metric fits them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
+
+from heldout.errors import InvalidValue
+from heldout.pipeline.evaluate.metrics.exact import (
+    canonical,
+    exact_match,
+    is_sql,
+    json_value,
+    label_accuracy,
+    number,
+    same_number,
+    same_sql,
+)
+from heldout.pipeline.evaluate.metrics.overlap import chrf, rouge_l, token_f1
+from heldout.pipeline.evaluate.metrics.records import field_f1
+
+if TYPE_CHECKING:
+    from heldout.pipeline.types import Example
 
 #: An answer longer than this is not a label, however often it occurs.
 LABEL_CHARACTERS = 120
@@ -15,77 +31,71 @@ LABEL_CHARACTERS = 120
 class Metric:
     """How an answer is compared with the one in the data: 1 is right, 0 is wrong.
 
-    `binary` says that there is nothing in between.
+    `binary` says that there is nothing in between. A grader looks at more than the two texts: it has `grade`,
+    which scores all answers at once, and its `score` is not asked.
     """
 
     name: str
-    form: str  # label | json | text
+    form: str  # of the answers in the data: label | json | number | sql | text
+    binary: bool
+    score: Callable[[str, str], float]
+    grade: Callable[[Sequence[Example], Sequence[str]], list[float]] | None = None
+
+    def score_all(self, examples: Sequence[Example], answers: Sequence[str]) -> tuple[float, ...]:
+        """A score for the answer that was given to each example."""
+        if self.grade:
+            return tuple(self.grade(examples, answers))
+        return tuple(self.score(answer, example.target) for example, answer in zip(examples, answers, strict=True))
+
+
+class Scorer(NamedTuple):
+    """A way to compare two texts, as reports call it."""
+
+    name: str
     binary: bool
     score: Callable[[str, str], float]
 
 
-def choose_metric(targets: Sequence[str]) -> Metric:
-    """The metric that fits the training answers.
+#: What a user may ask for by name (docs/metrics.md).
+SCORERS: dict[str, Scorer] = {
+    "exact_match": Scorer("exact match", True, exact_match),
+    "label_accuracy": Scorer("label accuracy", True, label_accuracy),
+    "number": Scorer("same number", True, same_number),
+    "sql": Scorer("same SQL", True, same_sql),
+    "field_f1": Scorer("field F1", False, field_f1),
+    "token_f1": Scorer("token F1", False, token_f1),
+    "rouge_l": Scorer("ROUGE-L", False, rouge_l),
+    "chrf": Scorer("chrF", False, chrf),
+}
 
-    label: few distinct answers, each seen several times; exact match (JSON is compared as a value).
-    json: every answer is a JSON object; F1 over its (key, value) pairs.
-    text: anything else; ROUGE-L F1 over words.
+#: What is taken when nobody asks.
+USUAL = {"label": "exact_match", "json": "field_f1", "number": "number", "sql": "sql", "text": "rouge_l"}
+
+
+def choose_metric(targets: Sequence[str], name: str | None = None) -> Metric:
+    """The metric called `name`, or else the one that fits the answers in the data (docs/metrics.md).
+
+    Raises InvalidValue for a name that is none.
     """
-    distinct = {_canonical(target) for target in targets}
+    form = form_of_answers(targets)
+    scorer = SCORERS.get(name or USUAL[form])
+    if scorer is None:
+        raise InvalidValue(f"There is no metric {name!r}. Metrics: {', '.join(SCORERS)}.", param="metric")
+    return Metric(name=scorer.name, form=form, binary=scorer.binary, score=scorer.score)
+
+
+def form_of_answers(targets: Sequence[str]) -> str:
+    """What the answers are.
+
+    label: few distinct answers, each seen several times. json: every answer is a JSON object. number, sql: every
+    answer is one. text: anything else.
+    """
+    distinct = {canonical(target) for target in targets}
     longest = max(len(target) for target in targets)
     if longest <= LABEL_CHARACTERS and len(distinct) >= 2 and len(distinct) * 3 <= len(targets):
-        return Metric(name="exact match", form="label", binary=True, score=exact_match)
-    if all(isinstance(_value(target), dict) for target in targets):
-        return Metric(name="field F1", form="json", binary=False, score=field_f1)
-    return Metric(name="ROUGE-L", form="text", binary=False, score=rouge_l)
-
-
-def exact_match(answer: str, target: str) -> float:
-    """1 if the answers are the same text or the same JSON value, else 0."""
-    return float(_canonical(answer) == _canonical(target))
-
-
-def field_f1(answer: str, target: str) -> float:
-    """F1 over the (key, value) pairs of two JSON objects; 0 when the answer is not an object."""
-    value, record = _value(answer), _value(target)
-    if not isinstance(record, dict):  # a holdout may hold what train did not
-        return exact_match(answer, target)
-    if not isinstance(value, dict):
-        return 0.0
-    got, wanted = _pairs(value), _pairs(record)
-    if not got and not wanted:
-        return 1.0
-    return 2 * len(got & wanted) / (len(got) + len(wanted))
-
-
-def rouge_l(answer: str, target: str) -> float:
-    """F1 of the longest common subsequence of lower-cased words (Lin 2004, beta 1)."""
-    got, wanted = answer.lower().split(), target.lower().split()
-    if not got or not wanted:
-        return float(got == wanted)
-    row = [0] * (len(wanted) + 1)
-    for word in got:
-        before = 0  # the value of the previous row, one column to the left
-        for i, other in enumerate(wanted, start=1):
-            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
-    return 2 * row[-1] / (len(got) + len(wanted))
-
-
-def _canonical(text: str) -> str:
-    value = _value(text)
-    return text.strip() if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _value(text: str) -> Any:
-    """The JSON object or array a text is, or None."""
-    stripped = text.strip()
-    if not stripped.startswith(("{", "[")):
-        return None
-    try:
-        return json.loads(stripped)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _pairs(value: dict[str, Any]) -> set[tuple[str, str]]:
-    return {(key, json.dumps(one, sort_keys=True)) for key, one in value.items()}
+        return "label"
+    if all(isinstance(json_value(target), dict) for target in targets):
+        return "json"
+    if all(number(target) is not None for target in targets):
+        return "number"
+    return "sql" if all(is_sql(target) for target in targets) else "text"

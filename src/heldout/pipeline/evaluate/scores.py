@@ -9,6 +9,7 @@ from typing import Any
 
 from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline.evaluate.answers import Metric
+from heldout.pipeline.evaluate.metrics.exact import are_imbalanced, macro_f1
 from heldout.pipeline.evaluate.statistics import mean_interval
 from heldout.pipeline.types import Example
 
@@ -25,9 +26,15 @@ class Scores:
     answers: tuple[str, ...]
     prompt_tokens: float = 0.0  # per answer, on average
     cut: int = 0  # answers that ran into the token limit
+    labels: tuple[str, ...] = ()  # the right answers, where they are labels
     #: Per answer, in the batches of the evaluation; 0 where nothing was computed. The same answers are the same
     #: scores however long they took.
     milliseconds: float = field(default=0.0, compare=False)
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Told beside the score where labels are so imbalanced that the common ones carry it; else None."""
+        return macro_f1(self.answers, self.labels) if self.labels and are_imbalanced(self.labels) else None
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report, without the single answers."""
@@ -38,6 +45,7 @@ class Scores:
             "n": len(self.per_example),
             "prompt_tokens": round(self.prompt_tokens, 1),
             "cut_answers": self.cut,
+            **({"macro_f1": self.macro_f1} if self.macro_f1 is not None else {}),
             "ms_per_answer": round(self.milliseconds, 3),
         }
 
@@ -51,7 +59,7 @@ def score_answers(
     seconds: float = 0.0,
 ) -> Scores:
     """Score answers that were given to `examples`, in order, in so many seconds."""
-    per_example = tuple(metric.score(answer, example.target) for example, answer in zip(examples, answers, strict=True))
+    per_example = metric.score_all(examples, answers)
     return Scores(
         metric=metric.name,
         binary=metric.binary,
@@ -61,6 +69,7 @@ def score_answers(
         answers=tuple(answers),
         prompt_tokens=sum(reply.prompt_tokens for reply in replies) / len(replies) if replies else 0.0,
         cut=sum(reply.finish_reason == "length" for reply in replies),
+        labels=tuple(example.target for example in examples) if metric.form == "label" else (),
         milliseconds=1000 * seconds / len(per_example),
     )
 

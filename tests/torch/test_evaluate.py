@@ -1,0 +1,263 @@
+"""Any model on any file: tiny real models, an adapter from elsewhere, and the pairs of two models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import heldout
+from heldout.engine.base import ModelRef, Sampling
+from heldout.engine.local import LocalEngine
+from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile, InvalidTrainingFile, InvalidValue, ModelNotFound
+from heldout.pipeline.evaluate.metrics.exact import exact_match
+from heldout.pipeline.evaluation import Evaluation
+from heldout.pipeline.training import Adapter
+from heldout.settings import Settings
+from tests.conftest import colour_row, write_rows
+from tests.torch.conftest import Recording, examples
+
+HELD = range(2000, 2048)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(data_dir=tmp_path_factory.mktemp("data"), precision="float32")
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 rows that nobody trained on."""
+    return write_rows(tmp_path_factory.mktemp("held") / "held.jsonl", [colour_row(i) for i in HELD])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tiny_model: Path, trained: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter's folder as PEFT leaves it: no report beside it, the base model by its path."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "adapter"
+    shutil.copytree(trained.directory, folder)
+    change(folder / "adapter_config.json", base_model_name_or_path=str(tiny_model))
+    return folder
+
+
+def change(config: Path, **keys: Any) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | keys))
+
+
+@pytest.fixture(scope="module")
+def judged(elsewhere: Path, held: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """The adapter beside the cheaper rungs, with a report in `report`."""
+    folder = tmp_path_factory.mktemp("judged")
+    # Two of the held-out rows are in the training file.
+    train = write_rows(folder / "train.jsonl", [colour_row(i) for i in (*range(80), 2000, 2001)])
+    return heldout.evaluate(elsewhere, held, train=train, out=folder / "report", settings=settings)
+
+
+def test_a_base_model_scores_what_its_own_answers_are_worth(
+    tiny_model: Path, held: Path, settings: Settings, engine: LocalEngine
+) -> None:
+    done = heldout.evaluate(tiny_model, held, max_tokens=8, settings=settings)
+    rows = examples(HELD)
+    replies = engine.chat(ModelRef(base_model=str(tiny_model)), [row.prompt for row in rows], Sampling(max_tokens=8))
+    assert done.scores.answers == tuple(reply.text for reply in replies)
+    assert done.scores.per_example == tuple(exact_match(r.text, e.target) for r, e in zip(replies, rows, strict=True))
+    assert (done.metric, len(done.examples), done.rungs, done.beside) == ("exact match", 48, (), "")
+    assert any("is not known; with the training file" in note for note in done.notes)
+    assert any("were cut at 8 tokens" in note for note in done.notes)
+
+
+def test_an_adapter_from_elsewhere_is_judged_beside_its_base_model_and_cheap_rungs(judged: Evaluation) -> None:
+    assert judged.scores.mean > 0.5, "it has learned the task"
+    assert [rung.name for rung in judged.rungs][:4] == ["constant", "tfidf-logistic", "frozen-encoder", "zero-shot"]
+    by_name = {rung.name: rung.scores for rung in judged.rungs}
+    assert judged.against["zero-shot"].difference == pytest.approx(judged.scores.mean - by_name["zero-shot"].mean)
+    assert judged.against["zero-shot"].p_better > 0.99
+    best = max(judged.rungs, key=lambda rung: rung.scores.mean)
+    assert best.name in judged.beside
+
+
+def test_rows_of_the_training_file_are_left_out_by_name(judged: Evaluation) -> None:
+    assert [example.line for example in judged.examples] == list(range(3, 49))
+    (leak,) = [finding for finding in judged.findings if finding.code == "leak_removed"]
+    assert leak.lines == (1, 2)
+    assert not any("is not known" in note for note in judged.notes)
+
+
+def test_the_report_has_every_row_and_needs_nothing_else(judged: Evaluation, tmp_path: Path) -> None:
+    from heldout.pipeline import evaluation_report
+
+    evaluation_report.write(judged, tmp_path)
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored == json.loads(json.dumps(judged.as_dict()))
+    assert [row["line"] for row in stored["rows"]] == list(range(3, 49))
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    for rung in judged.rungs:
+        assert rung.name in page
+        assert f"| {rung.name} |" in (tmp_path / "report.md").read_text()
+
+
+def test_every_key_of_the_reports_is_in_the_documentation(
+    judged: Evaluation, tiny_model: Path, held: Path, settings: Settings
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    pair = heldout.compare(tiny_model, tiny_model, held, max_tokens=1, settings=settings)
+    for key in (*judged.as_dict(), *pair.as_dict()):
+        assert f"`{key}`" in page, key
+
+
+def test_a_folder_with_a_report_is_not_written_over(elsewhere: Path, held: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InvalidValue, match="already holds a report"):
+        heldout.evaluate(elsewhere, held, out=tmp_path)
+
+
+def test_two_models_are_compared_row_by_row(
+    elsewhere: Path, tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    watch = Recording()
+    pair = heldout.compare(elsewhere, tiny_model, held, out=tmp_path / "out", watch=watch, settings=settings)
+    pairs = list(zip(pair.scores_a.per_example, pair.scores_b.per_example, strict=True))
+    assert pair.wins == sum(x > y for x, y in pairs) > 20
+    assert pair.comparison.difference == pytest.approx(pair.scores_a.mean - pair.scores_b.mean)
+    assert pair.comparison.mid_p is not None
+    assert pair.comparison.mid_p < 0.01
+    assert pair.conclusion.startswith(f"{elsewhere} is better than {tiny_model}: +")
+    assert len(pair.shown) == 10
+    assert all(pairs[i][0] != pairs[i][1] for i in pair.shown)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (stored["a_better"], stored["b_better"]) == (pair.wins, pair.losses)
+    assert stored["rows"][0]["a"]["answer"] == pair.scores_a.answers[0]
+    assert pair.conclusion in (tmp_path / "out" / "report.html").read_text()
+    turned = heldout.compare(tiny_model, elsewhere, held, settings=settings)
+    assert turned.comparison.difference == pytest.approx(-pair.comparison.difference)
+    assert f"{tiny_model} is worse than {elsewhere}" in turned.conclusion
+
+
+def test_a_model_against_itself_is_no_difference(tiny_model: Path, held: Path, settings: Settings) -> None:
+    pair = heldout.compare(tiny_model, tiny_model, held, metric="chrf", max_tokens=4, settings=settings)
+    assert (pair.wins, pair.losses, pair.comparison.difference, pair.comparison.mid_p) == (0, 0, 0, None)
+    assert "A and B score the same on every one of 48 rows" in pair.conclusion
+
+
+def test_few_rows_are_told_and_conclude_nothing(
+    elsewhere: Path, tiny_model: Path, settings: Settings, tmp_path: Path
+) -> None:
+    few = write_rows(tmp_path / "few.jsonl", [colour_row(i) for i in range(2000, 2008)])
+    pair = heldout.compare(elsewhere, tiny_model, few, metric="exact_match", settings=settings)
+    assert "8 rows are too few for a verdict; 30 are the minimum" in pair.notes
+    assert pair.conclusion.startswith("8 rows are too few to tell")
+
+
+def test_rows_that_are_one_piece_of_evidence_count_once(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    again = write_rows(tmp_path / "again.jsonl", [colour_row(2000 + i % 4) for i in range(40)])
+    done = heldout.evaluate(tiny_model, again, max_tokens=2, settings=settings)
+    assert done.clusters < 30
+    assert any("pieces of evidence" in note for note in done.notes)
+    assert any("too few for a verdict" in note for note in done.notes)
+
+
+def test_faulty_rows_are_all_listed_and_none_is_judged(tiny_model: Path, held: Path, tmp_path: Path) -> None:
+    lines = held.read_text().splitlines()
+    lines[2] = "{"
+    lines[7] = json.dumps({"messages": [{"role": "user", "content": "no answer"}]})
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InvalidHoldoutFile) as raised:
+        heldout.evaluate(tiny_model, bad)
+    assert "Line 3" in str(raised.value)
+    assert "Line 8" in str(raised.value)
+    with pytest.raises(InvalidTrainingFile, match="Line 3"):
+        heldout.evaluate(tiny_model, held, train=bad)
+
+
+def test_a_prompt_that_is_too_long_is_told_with_its_line(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    rows = [colour_row(i) for i in range(2000, 2005)]
+    rows[3]["messages"][1]["content"] = "far too long " * 200  # type: ignore[index]
+    file = write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(ContextLengthExceeded, match=r"maximum context length is 512 .* that of line 4"):
+        heldout.evaluate(tiny_model, file, settings=settings)
+
+
+def test_files_without_rows_and_no_files_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(InvalidHoldoutFile, match="no examples"):
+        heldout.evaluate(tiny_model, tmp_path / "empty.jsonl")
+    with pytest.raises(InvalidValue, match=r"There is no file .*gone\.jsonl"):
+        heldout.evaluate(tiny_model, tmp_path / "gone.jsonl")
+
+
+def test_an_unknown_model_metric_or_two_ways_to_score_are_refused(tiny_model: Path, held: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        heldout.evaluate("no-such-model", held)
+    with pytest.raises(InvalidValue, match="Metrics: exact_match, label_accuracy, number, sql"):
+        heldout.evaluate(tiny_model, held, metric="accuracy")
+    with pytest.raises(InvalidValue, match="give one of them"):
+        heldout.evaluate(tiny_model, held, metric="chrf", grader={"type": "string_check"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "lost", "why"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "", "of the kind 'PREFIX_TUNING'"),
+        ({}, "adapter_model.safetensors", "Weights in pickles"),
+        ({"base_model_name_or_path": None}, "", "which base model it belongs to"),
+        ({"base_model_name_or_path": "gone-model"}, "", "The model 'gone-model' does not exist"),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded_is_refused(
+    elsewhere: Path, held: Path, tmp_path: Path, keys: dict[str, Any], lost: str, why: str
+) -> None:
+    broken = tmp_path / "adapter"
+    shutil.copytree(elsewhere, broken)
+    change(broken / "adapter_config.json", **keys)
+    if lost:
+        (broken / lost).unlink()
+    with pytest.raises(ModelNotFound, match=why):
+        heldout.evaluate(broken, held)
+
+
+def test_the_base_model_of_an_adapter_can_be_told(
+    elsewhere: Path, tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    moved = tmp_path / "adapter"
+    shutil.copytree(elsewhere, moved)
+    change(moved / "adapter_config.json", base_model_name_or_path="gone-model")
+    (moved / "chat_template.jinja").write_text("{{ messages }}")
+    done = heldout.evaluate(moved, held, base=str(tiny_model), settings=settings)
+    assert done.scores.mean > 0.5
+    assert any("chat template of its own" in note for note in done.notes)
+
+
+def test_a_grader_scores_instead_of_a_metric(elsewhere: Path, held: Path, settings: Settings, tmp_path: Path) -> None:
+    check = {
+        "type": "string_check",
+        "name": "names the colour",
+        "operation": "eq",
+        "input": "{{ sample.output_json.colour }}",
+        "reference": "{{ item.target_json.colour }}",
+    }
+    (tmp_path / "grader.json").write_text(json.dumps(check))
+    by_file = heldout.evaluate(elsewhere, held, grader=tmp_path / "grader.json", max_tokens=12, settings=settings)
+    plain = heldout.evaluate(elsewhere, held, max_tokens=12, settings=settings)
+    assert by_file.metric == "names the colour"
+    assert by_file.scores.per_example == plain.scores.per_example
+
+
+def test_a_local_judge_that_says_no_number_is_told_of(
+    elsewhere: Path, tiny_model: Path, held: Path, settings: Settings
+) -> None:
+    judge = {
+        "type": "score_model",
+        "model": str(tiny_model),
+        "input": [{"role": "user", "content": "{{ sample.output_text }}: from 0 to 1?"}],
+        "sampling_params": {"max_completions_tokens": 3},
+    }
+    done = heldout.evaluate(elsewhere, held, grader=judge, max_tokens=12, settings=settings)
+    told = [note for note in done.notes if "gave no score from 0 to 1" in note]
+    assert len(told) == 1
+    assert done.scores.mean < 1
