@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,17 @@ class Done:
         return {one.name: one for one in self.outcome.consequences}
 
 
-def run(model: Path, folder: Path, *, rate: float, epochs: int, budget: float | None = None) -> Done:
+def run(
+    model: Path,
+    folder: Path,
+    *,
+    rate: float,
+    epochs: int,
+    budget: float | None = None,
+    change: Callable[[Path], None] = lambda holdout: None,
+) -> Done:
     files = colour_files(folder)
+    change(files["holdout"])
     engine, watch = NotingEngine(), Recording()
     source = {
         part: Source(name=path.name, open=lambda path=path: path.open("rb"))  # type: ignore[misc]
@@ -131,6 +140,24 @@ def test_a_classifier_is_measured_with_its_own_probabilities(classifier: Done) -
     assert found["memorisation"].numbers["train_loss"] == pytest.approx(
         found["memorisation"].numbers["holdout_loss"], abs=1.0
     )
+
+
+def test_a_holdout_answer_that_the_classifier_cannot_give_does_not_stop_the_job(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("unknown")
+    model = make_tiny_encoder(folder / "tiny-bert")
+
+    def with_another(path: Path) -> None:
+        rows = path.read_text().splitlines()
+        path.write_text(
+            "\n".join([rows[0].replace('{\\"colour\\":\\"red\\"}', '{\\"colour\\":\\"pink\\"}'), *rows[1:]])
+        )
+        assert "pink" in path.read_text()
+
+    done = run(model, folder, rate=2e-3, epochs=3, budget=600.0, change=with_another)
+    assert done.consequences["memorisation"].numbers["n_holdout"] == 47
+    assert done.consequences["calibration"].numbers["n"] == 48
 
 
 def test_without_time_the_tuned_model_answers_the_holdout_and_nothing_else(

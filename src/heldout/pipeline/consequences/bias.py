@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from heldout.engine.labels import read_label
-from heldout.errors import ContextLengthExceeded
+from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.augment.copies import with_user_text
 from heldout.pipeline.checks.bias import ATTRIBUTES, is_of_a_person
 from heldout.pipeline.consequences.base import (
@@ -214,7 +214,7 @@ def by_swaps(subject: Subject) -> Consequence:
             base, _ = ask(subject, subject.base, subject.baseline.shots, places, pairs, said, subject.baseline.name)
             more = [a - b for a, b in zip(tuned.cross, base.cross, strict=True)]
             p = min(p, p_above(more, FLIPS))
-    except ContextLengthExceeded as error:
+    except (ContextLengthExceeded, InvalidValue) as error:
         return not_measured(NAME, f"a text with another group does not fit: {error}")
     low, high = paired_interval(beyond)
     numbers: dict[str, Any] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heldout.engine.base import ModelRef
-from heldout.errors import ContextLengthExceeded
+from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
     LIKELY,
     NONE_UNSEEN,
@@ -116,8 +116,8 @@ def ask_all(
         try:
             prompts = [with_shots(changed[i].prompt, shots) for i in places]
             replies = subject.ask(model, prompts, f"{who}, {one.name}") if prompts else []
-        except ContextLengthExceeded as error:
-            left_out[one.name] = str(error)
+        except (ContextLengthExceeded, InvalidValue) as error:
+            left_out[one.name] = str(error)  # or a chat template takes no conversation without a system prompt
             continue
         score = subject.metric.score
         answers = tuple(reply.text for reply in replies)
@@ -230,7 +230,7 @@ def _sentence(numbers: dict[str, Any], worst: str, words: str, why_not: str | No
             f"{other['flip_rate']:.1%} of its answers"
         )
     if numbers["p_warn"] >= LIKELY:
-        parts.append("train again with augmentation: robust, or add rows in other wordings")
+        parts.append("rows in other wordings, or augmentation: robust, may steady it")
     if why_not:
         parts.append(f"other perturbations could change the right answer: {why_not}")
     if left_out:

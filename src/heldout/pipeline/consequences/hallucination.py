@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from heldout.engine.base import Message
 from heldout.engine.labels import read_label
-from heldout.errors import ContextLengthExceeded
+from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
     LIKELY,
     Consequence,
@@ -68,7 +68,7 @@ def measure(subject: Subject) -> Consequence:
         if subject.is_encoder:
             return judge_alone(asked, tuned, declines)
         base = [reply.text for reply in subject.ask(subject.base, prompts, "unanswerable questions, base model")]
-    except ContextLengthExceeded as error:
+    except (ContextLengthExceeded, InvalidValue) as error:
         return not_measured(NAME, f"the probes do not fit: {error}")
     return judge(asked, tuned, base, declines)
 

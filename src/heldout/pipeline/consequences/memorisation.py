@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.consequences.base import (
     NONE_UNSEEN,
     SURE,
@@ -17,11 +18,14 @@ from heldout.pipeline.consequences.base import (
     short,
     status_of,
 )
+from heldout.pipeline.consequences.format import form_of
 from heldout.pipeline.types import Example
 
 NAME = "memorisation"
 #: Answers of each side that are read; SCIENCE §2 allows 200, half of them are in time on two cores.
 READ, FEWEST = 100, 20
+#: Answers that are read in one call: between two calls a job can be stopped.
+CHUNK = 10
 #: Membership AUC: 0.5 says that training answers are no likelier than unseen ones.
 WARN_AUC, SEVERE_AUC = 0.70, 0.90
 #: Answers of fewer tokens say the same by chance; of so many are so many asked for again.
@@ -43,10 +47,15 @@ def measure(subject: Subject) -> Consequence:
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
     train, unseen = subject.split.train, subject.answered
+    if subject.is_encoder and (known := form_of([row.target for row in train], "label")):
+        unseen = tuple(row for row in unseen if known(row.target))  # of others it has no probability
     if min(len(train), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and holdout answers are needed to compare their likelihoods")
-    seen_losses = losses(subject, [train[i] for i in sample(train, READ, subject.seed, NAME)])
-    unseen_losses = losses(subject, [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)])
+    try:
+        seen_losses = losses(subject, [train[i] for i in sample(train, READ, subject.seed, NAME)])
+        unseen_losses = losses(subject, [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)])
+    except ContextLengthExceeded as error:
+        return not_measured(NAME, f"an answer does not fit: {error}")
     auc, draws = membership(seen_losses, unseen_losses)
     numbers: dict[str, Any] = {
         "auc": auc,
@@ -77,7 +86,11 @@ def measure(subject: Subject) -> Consequence:
 
 def losses(subject: Subject, examples: Sequence[Example]) -> list[float]:
     """Nats per token of each answer, by the tuned model. A classifier's answer is one decision."""
-    total = subject.engine.log_probs(subject.model, [example.messages for example in examples])
+    total: list[float] = []
+    for start in range(0, len(examples), CHUNK):
+        subject.watch.progress("consequences: reading answers", start, len(examples))
+        chunk = [example.messages for example in examples[start : start + CHUNK]]
+        total += subject.engine.log_probs(subject.model, chunk)
     if subject.is_encoder:
         return [-one for one in total]
     counts = subject.engine.count_tokens(subject.model.base_model, [example.target for example in examples])
