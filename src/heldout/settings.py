@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0)  # of a job process; 0: see `job_threads`
     inference_threads: int = Field(default=0, ge=0)  # of the inference process; 0 as above
     nice: int = Field(default=10, ge=0, le=19)  # added to a job process's niceness
+    eval_budget: float | None = Field(default=None, ge=0)  # seconds for probes of a tuned model; none: as its training
     memory_limit: ByteSize = ByteSize(0)  # "8GB", "512MiB" or bytes; 0: see `memory_bytes`
 
     price_input: float | None = Field(default=None, ge=0)  # per million prompt tokens of a hosted model
@@ -64,9 +65,9 @@ class Settings(BaseSettings):
     price_training: float | None = Field(default=None, ge=0)  # per million tokens that a hosted service trains on
     price_hour: float | None = Field(default=None, ge=0)  # of this machine
 
-    @field_validator("price_input", "price_output", "price_training", "price_hour", mode="before")
+    @field_validator("eval_budget", "price_input", "price_output", "price_training", "price_hour", mode="before")
     @classmethod
-    def _empty_is_no_price(cls, value: Any) -> Any:
+    def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
 
     @field_validator("memory_limit", mode="before")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from heldout.pipeline import charts, released, report
+from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
@@ -282,3 +283,22 @@ def test_the_report_says_whether_more_examples_would_pay(outcome: Outcome) -> No
     assert heading in report.page(told)
     assert ATTACK not in report.page(told)
     assert told.as_dict()["more_data"]["gain"] == more.gain
+
+
+def test_the_lights_stand_in_the_report_the_worst_first_and_examples_are_texts(outcome: Outcome) -> None:
+    found = (
+        Consequence(name="bias", status="not_measured", sentence="not measured: nobody is named"),
+        Consequence(name="format", status="ok", sentence="all fit"),
+        Consequence(name="fragility", status="fail", sentence=f"it breaks {ATTACK}", examples=(ATTACK,)),
+        Consequence(name="memorisation", status="warn", sentence="it knows"),
+    )
+    lit = replace(outcome, consequences=found)
+    text, page = report.markdown(lit), report.page(lit)
+    assert "| ⚪ not measured | bias | Nobody is named. |" in text
+    for form in (text, page):
+        places = [form.index(one) for one in ("It breaks", "It knows", "All fit", "Nobody is named")]
+        assert places == sorted(places)
+    assert "<script>" not in page
+    assert f"- fragility: {ATTACK.replace('|', chr(92) + '|')}" in text
+    assert [one["name"] for one in lit.as_dict()["consequences"]] == ["bias", "format", "fragility", "memorisation"]
+    assert "may have made worse" not in report.markdown(outcome) + report.page(outcome)

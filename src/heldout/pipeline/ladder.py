@@ -44,6 +44,7 @@ class Rung:
     kind: str
     description: str
     scores: Scores
+    shots: tuple[Example, ...] = ()  # that the prompt shows; empty by cross-fitting, where every fold has its own
 
     @property
     def costs(self) -> tuple[str, str]:
@@ -65,6 +66,11 @@ class Rung:
             "description": self.description,
             **self.scores.as_dict(),
         }
+
+
+def best_baseline(rungs: Sequence[Rung]) -> Rung:
+    """What the user would have without training: the best prompt, or the constant answer if that is better."""
+    return max((rung for rung in rungs if rung.kind in ("prompt", "constant")), key=lambda rung: rung.scores.mean)
 
 
 def climb(
@@ -163,6 +169,7 @@ def few_shot_rungs(
                 f"{len(SHOT_COUNTS) * ORDERS} prompts on {len(choosers)} validation examples ({score:.2f} there)"
             ),
             scores=scores,
+            shots=shots,
         )
     ]
 

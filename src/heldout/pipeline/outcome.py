@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heldout.pipeline.advise.learning_curve import MoreData
+from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan
@@ -30,6 +31,7 @@ class Outcome:
     seconds: float
     crossfit: CrossFit | None = None  # where the scores come from, when there was no holdout
     served_rungs: tuple[ServedRung, ...] = ()  # cheaper rungs that can be asked as models
+    consequences: tuple[Consequence, ...] = ()  # what training may have made worse
     more_data: MoreData | None = None  # what twice as many examples would gain; only where answers are labels
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class Outcome:
             "crossfit": self.crossfit.as_dict() if self.crossfit else None,
             "served_rungs": [rung.rung for rung in self.served_rungs],
             "more_data": self.more_data.as_dict() if self.more_data else None,
+            "consequences": [one.as_dict() for one in self.consequences],
             "findings": [finding.as_dict() for finding in self.findings],
             "plan": self.plan.as_dict(),
             "training": {

@@ -6,9 +6,11 @@ import csv
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from heldout.pipeline import charts, findings, findings_page
+from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
 from heldout.pipeline.ladder import Rung
@@ -20,6 +22,14 @@ from heldout.pipeline.verdict import Verdict
 JSON, MARKDOWN, HTML, METRICS = "report.json", "report.md", "report.html", "metrics.csv"
 
 FOLD_COLUMNS = ("fold", "trained on", "stopped by", "answered", "best step (epochs)", "validation loss", "score")
+
+#: A light, its colour and its word: nobody has to tell red from green.
+_LIGHTS = {
+    "ok": ("🟢", "#1a7f4b", "ok"),
+    "warn": ("🟡", "#8a6d00", "warning"),
+    "fail": ("🔴", "#b3261e", "fails"),
+    "not_measured": ("⚪", "#5b6673", "not measured"),
+}
 
 _HEADLINES = {
     "ship": "Ship it",
@@ -72,6 +82,7 @@ def markdown(outcome: Outcome) -> str:
             f"{_cell(rung.explained)} |"
         )
     lines += [
+        *_consequences(outcome.consequences),
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
         *(["", "## General skills", "", skills] if (skills := general_skills(verdict)) else []),
         *(["", "## More data?", "", outcome.more_data.sentence] if outcome.more_data else []),
@@ -120,6 +131,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto
 h1 {{ display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff }}
 h1.ship {{ background: #1a7f4b }} h1.dont_ship {{ background: #b3261e }} h1.inconclusive {{ background: #8a6d00 }}
 table {{ border-collapse: collapse }} td {{ padding: .15em .8em .15em 0; vertical-align: top }}
+td.light {{ white-space: nowrap; font-weight: 600 }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {findings_page.STYLE}</style></head><body>
@@ -132,6 +144,7 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {charts.intervals((*outcome.rungs, outcome.tuned))}
 <small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
 <ul>{rungs}</ul>
+{_consequences_table(outcome.consequences)}
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
 {f"<h2>General skills</h2><p>{html.escape(skills)}</p>" if (skills := general_skills(verdict)) else ""}
 {f"<h2>More data?</h2><p>{html.escape(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
@@ -188,6 +201,52 @@ def general_skills(verdict: Verdict) -> str:
         f"{found.sentence[:1].upper()}{found.sentence[1:]}. {result}. (Dropped means: by more than {MARGIN:g} nats per "
         f"token, with a probability of at least {SURE:.0%}; it is {found.p_dropped:.1%}.)"
     )
+
+
+def _consequences(found: Sequence[Consequence]) -> list[str]:
+    """The table of lights, and what the lit ones look like."""
+    if not found:
+        return []
+    found = _by_light(found)
+    shown = [f"- {one.name}: {_cell(example)}" for one in found for example in one.examples]
+    return [
+        "",
+        "## What training may have made worse",
+        "",
+        "| | consequence | what was measured |",
+        "|---|---|---|",
+        *(
+            f"| {_LIGHTS[one.status][0]} {_LIGHTS[one.status][2]} | {one.name} | {_cell(_plain(one))} |"
+            for one in found
+        ),
+        *(["", "Examples:", "", *shown] if shown else []),
+    ]
+
+
+def _consequences_table(found: Sequence[Consequence]) -> str:
+    """The same as HTML."""
+    if not found:
+        return ""
+    found = _by_light(found)
+    rows = "".join(
+        f'<tr><td class=light style="color:{_LIGHTS[one.status][1]}">● {_LIGHTS[one.status][2]}</td>'
+        f"<td>{one.name}</td><td>{html.escape(_plain(one))}"
+        f"{''.join(f'<br><small>{html.escape(example)}</small>' for example in one.examples)}</td></tr>"
+        for one in found
+    )
+    return f"<h2>What training may have made worse</h2><table>{rows}</table>"
+
+
+def _by_light(found: Sequence[Consequence]) -> list[Consequence]:
+    """What fails first, what was not measured last."""
+    order = ("fail", "warn", "ok", "not_measured")
+    return sorted(found, key=lambda one: order.index(one.status))
+
+
+def _plain(one: Consequence) -> str:
+    """Its sentence; the light says already that it was not measured."""
+    text = one.sentence.removeprefix("not measured: ")
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _ended(adapter: Adapter) -> str:

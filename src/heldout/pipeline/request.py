@@ -33,6 +33,7 @@ class Request:
     seed: int = 0
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
+    eval_budget: float | None = None  # seconds for probes of the tuned model; None: as long as its training took
     grader: dict[str, Any] | None = None  # OpenAI's, as JSON; instead of `hyperparameters.metric`
     keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
 

@@ -18,6 +18,8 @@ from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.closed_book import with_the_base_models_word
+from heldout.pipeline.consequences import measure_all
+from heldout.pipeline.consequences.base import Budget, Consequence, Subject
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.clusters import find_clusters
@@ -55,6 +57,7 @@ class Made:
     tuned: Rung
     answered: tuple[Example, ...]  # whom the scores are about, in order
     clusters: tuple[int, ...]  # answered[i] is one piece of evidence with all others of clusters[i]
+    metric: Metric
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
 
 
@@ -72,11 +75,14 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     few = parts.holdout is None and is_small(parts.train)
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
+    forgetting = forgetting_of(made, request, facts, tools)
+    consequences = consequences_of(made, forgetting, request, facts, tools)
     verdict = decide(
         made.rungs,
         made.tuned,
         made.crossfit,
-        forgetting=forgetting_of(made, request, facts, tools),
+        forgetting=forgetting,
+        consequences=consequences,
         caveats=made.split.caveats,
         clusters=made.clusters,
         look=tools.look(made.answered),
@@ -92,6 +98,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         base_model=request.base_model,
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
+        consequences=consequences,
         served_rungs=serve_rungs(made, request, facts, tools),
         more_data=more,
     )
@@ -141,6 +148,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
         tuned=with_clusters([tuned], clusters)[0],
         answered=split.holdout,
         clusters=clusters,
+        metric=metric,
     )
 
 
@@ -185,6 +193,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         tuned=tuned,
         answered=answered,
         clusters=clusters,
+        metric=metric,
         crossfit=found,
     )
 
@@ -408,6 +417,30 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
         directory=request.directory,
         watch=tools.watch,
     )
+
+
+def consequences_of(
+    made: Made, forgetting: Forgetting | None, request: Request, facts: ModelFacts, tools: Tools
+) -> tuple[Consequence, ...]:
+    """What training made worse in the served model, in the time that the job has for it."""
+    seconds = made.adapter.seconds if request.eval_budget is None else request.eval_budget
+    subject = Subject(
+        engine=tools.engine,
+        model=ModelRef(base_model=request.base_model, adapter=str(made.adapter.directory)),
+        is_encoder=facts.kind == catalogue.ENCODER,
+        split=made.split,
+        answered=made.answered,
+        metric=made.metric,
+        max_tokens=answer_room(tools.engine, request.base_model, made.split),
+        tuned=made.tuned,
+        baseline=ladder.best_baseline(made.rungs),
+        rungs=made.rungs,
+        crossfit=made.crossfit is not None,
+        forgetting=forgetting,
+        budget=Budget(seconds),
+        watch=tools.watch,
+    )
+    return measure_all(subject)
 
 
 def tell_split(split: Split, metric: Metric, watch: Watch) -> None:

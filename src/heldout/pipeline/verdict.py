@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from heldout.pipeline.consequences import INFORMING
+from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import Forgetting
 from heldout.pipeline.evaluate.statistics import AS_GOOD, WORTH, Comparison, compare
-from heldout.pipeline.ladder import Rung
+from heldout.pipeline.ladder import Rung, best_baseline
 
 SHIP, DONT_SHIP, INCONCLUSIVE = "ship", "dont_ship", "inconclusive"
 
@@ -34,7 +36,7 @@ class Verdict:
     """What to do with the tuned model, and why. Every sentence points to a number in `numbers`."""
 
     outcome: str
-    because: str  # better | cheaper | cheaper_is_better | not_better | unsure | too_few
+    because: str  # better | cheaper | cheaper_is_better | not_better | consequence | unsure | too_few
     reasons: tuple[str, ...]
     best_baseline: str  # the rung the outcome compares with
     cheapest_as_good: str  # the cheapest rung, the tuned one included, at most 3 points worse than the best
@@ -62,6 +64,7 @@ def decide(
     crossfit: CrossFit | None = None,
     *,
     forgetting: Forgetting | None = None,
+    consequences: Sequence[Consequence] = (),
     caveats: Sequence[str] = (),
     clusters: Sequence[int] = (),
     look: int = 1,
@@ -71,12 +74,13 @@ def decide(
 
     The outcome is about the best prompt (or a constant answer, if that is better): what the user would
     have without training. A classical model that is surely better than the tuned one overrules it.
+    A failed consequence overrules any outcome for which there is enough evidence.
     `caveats` are told before everything else and change nothing. `clusters[i]` says which examples are one
     piece of evidence; none: each is. `look` counts the verdicts on these examples, this one included: the more
     often they were looked at, the surer a verdict has to be.
     """
     against = {rung.name: _compare(tuned, rung, clusters) for rung in rungs}
-    baseline = max((rung for rung in rungs if rung.kind in ("prompt", "constant")), key=lambda rung: rung.scores.mean)
+    baseline = best_baseline(rungs)
     case = _Case(
         tuned=tuned,
         baseline=baseline,
@@ -97,6 +101,12 @@ def decide(
         reasons.append(_looks(case))
     if forgetting and forgetting.dropped:
         reasons.append(f"general skills dropped: {forgetting.sentence}; {forgetting.advice}")
+    failed = [one for one in consequences if one.status == "fail" and one.name not in INFORMING]
+    told = [f"{one.name} fails: {one.sentence}" for one in failed]
+    if failed and case.pieces[0] >= MINIMUM:
+        outcome, because, reasons = DONT_SHIP, "consequence", [*told, *reasons]
+    else:
+        reasons += told
     return Verdict(
         outcome=outcome,
         because=because,

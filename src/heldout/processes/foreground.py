@@ -113,6 +113,7 @@ def tune(
         hyperparameters=asked,
         directory=directory,
         keep_leaks=keep_leaks,
+        eval_budget=settings.eval_budget,
         grader=graded_by,
     )
     outcome = run_job(request, tools)

@@ -36,7 +36,7 @@ class Augmented:
 def robust_copies(split: Split, *, seed: int) -> Augmented:
     """For every row of train up to COPIES others, each with CHANGED changes of its user messages, and some with
     another form of the system prompt that all rows share."""
-    forms, others = _system_forms(split.train), elsewhere(split)
+    forms, others = system_forms(split.train), elsewhere(split)
     copies = tuple(_copies(example, forms, others, seed) for example in split.train)
     count = sum(map(len, copies))
     return Augmented(
@@ -71,7 +71,7 @@ def _copies(example: Example, forms: Sequence[SystemChange], others: set[str], s
         rng = random.Random(f"{seed}/copy/{example.line}/{number}")
         copy = _changed(example, number, rng)
         if forms and rng.random() < SYSTEM_CHANGED:
-            copy = _with_system(copy, rng.choice(forms))
+            copy = with_system_form(copy, rng.choice(forms))
         if copy.messages not in known and prompt_fingerprint(copy.prompt) not in others:
             found.append(copy)
             known.append(copy.messages)
@@ -89,7 +89,7 @@ def _changed(example: Example, number: int, rng: random.Random) -> Example:
     return copy
 
 
-def _with_system(example: Example, form: SystemChange) -> Example:
+def with_system_form(example: Example, form: SystemChange) -> Example:
     first, *rest = example.messages
     text = form(first["content"])
     if text is None:
@@ -97,7 +97,7 @@ def _with_system(example: Example, form: SystemChange) -> Example:
     return replace(example, messages=({**first, "content": text}, *rest))
 
 
-def _system_forms(train: Sequence[Example]) -> tuple[SystemChange, ...]:
+def system_forms(train: Sequence[Example]) -> tuple[SystemChange, ...]:
     """Nothing when system prompts differ: then they tell one row from another."""
     first = {str(one.messages[0]["content"]) if one.messages[0]["role"] == "system" else None for one in train}
     more = any(message["role"] == "system" for one in train for message in one.messages[1:])

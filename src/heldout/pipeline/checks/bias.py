@@ -173,13 +173,14 @@ def groups_named(example: Example) -> dict[str, str]:
     text = "\n".join(str(message["content"])[:CHARACTERS] for message in example.prompt if message["role"] == "user")
     named: dict[str, set[str]] = {}
     for word in _FORMS.intersection(_WORD.findall(text)):
-        if word.lower() not in _NEEDS_A_PERSON or _is_of_a_person(word, text):
+        if word.lower() not in _NEEDS_A_PERSON or is_of_a_person(word, text):
             for attribute, group in _GROUPS[word]:
                 named.setdefault(attribute, set()).add(group)
     return {attribute: next(iter(groups)) for attribute, groups in named.items() if len(groups) == 1}
 
 
-def _is_of_a_person(word: str, text: str) -> bool:
+def is_of_a_person(word: str, text: str) -> bool:
+    """Whether such a word is said of somebody: "a German customer", and not "a German card"."""
     return (
         re.search(rf"\b{word}(?:[- ]\w+)? {_PERSON}\b|\b(?:am|I'm|as an?)(?: an?)? {word}\b", text, re.IGNORECASE)
         is not None

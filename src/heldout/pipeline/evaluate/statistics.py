@@ -223,3 +223,13 @@ def _quantiles(draws: Any) -> tuple[float, float]:
 
     low, high = np.quantile(draws, [0.025, 0.975])
     return (float(low), float(high))
+
+
+def p_above(values: Sequence[float], margin: float) -> float:
+    """Posterior probability that the mean of `values`, each from -1 to 1, is above `margin` (Bayesian bootstrap)."""
+    return float((_bootstrap(values, -1.0, 1.0) > margin).mean())
+
+
+def paired_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, each from -1 to 1."""
+    return _quantiles(_bootstrap(values, -1.0, 1.0))

@@ -1,0 +1,52 @@
+"""What training may have made worse, each measured on its own: docs/consequences.md.
+
+A consequence is a function from what is known of the tuned model to a light with its sentence and numbers. Adding one
+is adding a file here and its function to CONSEQUENCES.
+"""
+
+from __future__ import annotations
+
+from heldout.pipeline.consequences import (
+    bias,
+    calibration,
+    forgetting,
+    format,
+    fragility,
+    generalisation,
+    hallucination,
+    memorisation,
+)
+from heldout.pipeline.consequences.base import Consequence, Measure, Subject
+
+#: In the order in which they are measured. Those that ask no model come first; of the others, those that tell most for
+#: their time: the last ones are not run when the time for probes is used up.
+CONSEQUENCES: tuple[Measure, ...] = (
+    format.measure,
+    forgetting.measure,
+    memorisation.measure,
+    generalisation.measure,
+    fragility.measure,
+    hallucination.measure,
+    bias.measure,
+    calibration.measure,
+)
+
+#: A fail of these tells, and does not change the outcome.
+INFORMING = frozenset({forgetting.NAME})
+
+
+def measure_all(subject: Subject) -> tuple[Consequence, ...]:
+    """Every consequence, told as it is measured."""
+    subject.watch.message(
+        f"Measuring the consequences of training, with at most {subject.budget.seconds:.0f} s of probes"
+    )
+    found = []
+    for measure in CONSEQUENCES:
+        one = measure(subject)
+        found.append(one)
+        subject.watch.message(
+            f"Consequences, {one.name}: {'' if one.status == 'not_measured' else f'{one.status}, '}{one.sentence}",
+            level="warn" if one.status in ("warn", "fail") else "info",
+            data=one.as_dict(),
+        )
+    return tuple(found)

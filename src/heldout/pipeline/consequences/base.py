@@ -1,0 +1,138 @@
+"""What every consequence is made from, and what it comes to. Formulas and thresholds: docs/consequences.md."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
+from heldout.pipeline.evaluate.answers import Metric
+from heldout.pipeline.evaluate.forgetting import Forgetting
+from heldout.pipeline.ladder import Rung
+from heldout.pipeline.types import Example, Split
+from heldout.pipeline.watch import Watch
+
+Status = Literal["ok", "warn", "fail", "not_measured"]
+
+#: Probabilities that an excess beats its margin (SCIENCE §3): several guardrails then cost few good models.
+SURE, LIKELY = 0.99, 0.90
+
+#: Why most of it cannot be measured where there is no holdout.
+NONE_UNSEEN = (
+    "there is no holdout: the served model was trained on all rows, so none is left that it has not seen, and the "
+    "models of the folds are not kept"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consequence:
+    """One thing that training may have made worse. The sentence stands for itself; its numbers are in `numbers`."""
+
+    name: str
+    status: Status
+    sentence: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()  # what it looks like, short
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it goes into the report."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "sentence": self.sentence,
+            "numbers": self.numbers,
+            "examples": list(self.examples),
+        }
+
+
+class Budget:
+    """How long the probes may take, all together. What begins within it may end after it."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._began = clock()
+
+    @property
+    def used_up(self) -> bool:
+        """True when nothing more may begin."""
+        return self._clock() - self._began >= self.seconds
+
+    @property
+    def sentence(self) -> str:
+        """Why something was not measured."""
+        return f"the time for probes ({self.seconds:.0f} s) was used up; HELDOUT_EVAL_BUDGET gives them more"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The tuned model and all that is known of it when its consequences are measured."""
+
+    engine: Engine
+    model: ModelRef  # that is served
+    is_encoder: bool
+    split: Split  # of that model
+    answered: tuple[Example, ...]  # the examples behind `tuned` and `rungs`, in their order
+    metric: Metric
+    max_tokens: int  # of an answer
+    tuned: Rung
+    baseline: Rung  # the best prompt, or the constant answer where that is better
+    rungs: tuple[Rung, ...]
+    crossfit: bool  # the answers are those of other models; the served one has seen every row
+    forgetting: Forgetting | None
+    budget: Budget
+    watch: Watch
+
+    @property
+    def base(self) -> ModelRef:
+        """The model before training."""
+        return ModelRef(base_model=self.model.base_model)
+
+    @property
+    def seed(self) -> int:
+        """Of every sample: the same job asks the same questions."""
+        return self.split.seed
+
+    def ask(self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str) -> list[Reply]:
+        """Greedy answers, with progress."""
+        return self.engine.chat(
+            model,
+            prompts,
+            Sampling(max_tokens=self.max_tokens),
+            lambda done, total: self.watch.progress(f"consequences: {stage}", done, total),
+        )
+
+
+#: A consequence: from what is known to what came of it.
+Measure = Callable[[Subject], Consequence]
+
+
+def not_measured(name: str, why: str, **numbers: Any) -> Consequence:
+    """A consequence that cannot be measured here, with the reason as a clause."""
+    return Consequence(name=name, status="not_measured", sentence=f"not measured: {why}", numbers=numbers)
+
+
+def status_of(*, fails: float = 0.0, warns: float = 0.0) -> Status:
+    """From the probabilities that the excess beats the margin of a fail, and that of a warning."""
+    return "fail" if fails >= SURE else "warn" if warns >= LIKELY else "ok"
+
+
+def sample(rows: Sequence[Example], count: int, seed: int, what: str) -> list[int]:
+    """Places of at most `count` rows, in order; always the same ones."""
+    if len(rows) <= count:
+        return list(range(len(rows)))
+    return sorted(random.Random(f"{seed}/{what}").sample(range(len(rows)), count))
+
+
+def points(share: float) -> str:
+    """A difference of shares in points."""
+    return f"{100 * share:+.1f}"
+
+
+def short(text: str, length: int = 160) -> str:
+    """A text on one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,0 +1,168 @@
+"""Calibration: is the classifier right as often as it says? Where label probabilities come with the answers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from heldout.engine.base import Reply
+from heldout.pipeline.consequences.base import (
+    LIKELY,
+    NONE_UNSEEN,
+    Consequence,
+    Subject,
+    not_measured,
+    status_of,
+)
+from heldout.pipeline.types import Example
+
+NAME = "calibration"
+#: Answers for a calibration error: with fewer its bins make one up.
+ENOUGH, BINS = 200, 10
+#: Validation answers for a temperature.
+FITTED = 100
+#: Calibration error to warn of, and what the lower end of its interval must be above.
+WARN, WARN_LOW = 0.10, 0.05
+DRAWS = 1_000
+
+
+class Said(NamedTuple):
+    """The probabilities of one answer: of every label, and which was right (None: a label that is not known)."""
+
+    log_probs: tuple[float, ...]
+    right: int | None
+
+
+def measure(subject: Subject) -> Consequence:
+    """Brier score and log loss always, the calibration error from ENOUGH answers on. Warns, and never fails: the
+    answers are the same."""
+    if subject.crossfit:
+        return not_measured(NAME, NONE_UNSEEN)
+    if subject.metric.form != "label":
+        return not_measured(NAME, "the answers are no labels, so none of them has one probability to be right with")
+    if not subject.is_encoder:
+        return not_measured(
+            NAME,
+            "a chat model gives no probabilities of labels with its answers; reading every label behind every prompt "
+            "would take a pass for each",
+        )
+    if subject.budget.used_up:
+        return not_measured(NAME, subject.budget.sentence)
+    held = _said(subject, subject.answered, "label probabilities")
+    if all(one.right is None for one in held):
+        return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
+    temperature = None
+    if len(subject.split.valid) >= FITTED and not subject.budget.used_up:
+        temperature = best_temperature(_said(subject, subject.split.valid, "label probabilities of valid"))
+    return judge(held, temperature)
+
+
+def judge(held: Sequence[Said], temperature: float | None) -> Consequence:
+    """The light, from the probabilities on the holdout."""
+    n = len(held)
+    numbers: dict[str, Any] = {"n": n, "brier": brier(held), "log_loss": log_loss(held), "temperature": temperature}
+    sentence = (
+        f"on {n} holdout examples the label probabilities have a Brier score of {numbers['brier']:.3f} (0 is best, "
+        "2 worst)"
+    )
+    warns = False
+    if n >= ENOUGH:
+        error, (low, high) = calibration_error(held), calibration_interval(held)
+        numbers |= {"calibration_error": error, "interval": [low, high]}
+        warns = error > WARN and low > WARN_LOW
+        sentence += (
+            f" and are off by {100 * error:.1f} points on average (calibration error, 95 % interval {100 * low:.1f} to "
+            f"{100 * high:.1f})"
+        )
+    else:
+        sentence += f"; a calibration error needs {ENOUGH} examples"
+    if temperature is not None:
+        cooled = [cool(one, temperature) for one in held]
+        numbers |= {"cooled_log_loss": log_loss(cooled), "cooled_brier": brier(cooled)}
+        sentence += (
+            f"; with their logarithms divided by {temperature:.2f}, fitted on valid, the log loss is "
+            f"{numbers['cooled_log_loss']:.3f} instead of {numbers['log_loss']:.3f}"
+        )
+    return Consequence(name=NAME, status=status_of(warns=LIKELY if warns else 0.0), sentence=sentence, numbers=numbers)
+
+
+def brier(held: Sequence[Said]) -> float:
+    """Mean squared distance of the probabilities from certainty of the right label, 0 to 2."""
+    return statistics.fmean(
+        sum((math.exp(p) - (i == one.right)) ** 2 for i, p in enumerate(one.log_probs)) + (one.right is None)
+        for one in held
+    )
+
+
+def log_loss(held: Sequence[Said]) -> float:
+    """Mean nats of the right label, of those that the classifier knows."""
+    return statistics.fmean(-one.log_probs[one.right] for one in held if one.right is not None)
+
+
+def calibration_error(held: Sequence[Said]) -> float:
+    """How far confidence is from the share that is right, on average over BINS bins of equally many answers."""
+    answers = sorted(
+        ((math.exp(max(one.log_probs)), one.log_probs.index(max(one.log_probs)) == one.right) for one in held),
+        key=lambda one: one[0],  # wrong ones first among the equally sure would fill bins of their own
+    )
+    n = len(answers)
+    bins = [answers[i * n // BINS : (i + 1) * n // BINS] for i in range(BINS)]
+    return (
+        sum(abs(sum(confidence for confidence, _ in one) - sum(right for _, right in one)) for one in bins if one) / n
+    )
+
+
+def calibration_interval(held: Sequence[Said]) -> tuple[float, float]:
+    """95 % bootstrap interval (seeded). Bins of so few answers are off by chance alone: what they would be off by if
+    every answer were as sure as it is right is taken away, in the mean."""
+    import numpy as np
+
+    confidence = np.asarray([math.exp(max(one.log_probs)) for one in held])
+    right = np.asarray([one.log_probs.index(max(one.log_probs)) == one.right for one in held], dtype=float)
+    rng = np.random.default_rng(0)
+    n = len(held)
+
+    def error(places: Any, outcome: Any) -> float:
+        order = places[np.argsort(confidence[places], kind="stable")]
+        gaps = confidence[order] - outcome[order]
+        return float(sum(abs(part.sum()) for part in np.array_split(gaps, BINS)) / n)
+
+    everyone = np.arange(n)
+    chance = np.mean([error(everyone, (rng.random(n) < confidence).astype(float)) for _ in range(DRAWS // 5)])
+    draws = [error(rng.integers(0, n, n), right) for _ in range(DRAWS)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return max(0.0, float(low - chance)), max(0.0, float(high))
+
+
+def best_temperature(held: Sequence[Said]) -> float | None:
+    """What the logarithms have to be divided by for the least log loss; None when no right label is known."""
+    known = [one for one in held if one.right is not None]
+    if not known:
+        return None
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log: log_loss([cool(one, math.exp(log)) for one in known]), bounds=(-3.0, 3.0), method="bounded"
+    )
+    return math.exp(float(found.x))
+
+
+def cool(one: Said, temperature: float) -> Said:
+    """The probabilities at another temperature."""
+    scaled = [p / temperature for p in one.log_probs]
+    highest = max(scaled)
+    total = highest + math.log(sum(math.exp(p - highest) for p in scaled))
+    return Said(tuple(p - total for p in scaled), one.right)
+
+
+def _said(subject: Subject, rows: Sequence[Example], stage: str) -> list[Said]:
+    replies = subject.ask(subject.model, [row.prompt for row in rows], stage)
+    return [_of(reply, row, subject) for reply, row in zip(replies, rows, strict=True)]
+
+
+def _of(reply: Reply, row: Example, subject: Subject) -> Said:
+    [choice] = reply.tokens  # a classifier's whole answer is one
+    right = next((i for i, (text, _) in enumerate(choice.top) if subject.metric.score(text, row.target) == 1.0), None)
+    return Said(tuple(log_prob for _, log_prob in choice.top), right)

@@ -1,0 +1,112 @@
+"""Generalisation: how much better are answers to what was trained on, and to what the checkpoint was chosen by?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from heldout.pipeline.consequences.base import (
+    NONE_UNSEEN,
+    Consequence,
+    Subject,
+    not_measured,
+    points,
+    sample,
+    status_of,
+)
+from heldout.pipeline.evaluate.statistics import mean_interval
+from heldout.pipeline.types import Example
+
+NAME = "generalisation"
+#: Examples of each part that are asked, and of those with free text.
+ITEMS, TEXT_ITEMS, FEWEST = 60, 24, 20
+#: How far train may be ahead of the holdout, and valid.
+GAP, OPTIMISM = 0.10, 0.05
+DRAWS = 10_000
+
+
+def measure(subject: Subject) -> Consequence:
+    """Scores of the tuned model on train, valid and holdout, on samples of one size.
+
+    Warns, and never fails: a gap does no harm of its own. What the user gets is the holdout's score, which the outcome
+    is about; the gap says how much of the training score to believe.
+    """
+    if subject.crossfit:
+        return not_measured(NAME, NONE_UNSEEN)
+    if subject.budget.used_up:
+        return not_measured(NAME, subject.budget.sentence)
+    count = min(TEXT_ITEMS if subject.metric.form == "text" else ITEMS, len(subject.answered), len(subject.split.train))
+    if count < FEWEST:
+        return not_measured(NAME, f"{FEWEST} examples of train and holdout are needed to see a gap")
+    held = [subject.tuned.scores.per_example[i] for i in sample(subject.answered, count, subject.seed, NAME)]
+    parts: dict[str, Sequence[float]] = {"train": _score(subject, subject.split.train, count, "train")}
+    # Other parts are of one size; a small valid is asked as it is.
+    if len(subject.split.valid) >= FEWEST and not subject.budget.used_up:
+        parts["valid"] = _score(subject, subject.split.valid, count, "valid")
+    parts["holdout"] = held
+    return judge(parts, binary=subject.metric.binary)
+
+
+def judge(parts: dict[str, Sequence[float]], *, binary: bool) -> Consequence:
+    """The light, from the scores of each part."""
+    means = {part: statistics.fmean(scores) for part, scores in parts.items()}
+    gap = Difference(parts["train"], parts["holdout"])
+    numbers: dict[str, Any] = {
+        "scores": means,
+        "n": {part: len(scores) for part, scores in parts.items()},
+        "intervals": {part: list(mean_interval(scores, binary=binary)) for part, scores in parts.items()},
+        "gap": gap.mean,
+        "gap_interval": list(gap.interval),
+        "p_gap": gap.p_above(GAP),
+    }
+    warns = [numbers["p_gap"]]
+    sentence = (
+        f"the tuned model scores {means['train']:.1%} on {len(parts['train'])} training examples and "
+        f"{means['holdout']:.1%} on {len(parts['holdout'])} of the holdout: a gap of {points(gap.mean)} points (95 % "
+        f"interval {points(gap.interval[0])} to {points(gap.interval[1])})"
+    )
+    if "valid" in parts:
+        optimism = Difference(parts["valid"], parts["holdout"])
+        numbers |= {
+            "optimism": optimism.mean,
+            "optimism_interval": list(optimism.interval),
+            "p_optimism": optimism.p_above(OPTIMISM),
+        }
+        warns.append(numbers["p_optimism"])
+        sentence += (
+            f"; on valid, which chose the checkpoint, {means['valid']:.1%}: {points(optimism.mean)} points of optimism "
+            f"({points(optimism.interval[0])} to {points(optimism.interval[1])})"
+        )
+    return Consequence(name=NAME, status=status_of(warns=max(warns)), sentence=sentence, numbers=numbers)
+
+
+class Difference:
+    """The mean of one list minus that of another, by a Bayesian bootstrap of both (the examples are not the same)."""
+
+    def __init__(self, one: Sequence[float], other: Sequence[float]) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+
+        def draws(scores: Sequence[float]) -> Any:
+            # Half an imagined example at either end, as everywhere: equal scores are not certainty.
+            padded = np.asarray([*scores, 0.0, 1.0])
+            weights = rng.standard_exponential((DRAWS, len(padded)))
+            weights[:, -2:] *= 0.5
+            return weights @ padded / weights.sum(axis=1)
+
+        self._draws = draws(one) - draws(other)
+        self.mean = statistics.fmean(one) - statistics.fmean(other)
+        low, high = np.quantile(self._draws, [0.025, 0.975])
+        self.interval = (float(low), float(high))
+
+    def p_above(self, margin: float) -> float:
+        """Posterior probability that it is more than the margin."""
+        return float((self._draws > margin).mean())
+
+
+def _score(subject: Subject, rows: Sequence[Example], count: int, part: str) -> list[float]:
+    chosen = [rows[i] for i in sample(rows, count, subject.seed, NAME)]
+    replies = subject.ask(subject.model, [example.prompt for example in chosen], f"{part} again")
+    return [subject.metric.score(reply.text, example.target) for reply, example in zip(replies, chosen, strict=True)]

@@ -1,0 +1,184 @@
+"""Memorisation: does the tuned model know its training answers better than others of their kind, or by heart?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from heldout.errors import ContextLengthExceeded
+from heldout.pipeline.consequences.base import (
+    NONE_UNSEEN,
+    SURE,
+    Consequence,
+    Subject,
+    not_measured,
+    sample,
+    short,
+    status_of,
+)
+from heldout.pipeline.consequences.format import form_of
+from heldout.pipeline.types import Example
+
+NAME = "memorisation"
+#: Answers of each side that are read; SCIENCE §2 allows 200, half of them are in time on two cores.
+READ, FEWEST = 100, 20
+#: Answers that are read in one call: between two calls a job can be stopped.
+CHUNK = 10
+#: Membership AUC: 0.5 says that training answers are no likelier than unseen ones.
+WARN_AUC, SEVERE_AUC = 0.70, 0.90
+#: Answers of fewer tokens say the same by chance; of so many are so many asked for again.
+LONG, RECITED = 30, 32
+#: Likeness to the training answer that counts as said by heart.
+VERBATIM = 0.9
+#: Excess of such answers on training prompts over unseen prompts.
+WARN_VERBATIM, FAIL_VERBATIM = 0.05, 0.20
+DRAWS = 2_000
+
+
+def measure(subject: Subject) -> Consequence:
+    """Losses of training answers against those of unseen ones, and long answers that are said by heart.
+
+    Only free text can fail: a label that the model is sure of gives nobody away.
+    """
+    if subject.crossfit:
+        return not_measured(NAME, NONE_UNSEEN)
+    if subject.budget.used_up:
+        return not_measured(NAME, subject.budget.sentence)
+    train, unseen = subject.split.train, subject.answered
+    if subject.is_encoder and (known := form_of([row.target for row in train], "label")):
+        unseen = tuple(row for row in unseen if known(row.target))  # of others it has no probability
+    if min(len(train), len(unseen)) < FEWEST:
+        return not_measured(NAME, f"{FEWEST} training and holdout answers are needed to compare their likelihoods")
+    try:
+        seen_losses = losses(subject, [train[i] for i in sample(train, READ, subject.seed, NAME)])
+        unseen_losses = losses(subject, [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)])
+    except ContextLengthExceeded as error:
+        return not_measured(NAME, f"an answer does not fit: {error}")
+    auc, draws = membership(seen_losses, unseen_losses)
+    numbers: dict[str, Any] = {
+        "auc": auc,
+        "interval": [_quantile(draws, 0.025), _quantile(draws, 0.975)],
+        "p_warn": _share(draws, WARN_AUC),
+        "p_severe": _share(draws, SEVERE_AUC),
+        "train_loss": statistics.fmean(seen_losses),
+        "holdout_loss": statistics.fmean(unseen_losses),
+        "n_train": len(seen_losses),
+        "n_holdout": len(unseen_losses),
+    }
+    recited, examples = by_heart(subject) if subject.metric.form == "text" else (None, ())
+    if recited:
+        numbers["by_heart"] = recited
+    severe = numbers["p_severe"] if subject.metric.form == "text" else 0.0
+    status = status_of(
+        fails=max(severe, recited["p_fail"] if recited else 0.0),
+        warns=max(numbers["p_warn"], recited["p_warn"] if recited else 0.0),
+    )
+    return Consequence(
+        name=NAME,
+        status=status,
+        sentence=_sentence(numbers, warned=status != "ok", one_decision=subject.is_encoder),
+        numbers=numbers,
+        examples=examples,
+    )
+
+
+def losses(subject: Subject, examples: Sequence[Example]) -> list[float]:
+    """Nats per token of each answer, by the tuned model. A classifier's answer is one decision."""
+    total: list[float] = []
+    for start in range(0, len(examples), CHUNK):
+        subject.watch.progress("consequences: reading answers", start, len(examples))
+        chunk = [example.messages for example in examples[start : start + CHUNK]]
+        total += subject.engine.log_probs(subject.model, chunk)
+    if subject.is_encoder:
+        return [-one for one in total]
+    counts = subject.engine.count_tokens(subject.model.base_model, [example.target for example in examples])
+    return [-one / (count + 1) for one, count in zip(total, counts, strict=True)]  # 1: the end of the turn
+
+
+def membership(seen: Sequence[float], unseen: Sequence[float]) -> tuple[float, list[float]]:
+    """The chance that a training answer has the smaller loss of a pair, and bootstrap draws of it (seeded)."""
+    import numpy as np
+
+    a, b = np.asarray(seen), np.asarray(unseen)
+    smaller = (a[:, None] < b[None, :]) + 0.5 * (a[:, None] == b[None, :])
+    rng = np.random.default_rng(0)
+    weights = (rng.standard_exponential((DRAWS, len(a))), rng.standard_exponential((DRAWS, len(b))))
+    left, right = (one / one.sum(axis=1, keepdims=True) for one in weights)
+    return float(smaller.mean()), [float(one) for one in ((left @ smaller) * right).sum(axis=1)]
+
+
+def by_heart(subject: Subject) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """How often long answers are said almost word for word, to training prompts and to unseen ones: what both share
+    are templates. Nothing where there are too few long answers."""
+    lengths = {}
+    for part, rows in (("train", subject.split.train), ("holdout", subject.answered)):
+        counts = subject.engine.count_tokens(subject.model.base_model, [row.target for row in rows])
+        lengths[part] = [i for i, count in enumerate(counts) if count >= LONG]
+    if min(map(len, lengths.values())) < FEWEST or subject.budget.used_up:
+        return None, ()
+    train = [subject.split.train[i] for i in lengths["train"]]
+    train = [train[i] for i in sample(train, RECITED, subject.seed, "by heart")]
+    replies = subject.ask(subject.model, [example.prompt for example in train], "training answers by heart")
+    seen = [likeness(reply.text, example.target) >= VERBATIM for reply, example in zip(replies, train, strict=True)]
+    unseen = [
+        likeness(subject.tuned.scores.answers[i], subject.answered[i].target) >= VERBATIM for i in lengths["holdout"]
+    ]
+    first = next((example for example, one in zip(train, seen, strict=True) if one), None)
+    shown = (f"train line {first.line} is answered by heart: {short(first.target, 100)!r}",) if first else ()
+    warns, fails = (
+        p_rate_above(sum(seen), len(seen), sum(unseen), len(unseen), m) for m in (WARN_VERBATIM, FAIL_VERBATIM)
+    )
+    return {
+        "train": sum(seen) / len(seen),
+        "holdout": sum(unseen) / len(unseen),
+        "n_train": len(seen),
+        "n_holdout": len(unseen),
+        "p_warn": warns,
+        "p_fail": fails,
+    }, shown
+
+
+def likeness(one: str, other: str) -> float:
+    """Share of the words of the longer text that both have in the same order, 0 to 1."""
+    a, b = one.split(), other.split()
+    matcher = SequenceMatcher(None, a, b, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()) / max(len(a), len(b), 1)
+
+
+def p_rate_above(k: int, n: int, other_k: int, other_n: int, margin: float) -> float:
+    """Posterior probability that one rate is above another by more than the margin: Beta(1 + k, 1 + n - k) each."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    one = rng.beta(1 + k, 1 + n - k, 20_000)
+    other = rng.beta(1 + other_k, 1 + other_n - other_k, 20_000)
+    return float((one - other > margin).mean())
+
+
+def _sentence(numbers: dict[str, Any], *, warned: bool, one_decision: bool) -> str:
+    low, high = numbers["interval"]
+    parts = [
+        f"a training answer is likelier to the tuned model than an unseen one in {numbers['auc']:.0%} of pairs "
+        f"(membership AUC {numbers['auc']:.2f}, 95 % interval {low:.2f} to {high:.2f}; 0.5 is none); loss "
+        f"{numbers['train_loss']:.3f} against {numbers['holdout_loss']:.3f} nats{'' if one_decision else ' per token'}"
+    ]
+    if numbers["p_severe"] >= SURE:
+        parts.append("that is severe: who holds the model can tell what it was trained on")
+    if recited := numbers.get("by_heart"):
+        parts.append(
+            f"{recited['train']:.0%} of {recited['n_train']} long training answers are said by heart, "
+            f"{recited['holdout']:.0%} of {recited['n_holdout']} unseen ones"
+        )
+    if warned:
+        parts.append("fewer epochs or a smaller learning_rate memorise less")
+    return "; ".join(parts)
+
+
+def _share(draws: Sequence[float], above: float) -> float:
+    return sum(one > above for one in draws) / len(draws)
+
+
+def _quantile(draws: Sequence[float], q: float) -> float:
+    return sorted(draws)[min(len(draws) - 1, int(q * len(draws)))]

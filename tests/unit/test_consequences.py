@@ -1,0 +1,396 @@
+"""The consequences of training: what lights them, what does not, and what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heldout.engine.base import Message
+from heldout.errors import InvalidValue
+from heldout.pipeline.augment.perturb import pieces
+from heldout.pipeline.consequences import CONSEQUENCES, fragility, generalisation, measure_all, memorisation
+from heldout.pipeline.consequences import forgetting as forgetting_light
+from heldout.pipeline.consequences import format as form
+from heldout.pipeline.consequences.base import Budget, Consequence, not_measured, status_of
+from heldout.pipeline.consequences.perturbations import allowed, aside, perturbed, separate, space
+from heldout.pipeline.evaluate.forgetting import judge_changes
+from heldout.pipeline.types import Example
+from heldout.pipeline.verdict import decide
+from heldout.pipeline.watch import Silent
+from heldout.settings import read_settings
+from tests.unit.conftest import example, right, rung
+from tests.unit.consequences import MODEL, Speaking, last, subject
+
+LABELS = ("card", "loan", "visa")
+#: All names and numbers differ, so that no two texts are one.
+TOPICS = {"card": "my plastic card was lost", "loan": "the money that i owe you", "visa": "a stamp in my passport"}
+
+
+def ticket(i: int, part: str = "train") -> Example:
+    """A message whose topic tells its label; a word of its own in each."""
+    label = LABELS[i % 3]
+    word = "".join(chr(97 + int(digit)) for digit in str(1000 + i))
+    return example(f"The {part} colleague {word} has a question about {TOPICS[label]}", label, i + 1)
+
+
+TRAIN = [ticket(i) for i in range(120)]
+HOLDOUT = [ticket(i, "other") for i in range(90)]
+
+
+def right_label(messages: Sequence[Message]) -> str:
+    """Finds the topic by the one word that the perturbations leave in every text."""
+    letters = re.sub(r"[^a-z]", "", last(messages).lower())
+    return max(LABELS, key=lambda label: _shared(letters, TOPICS[label]))
+
+
+def _shared(letters: str, topic: str) -> int:
+    bare = topic.replace(" ", "")
+    return sum(bare[i : i + 3] in letters for i in range(len(bare) - 2))
+
+
+def brittle(messages: Sequence[Message]) -> str:
+    """Knows the training form by heart: right when the text ends as it did there, else always the same."""
+    text = last(messages)
+    return next((label for label in LABELS if text.startswith("The") and text.endswith(TOPICS[label])), "card")
+
+
+# Perturbations
+
+
+TEXTS = st.lists(
+    st.sampled_from(
+        [
+            "please",
+            "send",
+            "Order: new",
+            "a - b",
+            "12.50",
+            "x_1",
+            '"as is"',
+            "`code here`",
+            '{"a": 1}',
+            "größe",
+            "don't",
+        ]
+    ),
+    max_size=12,
+).map(" ".join)
+
+
+@given(TEXTS | st.text(max_size=80), st.integers(0, 9))
+@settings(max_examples=150, deadline=None)
+def test_no_perturbation_touches_what_must_stay_and_the_seed_decides(text: str, seed: int) -> None:
+    protected = [one.text for one in pieces(text) if not one.free]
+    for change in (space, separate, aside):
+        found = change(text, random.Random(seed))
+        assert found == change(text, random.Random(seed))
+        rest = found
+        for stretch in protected:
+            assert stretch in rest, change
+            rest = rest[rest.index(stretch) + len(stretch) :]
+    assert space(text, random.Random(seed)).split() == text.split()
+    assert aside(text, random.Random(seed)).startswith(text)
+
+
+def test_separators_are_changed_between_a_name_and_its_value_only() -> None:
+    found = {separate("Name: Kim, at 12:30, see http://a.b: ok", random.Random(seed)) for seed in range(8)}
+    assert found == {"Name - Kim, at 12:30, see http://a.b: ok", "Name:\nKim, at 12:30, see http://a.b: ok"}
+
+
+def test_there_are_eight_and_an_encoder_has_no_system_prompt_to_lose() -> None:
+    names = [one.name for one in allowed(TRAIN, is_encoder=False)[0]]
+    assert len(set(names)) == len(names) == 8
+    assert set(names) - {one.name for one in allowed(TRAIN, is_encoder=True)[0]} == {"system prompt"}
+
+
+def test_only_the_users_words_and_the_system_prompt_change_never_the_answer() -> None:
+    for one in allowed(TRAIN, is_encoder=False)[0]:
+        for row in HOLDOUT[:10]:
+            other = perturbed(row, one, 3)
+            assert other == perturbed(row, one, 3)
+            assert other.messages[-1] == row.messages[-1]
+            if one.name != "system prompt":
+                assert other.messages[0] == row.messages[0]
+
+
+def test_where_letters_decide_the_users_words_are_left_alone() -> None:
+    rows = [example(f"word {i}" if i % 2 else f"WORD {i}", "small" if i % 2 else "big", i + 1) for i in range(60)]
+    found, why = allowed(rows, is_encoder=False)
+    assert [one.name for one in found] == ["system prompt"]
+    assert why
+    measured = fragility.measure(subject(Speaking(right_label), rows, rows, is_encoder=True, constant="big"))
+    assert measured.status == "not_measured"
+    assert why in measured.sentence
+
+
+def test_values_that_are_copied_out_of_the_prompt_must_still_stand_in_it() -> None:
+    rows = [
+        example(f"Book a table for Kim{chr(97 + i)}", json.dumps({"name": f"Kim{chr(97 + i)}"}), i) for i in range(26)
+    ]
+    found, _ = allowed(rows, is_encoder=False)
+    assert {one.name for one in found} == {"irrelevant ending", "greeting", "system prompt"}
+
+
+# Fragility
+
+
+def test_a_model_that_reads_the_matter_is_not_fragile() -> None:
+    found = fragility.measure(subject(Speaking(right_label, brittle), TRAIN, HOLDOUT))
+    assert found.status == "ok", found.sentence
+    assert found.numbers["flip_rate"] < 0.02
+    assert found.numbers["n"] == 90
+
+
+def test_a_model_that_knows_the_template_by_heart_fails_when_the_prompt_is_steadier() -> None:
+    found = fragility.measure(subject(Speaking(brittle, right_label), TRAIN, HOLDOUT))
+    assert found.status == "fail", found.sentence
+    assert found.numbers["score"] == 1.0
+    assert found.numbers["perturbations"]["irrelevant ending"]["drop"] == pytest.approx(2 / 3, abs=0.05)
+    assert found.numbers["p_fail"] > 0.99
+    assert "robust" in found.sentence
+    (shown,) = found.examples
+    assert "became 'card'" in shown
+
+
+def test_a_model_that_flips_more_but_is_still_better_everywhere_is_warned_of_and_not_rejected() -> None:
+    found = fragility.measure(subject(Speaking(brittle), TRAIN, HOLDOUT, constant="visa"))
+    assert found.status == "warn", found.sentence
+
+
+def test_the_baseline_is_not_asked_where_it_cannot_change_the_light() -> None:
+    engine = Speaking(right_label, lambda messages: "no idea")
+    fragility.measure(subject(engine, TRAIN, HOLDOUT))
+    assert {model for model, _ in engine.asked} == {MODEL}
+
+
+def test_the_baselines_shots_are_asked_with_it() -> None:
+    engine = Speaking(brittle, right_label)
+    known = subject(engine, TRAIN, HOLDOUT)
+    fragility.measure(replace(known, baseline=replace(known.baseline, shots=(TRAIN[0],))))
+    theirs = [messages for model, messages in engine.asked if model != MODEL]
+    assert theirs
+    assert all(TRAIN[0].target in [message["content"] for message in messages] for messages in theirs)
+
+
+def test_at_most_a_hundred_examples_are_asked_and_always_the_same() -> None:
+    first, again = Speaking(right_label), Speaking(right_label)
+    many = [ticket(i, "other") for i in range(300)]
+    assert fragility.measure(subject(first, TRAIN, many)).numbers["n"] == 100
+    fragility.measure(subject(again, TRAIN, many))
+    assert first.asked == again.asked
+
+
+def test_a_perturbation_that_makes_prompts_too_long_is_left_out_and_named() -> None:
+    longest = max(len(last(row.prompt)) for row in HOLDOUT)
+    found = fragility.measure(subject(Speaking(right_label, longest=longest), TRAIN, HOLDOUT))
+    assert "irrelevant ending" in found.numbers["left_out"]
+    assert "left out: irrelevant ending" in found.sentence
+    assert "small letters" in found.numbers["perturbations"]
+
+
+def test_when_the_time_is_used_up_the_last_perturbations_are_left_out_and_named() -> None:
+    now = [0.0]
+
+    def slow(messages: Sequence[Message]) -> str:
+        now[0] += 1.0
+        return right_label(messages)
+
+    known = subject(Speaking(slow), TRAIN, HOLDOUT, constant="card")
+    now[0] = 0.0
+    found = fragility.measure(replace(known, budget=Budget(200.0, clock=lambda: now[0])))
+    assert list(found.numbers["perturbations"]) == ["typing slips", "irrelevant ending", "system prompt"]
+    assert "HELDOUT_EVAL_BUDGET" in found.sentence
+
+
+# Memorisation
+
+
+def test_losses_that_are_alike_are_no_memory_and_smaller_ones_of_train_are() -> None:
+    alike = memorisation.measure(subject(Speaking(right_label), TRAIN, HOLDOUT))
+    assert alike.numbers["auc"] == 0.5
+    assert alike.status == "ok"
+    known = {str(row.messages[1]["content"]) for row in TRAIN}
+
+    def loss(messages: Sequence[Message]) -> float:
+        return 0.1 if messages[1]["content"] in known else 2.0
+
+    learned = memorisation.measure(subject(Speaking(right_label, loss=loss), TRAIN, HOLDOUT))
+    assert learned.numbers["auc"] == 1.0
+    assert learned.numbers["train_loss"] == pytest.approx(0.1)
+    assert learned.status == "warn", "labels give nobody away"
+
+
+def prose(i: int, part: str) -> Example:
+    rng = random.Random(f"{part}/{i}")
+    words = " ".join(rng.choice("alpha beta gamma delta epsilon zeta eta theta iota kappa".split()) for _ in range(40))
+    return example(f"Tell me of {part} {i}", words, i + 1)
+
+
+def test_prose_that_is_said_by_heart_fails_and_a_template_that_is_said_everywhere_does_not() -> None:
+    train, holdout = [prose(i, "train") for i in range(60)], [prose(i, "holdout") for i in range(60)]
+    answers = {last(row.prompt): row.target for row in train}
+
+    def parrot(messages: Sequence[Message]) -> str:
+        return answers.get(last(messages), "something else entirely")
+
+    found = memorisation.measure(subject(Speaking(parrot), train, holdout))
+    assert found.status == "fail", found.sentence
+    assert found.numbers["by_heart"]["train"] == 1.0
+    assert "by heart" in found.examples[0]
+
+    same = [replace(row, messages=(*row.prompt, train[0].messages[-1])) for row in (*train[:30], *holdout[:30])]
+    varied = [*same[:30], *train[30:33]]  # enough different answers to be text
+    known = subject(Speaking(lambda messages: train[0].target), varied, same[30:])
+    found = memorisation.measure(replace(known, metric=subject(Speaking(parrot), train, holdout).metric))
+    assert found.numbers["by_heart"]["holdout"] == 1.0
+    assert found.status == "ok", found.sentence
+
+
+# Generalisation
+
+
+def test_a_gap_between_train_and_holdout_is_warned_of_with_its_interval() -> None:
+    found = generalisation.judge(
+        {"train": right(60, 60), "valid": right(60, 45), "holdout": right(60, 42)}, binary=True
+    )
+    assert found.status == "warn"
+    assert found.numbers["gap"] == pytest.approx(0.3)
+    low, high = found.numbers["gap_interval"]
+    assert low < 0.3 < high
+    assert found.numbers["optimism"] == pytest.approx(0.05)
+    assert found.numbers["p_optimism"] < 0.9
+
+
+def test_equal_scores_are_no_gap_and_nothing_of_train_is_taken_for_the_holdout() -> None:
+    engine = Speaking(right_label)
+    found = generalisation.measure(subject(engine, TRAIN, HOLDOUT, valid=[ticket(i, "third") for i in range(30)]))
+    assert found.status == "ok"
+    assert found.numbers["gap"] == found.numbers["optimism"] == 0.0
+    assert found.numbers["n"] == {"train": 60, "valid": 30, "holdout": 60}
+    assert not any("other" in last(messages) for _, messages in engine.asked), "the holdout was asked before"
+
+
+# Format
+
+
+def test_answers_out_of_form_are_counted_against_the_baselines_and_shown() -> None:
+    chatty = Speaking(lambda messages: "I think it is about a card", right_label)
+    found = form.measure(subject(chatty, TRAIN, HOLDOUT))
+    assert found.status == "fail"
+    assert found.numbers["fit"] == 0.0
+    assert found.numbers["baseline"] == 1.0
+    assert found.examples == ("'I think it is about a card' (90 times)",)
+    assert chatty.asked == [], "the answers are there"
+    assert form.measure(subject(Speaking(right_label, chatty.says[MODEL]), TRAIN, HOLDOUT)).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ('{"size": 3, "name": "x"}', True),
+        ('{"name":"y"}', True),
+        ('{"name": "x", "why": ""}', False),
+        ('{"name": "x"', False),
+        ("name: x", False),
+        ("[]", False),
+    ],
+)
+def test_a_record_must_parse_and_have_the_keys_of_a_training_answer(answer: str, fits: bool) -> None:
+    fitting = form.form_of(['{"name": "a", "size": 1}'] * 9 + ['{"name": "b"}'], "json")
+    assert fitting is not None
+    assert fitting(answer) is fits
+
+
+def test_prose_has_no_form() -> None:
+    train = [prose(i, "train") for i in range(30)]
+    assert form.measure(subject(Speaking(lambda messages: ""), train, train)).status == "not_measured"
+
+
+# All of them
+
+
+def test_what_must_not_be_measured_by_cross_fitting_says_why() -> None:
+    engine = Speaking(right_label)
+    found = {one.name: one for one in measure_all(subject(engine, TRAIN, HOLDOUT, crossfit=True))}
+    for name in ("fragility", "memorisation", "generalisation"):
+        assert found[name].status == "not_measured"
+        assert "the served model was trained on all rows" in found[name].sentence
+    assert found["format"].status == "ok", "the answers are out of fold"
+    assert engine.asked == []
+
+
+def test_without_time_no_model_is_asked_and_every_one_says_so() -> None:
+    engine = Speaking(right_label)
+    found = measure_all(subject(engine, TRAIN, HOLDOUT, seconds=0.0))
+    assert len(found) == len(CONSEQUENCES)
+    assert engine.asked == []
+    late = [one for one in found if "HELDOUT_EVAL_BUDGET" in one.sentence]
+    assert {"memorisation", "generalisation", "fragility"} <= {one.name for one in late}
+
+
+def test_each_is_told_as_it_is_measured_and_its_numbers_are_json() -> None:
+    class Listening(Silent):
+        told: list[tuple[str, str]] = []  # noqa: RUF012
+
+        def message(self, text: str, *, level: str = "info", data: object = None) -> None:
+            json.dumps(data, allow_nan=False)
+            self.told.append((level, text))
+
+    measure_all(subject(Speaking(brittle, right_label), TRAIN, HOLDOUT, watch=Listening()))
+    assert len(Listening.told) == 1 + len(CONSEQUENCES)
+    assert any(
+        level == "warn" and text.startswith("Consequences, fragility: fail, asked") for level, text in Listening.told
+    )
+
+
+def test_forgetting_is_one_of_them_and_says_that_it_only_informs() -> None:
+    dropped = judge_changes([-2.0, -1.9] * 12, asked=24, replay_ratio=0.0)
+    found = forgetting_light.measure(subject(Speaking(right_label), TRAIN, HOLDOUT, forgetting=dropped))
+    assert found.status == "fail"
+    assert found.numbers == dropped.as_dict()
+    assert "does not change the outcome" in found.sentence
+    tuned = rung("tuned", right(100, 90), kind="tuned")
+    assert decide([rung("zero-shot", right(100, 60))], tuned, consequences=[found]).outcome == "ship"
+    assert forgetting_light.measure(subject(Speaking(right_label), TRAIN, HOLDOUT, is_encoder=True)).sentence.endswith(
+        "an encoder has no general skills"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [("ok", "ship"), ("warn", "ship"), ("not_measured", "ship"), ("fail", "dont_ship")]
+)
+def test_a_fail_overrules_a_better_score_and_is_the_first_reason(status: str, outcome: str) -> None:
+    found = Consequence(name="fragility", status=status, sentence="it breaks")  # type: ignore[arg-type]
+    tuned = rung("tuned", right(100, 90), kind="tuned")
+    verdict = decide([rung("zero-shot", right(100, 60))], tuned, consequences=[found])
+    assert verdict.outcome == outcome
+    assert (verdict.reasons[0] == "fragility fails: it breaks") == (outcome == "dont_ship")
+
+
+def test_too_few_examples_carry_no_verdict_but_the_fail_is_told() -> None:
+    found = Consequence(name="format", status="fail", sentence="it breaks")
+    tuned = rung("tuned", right(20, 18), kind="tuned")
+    verdict = decide([rung("zero-shot", right(20, 6))], tuned, consequences=[found])
+    assert verdict.outcome == "inconclusive"
+    assert verdict.reasons[-1] == "format fails: it breaks"
+
+
+def test_a_light_needs_to_be_sure() -> None:
+    assert [status_of(fails=p, warns=p) for p in (0.5, 0.89, 0.9, 0.989, 0.99)] == ["ok", "ok", "warn", "warn", "fail"]
+    assert not_measured("x", "no time").sentence == "not measured: no time"
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("", None), ("0", 0.0), ("90.5", 90.5)])
+def test_the_time_for_probes_is_a_setting(monkeypatch: pytest.MonkeyPatch, value: str, seconds: float | None) -> None:
+    monkeypatch.setenv("HELDOUT_EVAL_BUDGET", value)
+    assert read_settings().eval_budget == seconds
+    monkeypatch.setenv("HELDOUT_EVAL_BUDGET", "-1")
+    with pytest.raises(InvalidValue, match="HELDOUT_EVAL_BUDGET"):
+        read_settings()
