@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
 import heldout
+from heldout.api.app import create_chat_app
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile, InvalidTrainingFile, InvalidValue, ModelNotFound
 from heldout.pipeline.evaluate.metrics.exact import exact_match
 from heldout.pipeline.evaluation import Evaluation
 from heldout.pipeline.training import Adapter
+from heldout.processes.inference import LocalChat
+from heldout.processes.tools import local_engine
 from heldout.settings import Settings
+from heldout.store.blobs import open_blobs
+from heldout.store.db import open_db
 from tests.conftest import colour_row, write_rows
 from tests.torch.conftest import Recording, examples
 
@@ -231,6 +242,41 @@ def test_the_base_model_of_an_adapter_can_be_told(
     done = heldout.evaluate(moved, held, base=str(tiny_model), settings=settings)
     assert done.scores.mean > 0.5
     assert any("chat template of its own" in note for note in done.notes)
+
+
+def test_an_evaluations_report_beside_an_adapter_is_no_jobs_report(
+    elsewhere: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(elsewhere, tmp_path / "adapter")
+    for n in (1, 2):
+        done = heldout.evaluate(
+            tmp_path / "adapter", held, max_tokens=2, out=tmp_path if n == 1 else None, settings=settings
+        )
+        assert len(done.examples) == 48
+
+
+def test_a_served_model_is_scored_as_the_same_model_here(tiny_model: Path, held: Path, settings: Settings) -> None:
+    served = settings.model_copy(update={"model_aliases": {"hosted": str(tiny_model)}})
+    chat = LocalChat(served, open_db(served.database), open_blobs(served.blobs), local_engine(served))
+    with serving(create_chat_app(settings=served, chat=chat)) as url:
+        asked = heldout.Endpoint(model="hosted", base_url=f"{url}/v1")
+        pair = heldout.compare(asked, tiny_model, held, max_tokens=6, settings=settings)
+    assert pair.scores_a.answers == pair.scores_b.answers
+    assert pair.scores_a.prompt_tokens == pair.scores_b.prompt_tokens > 0
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app on a free port of this machine, until the block ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
 
 
 def test_a_grader_scores_instead_of_a_metric(elsewhere: Path, held: Path, settings: Settings, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from heldout.store.blobs import open_blobs
 from heldout.store.db import open_db
 from tests.conftest import colour_files, colour_row, write_rows
 
+COMMANDS = ("serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs", "release")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -40,8 +40,9 @@ def find_model(name: str, settings: Settings, *, base: str | None = None) -> Mod
     folder = Path(name)
     for out in (folder, folder.parent):  # `tune --out DIR`: DIR or DIR/adapter
         if (out / report.JSON).is_file() and (out / "adapter").is_dir():
-            known = json.loads((out / report.JSON).read_text())["base_model"]
-            return ModelRef(base_model=base or known, adapter=str((out / "adapter").absolute()))
+            known = base or json.loads((out / report.JSON).read_text()).get("base_model")
+            if known:  # not so in an evaluation's report
+                return ModelRef(base_model=known, adapter=str((out / "adapter").absolute()))
     if (folder / ADAPTER_CONFIG).is_file():
         base = base or _base_of(folder)
         _refuse_other_adapters(folder)
@@ -51,6 +52,7 @@ def find_model(name: str, settings: Settings, *, base: str | None = None) -> Mod
     return ModelRef(base_model=name)
 
 
+<<<<<<< HEAD
 def caution(name: str) -> str | None:
     """What whoever talks to this model should know. Nobody is refused here, whatever the setting: before a model is
     released somebody has to look at it."""
@@ -61,6 +63,8 @@ def caution(name: str) -> str | None:
     return outcome and f"the verdict on this model is {outcome}"
 
 
+=======
+>>>>>>> eval
 def _base_of(adapter: Path) -> str:
     """The base model that an adapter from elsewhere names."""
     base = _adapter_config(adapter).get("base_model_name_or_path")
@@ -90,6 +94,19 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"The {ADAPTER_CONFIG} in {adapter} cannot be read: {error}") from error
     return config if isinstance(config, dict) else {}
+<<<<<<< HEAD
+=======
+
+
+def caution(name: str) -> str | None:
+    """What whoever talks to this model should know. Nobody is refused here, whatever the setting: before a model is
+    released somebody has to look at it."""
+    settings = read_settings()
+    if settings.gate == "off" or not name.startswith("ft:"):
+        return None
+    outcome = gate.admit("warn", open_db(settings.database), name)
+    return outcome and f"the verdict on this model is {outcome}"
+>>>>>>> eval
 
 
 def list_jobs(settings: Settings) -> list[dict[str, Any]]:
