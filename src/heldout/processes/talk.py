@@ -52,6 +52,16 @@ def find_model(name: str, settings: Settings, *, base: str | None = None) -> Mod
     return ModelRef(base_model=name)
 
 
+def caution(name: str) -> str | None:
+    """What whoever talks to this model should know. Nobody is refused here, whatever the setting: before a model is
+    released somebody has to look at it."""
+    settings = read_settings()
+    if settings.gate == "off" or not name.startswith("ft:"):
+        return None
+    outcome = gate.admit("warn", open_db(settings.database), name)
+    return outcome and f"the verdict on this model is {outcome}"
+
+
 def _base_of(adapter: Path) -> str:
     """The base model that an adapter from elsewhere names."""
     base = _adapter_config(adapter).get("base_model_name_or_path")
@@ -81,16 +91,6 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"The {ADAPTER_CONFIG} in {adapter} cannot be read: {error}") from error
     return config if isinstance(config, dict) else {}
-
-
-def caution(name: str) -> str | None:
-    """What whoever talks to this model should know. Nobody is refused here, whatever the setting: before a model is
-    released somebody has to look at it."""
-    settings = read_settings()
-    if settings.gate == "off" or not name.startswith("ft:"):
-        return None
-    outcome = gate.admit("warn", open_db(settings.database), name)
-    return outcome and f"the verdict on this model is {outcome}"
 
 
 def list_jobs(settings: Settings) -> list[dict[str, Any]]:
