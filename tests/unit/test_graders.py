@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from heldout.engine.base import Message, Reply, Sampling
 from heldout.errors import InvalidValue
+from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.graders.formula import read_formula
 from heldout.pipeline.evaluate.graders.read import grader_metric, parse_grader, read_grader
 from heldout.pipeline.evaluate.metrics.overlap import fuzzy_match, rouge_n
 from heldout.pipeline.evaluate.scores import score_answers
 from heldout.pipeline.types import Example
 
+USUAL = choose_metric(["free", "text"])
 CHECK = {"type": "string_check", "input": "{{ sample.output_text }}", "reference": "{{ item.target }}"}
 EQUAL = {**CHECK, "operation": "eq"}
 ALIKE = {**EQUAL, "type": "text_similarity", "evaluation_metric": "fuzzy_match"}
@@ -60,7 +62,7 @@ class Judge:
 def graded(raw: Any, *pairs: tuple[str, str], judge: Any = None, told: list[str] | None = None) -> list[float]:
     """Scores of answers, given as (answer, target)."""
     rows = [row(f"question {i}", target, line=i) for i, (_, target) in enumerate(pairs, start=1)]
-    metric = grader_metric(read_grader(raw, judge, ([] if told is None else told).append), "text")
+    metric = grader_metric(read_grader(raw, judge, ([] if told is None else told).append), USUAL)
     return list(score_answers(metric, rows, [answer for answer, _ in pairs]).per_example)
 
 
@@ -196,7 +198,7 @@ def test_a_formula_that_is_more_than_arithmetic_is_refused(formula: Any) -> None
     ],
 )
 def test_a_formula_without_a_score_is_an_error_with_the_line(formula: str, why: str) -> None:
-    metric = grader_metric(read_grader(multi(formula)), "text")
+    metric = grader_metric(read_grader(multi(formula)), USUAL)
     with pytest.raises(InvalidValue, match="line 2: ") as raised:
         score_answers(metric, [row("?", "red", line=2)], ["red"])
     assert why in str(raised.value)

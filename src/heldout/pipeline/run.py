@@ -201,7 +201,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
 def metric_of(request: Request, parts: Parts) -> Metric:
     """How answers are scored: as was asked for, or as fits the training answers."""
     metric = choose_metric([example.target for example in parts.train.examples], request.hyperparameters.metric)
-    return metric if request.grader is None else grader_metric(read_grader(request.grader), metric.form)
+    return metric if request.grader is None else grader_metric(read_grader(request.grader), metric)
 
 
 def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:

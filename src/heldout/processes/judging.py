@@ -132,7 +132,7 @@ class _Run:
             return usual
         if name is not None:
             raise InvalidValue("A metric and a grader were both given; give one of them.", param="grader")
-        return grader_metric(read_grader(grader_json(grader), self._judge(judge), self._tell), usual.form)
+        return grader_metric(read_grader(grader_json(grader), self._judge(judge), self._tell), usual)
 
     def answerer(self, model: str | Path | Endpoint, base: str | None) -> Answerer:
         """A model to be judged."""

@@ -125,8 +125,12 @@ def ask_all(
             places=tuple(places),
             flips=tuple(1 - score(answer, before[i]) for i, answer in zip(places, answers, strict=True)),
             drops=tuple(
-                score(before[i], examples[i].target) - score(answer, examples[i].target)
-                for i, answer in zip(places, answers, strict=True)
+                old - new
+                for old, new in zip(
+                    subject.metric.score_all([examples[i] for i in places], [before[i] for i in places]),
+                    subject.metric.score_all([examples[i] for i in places], answers),
+                    strict=True,
+                )
             ),
             answers=answers,
             texts=tuple(str(changed[i].prompt[-1]["content"]) for i in places),

@@ -109,4 +109,4 @@ class Difference:
 def _score(subject: Subject, rows: Sequence[Example], count: int, part: str) -> list[float]:
     chosen = [rows[i] for i in sample(rows, count, subject.seed, NAME)]
     replies = subject.ask(subject.model, [example.prompt for example in chosen], f"{part} again")
-    return [subject.metric.score(reply.text, example.target) for reply, example in zip(replies, chosen, strict=True)]
+    return list(subject.metric.score_all(chosen, [reply.text for reply in replies]))

@@ -31,8 +31,8 @@ LABEL_CHARACTERS = 120
 class Metric:
     """How an answer is compared with the one in the data: 1 is right, 0 is wrong.
 
-    `binary` says that there is nothing in between. A grader looks at more than the two texts: it has `grade`,
-    which scores all answers at once, and its `score` is not asked.
+    `binary` says that there is nothing in between. A grader looks at more than the two texts: it has `grade`, which
+    scores all answers to rows at once; `score` is for two answers then.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,14 +61,14 @@ class Grader(NamedTuple):
     judges: tuple[str, ...] = ()
 
 
-def grader_metric(grader: Grader, form: str) -> Metric:
-    """A grader as a metric of answers of this form."""
+def grader_metric(grader: Grader, usual: Metric) -> Metric:
+    """A grader as a metric. Where two answers are compared with each other, and not with a row, `usual` does it."""
 
     def grade(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         pairs = zip(examples, answers, strict=True)
         return grader.grade([Graded(example=example, answer=answer) for example, answer in pairs])
 
-    return Metric(name=grader.name, form=form, binary=grader.binary, score=_needs_the_row, grade=grade)
+    return replace(usual, name=grader.name, binary=grader.binary, grade=grade)
 
 
 def read_grader(raw: Any, ask: Ask | None = None, tell: Tell = lambda text: None) -> Grader:
@@ -286,10 +287,6 @@ def _one_of(known: Mapping[str, Any], value: Any, where: str) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _needs_the_row(answer: str, target: str) -> float:
-    raise TypeError("a grader looks at the row; ask Metric.score_all")
 
 
 def grader_json(grader: str | Path | dict[str, Any]) -> dict[str, Any]:
