@@ -15,6 +15,7 @@ from heldout.pipeline import charts, released, report
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import make_plan
 from heldout.pipeline.selection import Candidate, Selection, select
@@ -74,6 +75,27 @@ def outcome(tmp_path: Path) -> Outcome:
         base_model="tiny<i>",
         seconds=7.5,
     )
+
+
+def test_wrong_answers_stand_beside_what_was_expected_as_texts(outcome: Outcome, tmp_path: Path) -> None:
+    one = Mistake(
+        line=7,
+        asked=f"first\n{ATTACK}" + "x" * 400,
+        expected="red|green",
+        tuned="blue",
+        baseline="red|green",
+        score=0.0,
+        baseline_score=1.0,
+        alike=3,
+    )
+    report.write(replace(outcome, mistakes=(one,)), tmp_path)
+    page, text = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    assert "<small>line 7, 3 times, the baseline was better</small>" in page
+    assert ATTACK not in page
+    (row,) = [line for line in text.splitlines() if line.startswith("| 7 |")]
+    assert "red\\|green | blue | red\\|green |" in row
+    assert "xxx… |" in row
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["mistakes"] == [one.as_dict()]
 
 
 @pytest.fixture

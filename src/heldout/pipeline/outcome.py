@@ -9,6 +9,7 @@ from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.ladder import Rung
+from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.served_rungs import ServedRung
 from heldout.pipeline.training import Adapter
@@ -30,6 +31,7 @@ class Outcome:
     base_model: str
     seconds: float
     crossfit: CrossFit | None = None  # where the scores come from, when there was no holdout
+    mistakes: tuple[Mistake, ...] = ()  # of the tuned model, the most instructive ones
     served_rungs: tuple[ServedRung, ...] = ()  # cheaper rungs that can be asked as models
     consequences: tuple[Consequence, ...] = ()  # what training may have made worse
     more_data: MoreData | None = None  # what twice as many examples would gain; only where answers are labels
@@ -53,6 +55,7 @@ class Outcome:
                 "sources": self.split.sources,
             },
             "crossfit": self.crossfit.as_dict() if self.crossfit else None,
+            "mistakes": [one.as_dict() for one in self.mistakes],
             "served_rungs": [rung.rung for rung in self.served_rungs],
             "more_data": self.more_data.as_dict() if self.more_data else None,
             "consequences": [one.as_dict() for one in self.consequences],

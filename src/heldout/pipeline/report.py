@@ -14,6 +14,7 @@ from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
 from heldout.pipeline.ladder import Rung
+from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Finding
@@ -30,6 +31,10 @@ _LIGHTS = {
     "fail": ("🔴", "#b3261e", "fails"),
     "not_measured": ("⚪", "#5b6673", "not measured"),
 }
+
+MISTAKES = "Wrong answers to learn from"
+#: Characters of a text in them.
+SHOWN = 300
 
 _HEADLINES = {
     "ship": "Ship it",
@@ -83,6 +88,7 @@ def markdown(outcome: Outcome) -> str:
         )
     lines += [
         *_consequences(outcome.consequences),
+        *_mistakes(outcome),
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
         *(["", "## General skills", "", skills] if (skills := general_skills(verdict)) else []),
         *(["", "## More data?", "", outcome.more_data.sentence] if outcome.more_data else []),
@@ -125,7 +131,8 @@ def page(outcome: Outcome) -> str:
         for rung in (*outcome.rungs, outcome.tuned)
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Heldout: {_HEADLINES[verdict.outcome]}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Heldout: {_HEADLINES[verdict.outcome]}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; color: #1c2530 }}
 h1 {{ display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff }}
@@ -134,6 +141,12 @@ table {{ border-collapse: collapse }} td {{ padding: .15em .8em .15em 0; vertica
 td.light {{ white-space: nowrap; font-weight: 600 }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
+td, li, p {{ overflow-wrap: anywhere }} td:first-child {{ overflow-wrap: normal }}
+.mistake {{ border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }}
+.mistake td {{ white-space: pre-wrap }} .mistake td:first-child {{ color: #5b6673; white-space: nowrap }}
+@media (max-width: 560px) {{ body {{ margin: 1em auto; font-size: 14px }} td {{ padding-right: .4em }} }}
+@media print {{ body {{ max-width: none; margin: 0 }} h1, .light, svg {{ print-color-adjust: exact }}
+h2 {{ break-after: avoid }} }}
 {findings_page.STYLE}</style></head><body>
 <h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
 {"".join(f"<p><b>Mind: {html.escape(caveat)}.</b></p>" for caveat in verdict.caveats)}
@@ -145,6 +158,7 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 <small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
 <ul>{rungs}</ul>
 {_consequences_table(outcome.consequences)}
+{_mistakes_table(outcome)}
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
 {f"<h2>General skills</h2><p>{html.escape(skills)}</p>" if (skills := general_skills(verdict)) else ""}
 {f"<h2>More data?</h2><p>{html.escape(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
@@ -158,6 +172,56 @@ svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
 {findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}
 </body></html>
 """
+
+
+def _mistakes(outcome: Outcome) -> list[str]:
+    """Wrong answers as a table."""
+    if not outcome.mistakes:
+        return []
+    rows = [
+        f"| {one.line} | {_alike(one)} | {_cell(_short(one.asked))} | {_cell(_short(one.expected))} | "
+        f"{_cell(_short(one.tuned))} | {_cell(_short(one.baseline))} |"
+        for one in outcome.mistakes
+    ]
+    return [
+        "",
+        f"## {MISTAKES}",
+        "",
+        f"| line | how often | asked | expected | tuned | {outcome.verdict.best_baseline} |",
+        "|--:|--:|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _mistakes_table(outcome: Outcome) -> str:
+    """The same as HTML."""
+
+    def rows(one: Mistake) -> str:
+        pairs = (
+            ("asked", one.asked),
+            ("expected", one.expected),
+            ("tuned", one.tuned),
+            (outcome.verdict.best_baseline, one.baseline),
+        )
+        return "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(_short(text))}</td></tr>" for name, text in pairs
+        )
+
+    found = "".join(
+        f"<div class=mistake><small>line {one.line}, {_alike(one)}</small><table>{rows(one)}</table></div>"
+        for one in outcome.mistakes
+    )
+    return f"<h2>{MISTAKES}</h2>{found}" if found else ""
+
+
+def _alike(one: Mistake) -> str:
+    lost = ", the baseline was better" if one.baseline_score > one.score else ""
+    return ("once" if one.alike == 1 else f"{one.alike} times") + lost
+
+
+def _short(text: str) -> str:
+    """The beginning of a long text; the files have the rest."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def _cost_sentence(rung: Rung) -> str:

@@ -29,6 +29,7 @@ from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
 from heldout.pipeline.ladder import FROZEN, Rung, with_clusters
+from heldout.pipeline.mistakes import instructive_mistakes
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
@@ -99,6 +100,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
         consequences=consequences,
+        mistakes=instructive_mistakes(made.answered, made.tuned, ladder.best_baseline(made.rungs)),
         served_rungs=serve_rungs(made, request, facts, tools),
         more_data=more,
     )
