@@ -204,7 +204,7 @@ def test_when_the_time_is_used_up_the_last_perturbations_are_left_out_and_named(
 
     known = subject(Speaking(slow), TRAIN, HOLDOUT, constant="card")
     now[0] = 0.0
-    found = fragility.measure(replace(known, budget=Budget(200.0, clock=lambda: now[0])))
+    found = fragility.measure(replace(known, budget=Budget(400.0, clock=lambda: now[0])))
     assert list(found.numbers["perturbations"]) == ["typing slips", "irrelevant ending", "system prompt"]
     assert "HELDOUT_EVAL_BUDGET" in found.sentence
 

@@ -23,9 +23,9 @@ from heldout.pipeline.consequences.base import Consequence, Measure, Subject
 CONSEQUENCES: tuple[Measure, ...] = (
     format.measure,
     forgetting.measure,
+    fragility.measure,
     memorisation.measure,
     generalisation.measure,
-    fragility.measure,
     hallucination.measure,
     bias.measure,
     calibration.measure,

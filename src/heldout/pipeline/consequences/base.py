@@ -61,6 +61,10 @@ class Budget:
         """True when nothing more may begin."""
         return self._clock() - self._began >= self.seconds
 
+    def half(self) -> Budget:
+        """Half of what is left, from now on."""
+        return Budget(max(0.0, self.seconds - (self._clock() - self._began)) / 2, self._clock)
+
     @property
     def sentence(self) -> str:
         """Why something was not measured."""

@@ -98,8 +98,6 @@ def measure(subject: Subject) -> Consequence:
         )
     if subject.crossfit:
         return not_measured(NAME, NONE_UNSEEN)
-    if subject.budget.used_up:
-        return not_measured(NAME, subject.budget.sentence)
     return by_swaps(subject)
 
 
@@ -196,6 +194,8 @@ def by_swaps(subject: Subject) -> Consequence:
             "(or declare groups in metadata.group)",
             n=len(found),
         )
+    if subject.budget.used_up:
+        return not_measured(NAME, subject.budget.sentence)
     rows = [subject.answered[i] for i, _ in found]
     chosen = [found[k] for k in sample(rows, PAIRS, subject.seed, NAME)]
     places, pairs = [i for i, _ in chosen], [pair for _, pair in chosen]

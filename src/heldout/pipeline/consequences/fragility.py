@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heldout.engine.base import ModelRef
@@ -55,6 +55,8 @@ def measure(subject: Subject) -> Consequence:
         return not_measured(NAME, NONE_UNSEEN)
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
+    # The dearest of all: what comes after it must have its turn.
+    subject = replace(subject, budget=subject.budget.half())
     perturbations, why_not = allowed(subject.split.train, is_encoder=subject.is_encoder)
     if not perturbations:
         return not_measured(NAME, why_not or "there is nothing to perturb")

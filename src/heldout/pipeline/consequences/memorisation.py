@@ -22,8 +22,8 @@ from heldout.pipeline.consequences.format import form_of
 from heldout.pipeline.types import Example
 
 NAME = "memorisation"
-#: Answers of each side that are read; SCIENCE §2 allows 200, half of them are in time on two cores.
-READ, FEWEST = 100, 20
+#: Answers of each side that are read. Each takes a pass of its own, on two cores a second with a long prompt.
+READ, FEWEST = 64, 20
 #: Answers that are read in one call: between two calls a job can be stopped.
 CHUNK = 10
 #: Membership AUC: 0.5 says that training answers are no likelier than unseen ones.
