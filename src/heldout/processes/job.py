@@ -324,10 +324,11 @@ def _succeed(outcome: Outcome, watch: DbWatch) -> None:
     watch.publish(adapter.best_step, adapter.checkpoint, best.as_dict())
     watch.db.mark_best(job.id, adapter.best_step)
     results = register(outcome, job, watch.name, watch.settings, watch.db, watch.blobs)
-    watch.db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))
+    # Before the two sentences that scripts wait for at a job's end.
     for served in outcome.served_rungs:
         text = f"The rung {served.rung} can be asked too: {rung_name(watch.name, served.rung)}"
         watch.db.add_event(Event(job_id=job.id, message=text))
+    watch.db.add_event(Event(job_id=job.id, message=f"New fine-tuned model created: {watch.name}"))
     done = Event(job_id=job.id, message="The job has successfully completed")
     watch.db.move_job(job.id, JobStatus.SUCCEEDED, done, estimated_finish=None, **results)
 
