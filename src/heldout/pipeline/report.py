@@ -141,7 +141,7 @@ table {{ border-collapse: collapse }} td {{ padding: .15em .8em .15em 0; vertica
 td.light {{ white-space: nowrap; font-weight: 600 }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
-td, li, p {{ overflow-wrap: anywhere }} td:first-child {{ overflow-wrap: normal }}
+td:last-child, li, p {{ overflow-wrap: anywhere }}
 .mistake {{ border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }}
 .mistake td {{ white-space: pre-wrap }} .mistake td:first-child {{ color: #5b6673; white-space: nowrap }}
 @media (max-width: 560px) {{ body {{ margin: 1em auto; font-size: 14px }} td {{ padding-right: .4em }} }}
