@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +92,9 @@ def decide(
     outcome, because, reasons = _outcome(case)
     by_cost = _by_cost(rungs, tuned)
     best = max(by_cost, key=lambda rung: rung.scores.mean)
-    as_good = next(rung for rung in by_cost if rung is best or _is_as_good(_compare(best, rung, clusters)))
-    if as_good is not best:
-        reasons.append(_cheaper(as_good, best, _compare(best, as_good, clusters)))
+    as_good, lead = _cheapest_as_good(by_cost, best, lambda rung: _compare(best, rung, clusters))
+    if lead:
+        reasons.append(_cheaper(as_good, best, lead))
     if crossfit:
         reasons.insert(1, crossfit.sentence)
     if look > 1:
@@ -143,9 +143,17 @@ def _by_cost(rungs: Sequence[Rung], tuned: Rung) -> list[Rung]:
     return [*plain, *sorted([*asked, tuned], key=lambda rung: rung.scores.prompt_tokens)]
 
 
-def _is_as_good(comparison: Comparison) -> bool:
-    """True when the better model is surely at most 3 points better than the other."""
-    return comparison.interval[1] <= AS_GOOD
+def _cheapest_as_good(
+    by_cost: Sequence[Rung], best: Rung, lead_over: Callable[[Rung], Comparison]
+) -> tuple[Rung, Comparison | None]:
+    """The first rung that the best one is surely at most 3 points better than, with its lead; or the best itself."""
+    for rung in by_cost:
+        if rung is best:
+            break
+        lead = lead_over(rung)
+        if lead.interval[1] <= AS_GOOD:
+            return rung, lead
+    return best, None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,6 +235,11 @@ def _directory(out: str | Path | None, suffix: str | None) -> Path:
     directory = Path(out or f"heldout-{suffix or datetime.now().strftime('%Y%m%d-%H%M%S')}")
     if (directory / report.JSON).exists():
         raise InvalidValue(f"{directory} already holds a finished job; choose another --out or delete it")
+    return make_folder(directory)
+
+
+def make_folder(directory: Path) -> Path:
+    """The folder, made if it is not there. Raises InvalidValue when it cannot be."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,7 @@ from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.graders.read import Ask, grader_json, grader_metric, read_grader
 from heldout.pipeline.evaluation import Answerer, Evaluation, Judged, Pairing, compare_models, evaluate_model, read_rows
 from heldout.pipeline.watch import Silent, Watch
-from heldout.processes.foreground import source
+from heldout.processes.foreground import make_folder, source
 from heldout.processes.talk import find_model
 from heldout.settings import Settings, read_settings
 
@@ -227,8 +227,4 @@ def _directory(out: str | Path | None) -> Path | None:
     directory = Path(out)
     if (directory / evaluation_report.JSON).exists():
         raise InvalidValue(f"{directory} already holds a report; choose another --out or delete it")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidValue(f"cannot write to {directory}: {error.strerror}") from error
-    return directory
+    return make_folder(directory)

@@ -35,13 +35,14 @@ def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, 
     ]
     db.add_model(Model(id=name, job_id=job.id, base_model=job.base_model, blobs=prefix, owned_by=settings.organization))
     for served in outcome.served_rungs:
-        put_adapter(blobs, f"adapters/{job.id}/rung-{served.rung}", served.directory)
+        prefix = f"adapters/{job.id}/rung-{served.rung}"
+        put_adapter(blobs, prefix, served.directory)
         db.add_model(
             Model(
                 id=rung_name(name, served.rung),
                 job_id=job.id,
                 base_model=served.base_model,
-                blobs=f"adapters/{job.id}/rung-{served.rung}",
+                blobs=prefix,
                 owned_by=settings.organization,
             )
         )
