@@ -164,6 +164,10 @@ def test_the_same_json_in_another_spelling_is_no_contradiction():
         ("?", "!", False),
         ("Straße", "STRASSE", True),
         ("C++", "C", False),
+        ("room 7, floor 3.", "room 7 floor 3", True),
+        ("from -5 to 5", "from 5 to 5", False),
+        ("version 1.2-3", "version 12-3", False),
+        ("n° ٣٫٥", "n° ٣٥", False),
     ],
 )
 def test_plain_text_has_no_case_and_punctuation_but_keeps_numbers(one: str, other: str, same: bool):
@@ -185,8 +189,9 @@ def test_similar_texts_meet_in_a_band_and_others_hardly_ever():
     similarity = np.array([jaccard(grams(one), grams(other)) for one, other in pairs])
     assert meet[similarity >= SIMILAR].mean() > 0.99
     assert meet[similarity < 0.15].mean() < 0.05
-    assert (np.array(apart)[similarity >= SIMILAR] <= DIFFERENT_BITS).mean() > 0.999
-    assert (np.array(apart)[similarity < 0.15] <= DIFFERENT_BITS).mean() < 0.1
+    for (_, bits), kept in zip(DIFFERENT_BITS, (0.999, 0.985, 0.84), strict=True):
+        assert (np.array(apart)[similarity >= SIMILAR] <= bits).mean() > kept
+        assert (np.array(apart)[similarity < 0.15] <= bits).mean() < 0.1
 
 
 def test_short_and_empty_texts_have_a_signature_of_their_own():

@@ -6,6 +6,7 @@ See docs/design/near-duplicates.md.
 from __future__ import annotations
 
 import re
+import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -24,15 +25,17 @@ SIMILAR = 0.7
 WORDY, SAME_WORDS = 60, 0.9
 #: Free answers to the same question are worded freely; above this they say the same.
 ALIKE_ANSWERS = 0.5
-#: Of the 64 bits of two sketches, so many may differ: at similarity 0.7 more do in 3 of 10,000 pairs, at 0.2 in 9 of
-#: 10 (binomial with (1 - similarity) / 2). Spares most texts from being read again.
-DIFFERENT_BITS = 20
+#: Of the 64 bits of two sketches, so many may differ among up to so many texts: at similarity 0.7 more than 20 do in
+#: 3 of 10,000 pairs, more than 16 in 1 of 100, more than 12 in 15 of 100 (at 0.8 in 1 of 100); at 0.2, 9 of 10 differ
+#: in more than 20 (binomial with (1 - similarity) / 2). Spares most texts from being read again: among many texts,
+#: most candidates are just not alike enough.
+DIFFERENT_BITS = ((50_000, 20), (500_000, 16), (sys.maxsize, 12))
 #: In a bucket of more texts than this, each is compared with a few that stand for the others.
 SMALL_BUCKET, REPRESENTATIVES = 12, 4
 #: A text that was compared so often in vain is not compared any more: in a big bucket, and at all. The latter is
-#: less where there are many texts, so that all of them together are not compared more often than IN_ALL.
-FEW_FAILED, MOST_FAILED, LEAST_FAILED, IN_ALL = 8, 40, 8, 2_000_000
-_CACHED_CHARACTERS = 500_000
+#: less where there are many texts, so that not many more than IN_ALL comparisons of all of them are in vain.
+FEW_FAILED, MOST_FAILED, LEAST_FAILED, IN_ALL = 8, 40, 2, 2_000_000
+_CACHED_CHARACTERS = 5_000_000
 _REMEMBERED = 500_000
 
 _DIGITS = re.compile(r"[\d]+")
@@ -132,8 +135,10 @@ class _Search:
         self.contrasts: list[tuple[int, int]] = []
         self._failed = array("H", bytes(2 * len(first)))  # how often a text was compared in vain
         self._most = max(LEAST_FAILED, min(MOST_FAILED, IN_ALL // max(1, len(first))))
+        self._different_bits = next(bits for texts, bits in DIFFERENT_BITS if len(first) <= texts)
         self._known: dict[int, Relation] = {}
-        self._grams: OrderedDict[tuple[str, int], frozenset[str]] = OrderedDict()
+        self._same_system: dict[tuple[int, int], bool] = {}  # few, however many rows
+        self._grams: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
         self._characters = 0
         self._answer, self._numbers, self._system, self._asked, self._length, self._sketch = (
             _quick(values) for values in (rows.answer, rows.numbers, rows.system, rows.asked, rows.length, rows.sketch)
@@ -213,12 +218,23 @@ class _Search:
         if short * 2 < long:
             return False
         if self._numbers[one] != self._numbers[other]:
-            return short >= WORDY and self._answer[one] == self._answer[other]
-        return (self._sketch[one] ^ self._sketch[other]).bit_count() <= DIFFERENT_BITS
+            may = short >= WORDY and self._answer[one] == self._answer[other]
+        else:
+            may = (self._sketch[one] ^ self._sketch[other]).bit_count() <= self._different_bits
+        return may and self._have_the_same_system(one, other)
+
+    def _have_the_same_system(self, one: int, other: int) -> bool:
+        pair = (self._system[one], self._system[other])
+        if pair[0] == pair[1]:
+            return True
+        known = self._same_system.get(pair)
+        if known is None:
+            if len(self._same_system) >= _REMEMBERED:
+                self._same_system.clear()
+            known = self._same_system[pair] = self._similarity("system", one, other) >= SIMILAR
+        return known
 
     def _ask_the_same(self, one: int, other: int) -> bool:
-        if self._system[one] != self._system[other] and self._similarity("system", one, other) < SIMILAR:
-            return False
         if self._asked[one] == self._asked[other]:
             return True
         if self._numbers[one] == self._numbers[other]:
@@ -228,7 +244,7 @@ class _Search:
     def _similarity(self, what: str, one: int, other: int) -> float:
         return jaccard(self._grams_of(what, one), self._grams_of(what, other))
 
-    def _grams_of(self, what: str, row: int) -> frozenset[str]:
+    def _grams_of(self, what: str, row: int) -> Hashes:
         """The grams of one of a row's texts; those asked for last are kept."""
         found = self._grams.get((what, row))
         if found is None:

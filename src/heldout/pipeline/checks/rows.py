@@ -52,18 +52,32 @@ def plain(text: str) -> str:
     A mark between two digits and a minus before one stay: 3.5 is not 35.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
-    deleted, beside_digits = _marks()
-    bare = beside_digits.sub("", text) if _DIGIT.search(text) else text.translate(deleted)
+    if _DIGIT.search(text):
+        found = "".join(sorted(set(text) & _marks()))
+        bare = _not_of_numbers(found).sub("", text) if found else text
+    else:
+        bare = text.translate(_deleted())
     return " ".join(bare.split()) or " ".join(text.split())
 
 
 @cache  # not at import: going through all of Unicode takes longer than some commands
-def _marks() -> tuple[dict[int, None], re.Pattern[str]]:
-    """All punctuation, to be deleted; and a pattern for those marks that may be beside digits."""
-    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P")
+def _marks() -> frozenset[str]:
+    """All punctuation."""
+    return frozenset(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P")
+
+
+@cache
+def _deleted() -> dict[int, None]:
+    return dict.fromkeys(map(ord, _marks()))
+
+
+@lru_cache(maxsize=4096)  # a pattern of all marks takes ten times longer than one of those that a text has
+def _not_of_numbers(marks: str) -> re.Pattern[str]:
+    """These marks, where they are not part of a number."""
     some = re.escape(marks)
-    but_minus = some.replace(re.escape("-"), "")
-    return dict.fromkeys(map(ord, marks)), re.compile(f"[{some}](?!\\d)|(?<!\\d)[{but_minus}](?=\\d)")
+    but_minus = re.escape(marks.replace("-", ""))
+    pattern = f"[{some}](?!\\d)"
+    return re.compile(f"{pattern}|(?<!\\d)[{but_minus}](?=\\d)" if but_minus else pattern)
 
 
 def asked_text(prompt: Sequence[Message]) -> str:
@@ -90,16 +104,37 @@ def canonical(answer: str) -> str:
     return fold(text)
 
 
-def grams(text: str) -> frozenset[str]:
-    """The text's character 4-grams (of the first MAX_CHARACTERS); a shorter text is one gram."""
-    text = text[:MAX_CHARACTERS]
-    return frozenset(text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1)))
+def grams(text: str) -> Hashes:
+    """The hashes of the text's character 4-grams (of the first MAX_CHARACTERS), each once, in order; a shorter text is
+    one gram."""
+    count = max(1, min(len(text), MAX_CHARACTERS) - GRAM + 1)
+    codes = _codes(text[:MAX_CHARACTERS].ljust(GRAM, "\0"))
+    hashed = _hash_grams([codes[shift : shift + count] for shift in range(GRAM)])
+    hashed.sort()
+    first = np.ones(len(hashed), bool)
+    np.not_equal(hashed[1:], hashed[:-1], out=first[1:])
+    return hashed[first]
 
 
-def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+def jaccard(one: Hashes, other: Hashes) -> float:
     """Shared grams over all grams."""
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
+    both = np.concatenate((one, other))
+    both.sort()
+    shared = int(np.count_nonzero(both[1:] == both[:-1]))
+    return shared / (len(both) - shared)
+
+
+def _codes(text: str) -> Hashes:
+    """The characters as numbers."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+
+
+def _hash_grams(characters: Sequence[Hashes]) -> Hashes:
+    """One hash of the first, second, ... characters of each gram."""
+    hashed = characters[0]
+    for more in characters[1:]:
+        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) ^ more
+    return hashed
 
 
 class Sampled(NamedTuple):
@@ -274,16 +309,13 @@ class Signed(NamedTuple):
 def sign(texts: Sequence[str]) -> Signed:
     """The texts' signatures."""
     # Three zeros between the texts, so that no gram lies in two of them.
-    codes = np.frombuffer("\0\0\0".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    codes = np.concatenate([codes, np.zeros(GRAM, np.uint32)]).astype(np.uint64)
+    codes = np.concatenate([_codes("\0\0\0".join(texts)), np.zeros(GRAM, np.uint64)])
     lengths = np.array([len(text) for text in texts])
     begins = np.concatenate([[0], np.cumsum(lengths + GRAM - 1)[:-1]])
     counts = np.maximum(1, lengths - GRAM + 1)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     where = np.arange(counts.sum()) + np.repeat(begins - starts, counts)
-    hashed = codes[where]
-    for shift in range(1, GRAM):
-        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) ^ codes[where + shift]
+    hashed = _hash_grams([codes[where + shift] for shift in range(GRAM)])
     hashed = (hashed * np.uint64(0xD6E8FEB86659FD93) >> np.uint64(32)).astype(np.uint32)
     signed = np.empty((BANDS, len(texts)), np.uint32)
     sketch = np.zeros(len(texts), np.uint64)
