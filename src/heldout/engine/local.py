@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from heldout.engine import catalogue, generate, likelihood, weights
+from heldout.engine import catalogue, generate, likelihood, rungs, weights
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
 from heldout.engine.encoder import LoadedEncoder
 from heldout.engine.template import ChatTemplate
@@ -94,6 +94,9 @@ class LocalEngine:
         progress: Progress | None = None,
     ) -> list[Reply]:
         """See Engine.chat."""
+        if counts := rungs.word_counts(model):
+            return counts.chat(conversations, progress)
+        model, conversations = rungs.with_its_shots(model, conversations)
         with self._lock, torch.no_grad():
             if encoder := self._encoder_called(model.base_model):
                 return encoder.chat(model, conversations, progress)
@@ -111,6 +114,9 @@ class LocalEngine:
         self, model: ModelRef, conversation: Sequence[Message], sampling: Sampling = Sampling()
     ) -> Iterator[Piece]:
         """See Engine.stream."""
+        if counts := rungs.word_counts(model):
+            return counts.stream(conversation)
+        model, [conversation] = rungs.with_its_shots(model, [conversation])
         with self._lock:
             if encoder := self._encoder_called(model.base_model):
                 return encoder.stream(model, conversation)
@@ -155,6 +161,9 @@ class LocalEngine:
         self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
     ) -> list[float]:
         """See Engine.log_probs."""
+        if counts := rungs.word_counts(model):
+            return counts.log_probs(conversations)
+        model, conversations = rungs.with_its_shots(model, conversations)
         with self._lock, torch.no_grad():
             if encoder := self._encoder_called(model.base_model):
                 return encoder.log_probs(model, conversations, progress)

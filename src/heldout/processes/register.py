@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heldout.engine.rungs import CONFIG, TENSORS
 from heldout.pipeline import report
 from heldout.records import File, Job, Model, now, rung_name
 from heldout.settings import Settings
-from heldout.store.blobs import Blobs
+from heldout.store.blobs import Blobs, put_files
 from heldout.store.db import Db
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, 
     db.add_model(Model(id=name, job_id=job.id, base_model=job.base_model, blobs=prefix, owned_by=settings.organization))
     for served in outcome.served_rungs:
         prefix = f"adapters/{job.id}/rung-{served.rung}"
-        put_adapter(blobs, prefix, served.directory)
+        names = [name for name in (TENSORS, CONFIG) if (served.directory / name).exists()]  # a prompt has no tensors
+        put_files(blobs, prefix, served.directory, names)
         db.add_model(
             Model(
                 id=rung_name(name, served.rung),
@@ -65,15 +67,5 @@ def add_file(db: Db, blobs: Blobs, path: Path, *, filename: str, purpose: str) -
 
 
 def put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
-    """Store an adapter's two files, and nothing else of a checkpoint's folder: both, or none that is new."""
-    before = set(blobs.keys(prefix))
-    put: list[str] = []
-    try:
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            with (folder / name).open("rb") as content:
-                blobs.put(f"{prefix}/{name}", content)
-            put.append(f"{prefix}/{name}")
-    except BaseException:
-        for key in set(put) - before:
-            blobs.delete(key)
-        raise
+    """Store an adapter's two files, and nothing else of a checkpoint's folder."""
+    put_files(blobs, prefix, folder, (TENSORS, CONFIG))
