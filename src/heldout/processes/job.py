@@ -353,6 +353,7 @@ def _request(job: Job, settings: Settings, db: Db, blobs: Blobs) -> Request:
         hyperparameters=Hyperparameters.parse(job.hyperparameters),
         directory=directory,
         keep_leaks=job.keep_leaks,
+        grader=job.grader,
         eval_budget=settings.eval_budget,
     )
 
