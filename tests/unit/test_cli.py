@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -366,6 +367,28 @@ def test_a_job_in_json_mode_prints_one_document_and_tells_its_story_on_stderr(fi
     )
     assert all(part in story for part in parts)
     assert "Traceback" not in story
+
+
+def test_the_printed_command_makes_the_same_model_again(finished: Finished) -> None:
+    report = json.loads(finished.run.out)
+    again = report["reproduce"]
+    folder = finished.out.parent
+    script = f'heldout() {{ "{sys.executable}" -m heldout "$@"; }}\n{again["command"]}'
+    environment = {**os.environ, "HELDOUT_DATA_DIR": str(folder / "again"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = folder / "out-again"
+    second = json.loads((made / "report.json").read_text())
+    for key in ("plan", "asked", "data", "rungs", "tuned"):
+        pairs = [one[key] if isinstance(one[key], list) else [one[key]] for one in (report, second)]
+        for one in (*pairs[0], *pairs[1]):
+            one.pop("ms_per_answer", None)
+        assert pairs[0] == pairs[1], key
+    assert second["training"]["curve"] == report["training"]["curve"]
+    weights = [(one / "adapter" / "adapter_model.safetensors").read_bytes() for one in (finished.out, made)]
+    assert weights[0] == weights[1]
+    sums = {part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in finished.files.items()}
+    assert {one["part"]: one["sha256"] for one in again["files"]} == sums
 
 
 def test_evaluate_gives_the_served_model_the_score_of_its_verdict(
