@@ -391,6 +391,26 @@ def test_the_printed_command_makes_the_same_model_again(finished: Finished) -> N
     assert {one["part"]: one["sha256"] for one in again["files"]} == sums
 
 
+def test_the_lines_of_the_model_card_load_the_adapter_and_answer_as_heldout_does(
+    finished: Finished, here: Callable[..., Run], tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    report = json.loads(finished.run.out)
+    card = ModelCard.load(finished.out / "adapter" / "README.md")
+    assert card.data.model_name == report["model"]
+    (result,) = card.data.eval_results
+    assert result.metric_value == round(report["tuned"]["score"], 4)
+    assert report["reproduce"]["command"].split(" --")[0] in card.text
+    (lines,) = [block for block in card.text.split("```python\n")[1:] if "PeftModel" in block]
+    asked = "item 7 of the list is red and has size 3"
+    code = lines.split("```")[0].replace("path/to/the/base/model", str(tiny_model)).replace("…", asked)
+    told = here("chat", finished.out, asked, "--max-tokens", "64").out.strip()
+    capsys.readouterr()
+    exec(code.replace("path/to/this/folder", str(finished.out / "adapter")), {})
+    assert capsys.readouterr().out.split("<|im_end|>")[0].strip() == told
+
+
 def test_evaluate_gives_the_served_model_the_score_of_its_verdict(
     finished: Finished, here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

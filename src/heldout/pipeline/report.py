@@ -39,7 +39,7 @@ td.light { white-space: nowrap; font-weight: 600; print-color-adjust: exact }
 """
 
 #: A light, its colour and its word: nobody has to tell red from green.
-_LIGHTS = {
+LIGHTS = {
     "ok": ("🟢", "#1a7f4b", "ok"),
     "warn": ("🟡", "#8a6d00", "warning"),
     "fail": ("🔴", "#b3261e", "fails"),
@@ -100,7 +100,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         "## Training",
         "",
-        f"{_ended(adapter)} {adapter.trained_parameters:,} parameters, "
+        f"{ended(adapter)} {adapter.trained_parameters:,} parameters, "
         f"{adapter.trained_tokens:,} tokens, {adapter.examples_per_second:.1f} examples a second, peak memory "
         f"{adapter.peak_memory_bytes / 2**30:.2f} GiB, {adapter.seconds:.0f} s.",
         "",
@@ -146,7 +146,7 @@ def page(outcome: Outcome) -> str:
 {f"<h2>More data?</h2><p>{html_text(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
 <h2>Training</h2>
 {charts.losses(adapter.curve, adapter.best_step, outcome.plan.total_steps)}
-<p>{html_text(_ended(adapter))}
+<p>{html_text(ended(adapter))}
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
 <h2>Plan</h2>
@@ -264,9 +264,9 @@ def _consequences(found: Sequence[Consequence]) -> list[str]:
     """The table of lights, and what the lit ones look like."""
     if not found:
         return []
-    found = _by_light(found)
+    found = by_light(found)
     shown = [f"- {one.name}: {markdown_text(example)}" for one in found for example in one.examples]
-    rows = [[" ".join(_LIGHTS[one.status][::2]), one.name, _plain(one)] for one in found]
+    rows = [[" ".join(LIGHTS[one.status][::2]), one.name, _plain(one)] for one in found]
     return [
         "",
         "## What training may have made worse",
@@ -280,9 +280,9 @@ def _consequences_table(found: Sequence[Consequence]) -> str:
     """The same as HTML."""
     if not found:
         return ""
-    found = _by_light(found)
+    found = by_light(found)
     rows = "".join(
-        f'<tr><td class=light style="color:{_LIGHTS[one.status][1]}">● {_LIGHTS[one.status][2]}</td>'
+        f'<tr><td class=light style="color:{LIGHTS[one.status][1]}">● {LIGHTS[one.status][2]}</td>'
         f"<td class=name>{one.name}</td><td>{html_text(_plain(one))}"
         f"{''.join(f'<br><small>{html_text(example)}</small>' for example in one.examples)}</td></tr>"
         for one in found
@@ -290,7 +290,7 @@ def _consequences_table(found: Sequence[Consequence]) -> str:
     return f"<h2>What training may have made worse</h2><table>{rows}</table>"
 
 
-def _by_light(found: Sequence[Consequence]) -> list[Consequence]:
+def by_light(found: Sequence[Consequence]) -> list[Consequence]:
     """What fails first, what was not measured last."""
     order = ("fail", "warn", "ok", "not_measured")
     return sorted(found, key=lambda one: order.index(one.status))
@@ -302,7 +302,7 @@ def _plain(one: Consequence) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _ended(adapter: Adapter) -> str:
+def ended(adapter: Adapter) -> str:
     """Why training ended, and why this checkpoint was taken: two sentences."""
     return " ".join(f"{text[:1].upper()}{text[1:]}." for text in (adapter.stopped, adapter.selection.reason))
 
