@@ -103,8 +103,10 @@ def tune(
         ),
     ] = False,
     grader: Annotated[
-        Path | None,
-        typer.Option("--grader", metavar="FILE", help="One of OpenAI's graders as JSON: scores instead of a metric."),
+        str | None,
+        typer.Option(
+            "--grader", metavar="FILE|JSON", help="One of OpenAI's graders as JSON: scores instead of a metric."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -245,7 +247,8 @@ Train = Annotated[
 ]
 MetricName = Annotated[str | None, typer.Option("--metric", help="How answers are scored. Default: what fits them.")]
 GraderFile = Annotated[
-    Path | None, typer.Option("--grader", metavar="FILE", help="One of OpenAI's graders as JSON, instead of a metric.")
+    str | None,
+    typer.Option("--grader", metavar="FILE|JSON", help="One of OpenAI's graders as JSON, instead of a metric."),
 ]
 JudgeUrl = Annotated[
     str | None, typer.Option(metavar="URL", help="Where the model of a score_model grader answers. Default: here.")

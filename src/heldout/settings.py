@@ -115,6 +115,15 @@ class Settings(BaseSettings):
         """Bytes a job may plan to fill: as set, else what the machine, or the container, has."""
         return int(self.memory_limit) or machine.memory_bytes()
 
+    @property
+    def of_jobs(self) -> dict[str, str]:
+        """The variables that decide what a job computes, as a job elsewhere would have to be told them."""
+        found = {"HELDOUT_THREADS": str(self.job_threads)}  # sums of products differ with their number
+        for name in ("precision", "eval_budget", "memory_limit"):
+            if (value := getattr(self, name)) != Settings.model_fields[name].default:
+                found[f"HELDOUT_{name.upper()}"] = str(int(value) if name == "memory_limit" else value)
+        return found
+
     def work(self, job_id: str) -> Path:
         """A job's working directory: resumable checkpoints, its log, its report."""
         return self.root / "jobs" / job_id

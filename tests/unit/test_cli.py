@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -366,6 +367,48 @@ def test_a_job_in_json_mode_prints_one_document_and_tells_its_story_on_stderr(fi
     )
     assert all(part in story for part in parts)
     assert "Traceback" not in story
+
+
+def test_the_printed_command_makes_the_same_model_again(finished: Finished) -> None:
+    report = json.loads(finished.run.out)
+    again = report["reproduce"]
+    folder = finished.out.parent
+    script = f'heldout() {{ "{sys.executable}" -m heldout "$@"; }}\n{again["command"]}'
+    environment = {**os.environ, "HELDOUT_DATA_DIR": str(folder / "again"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = folder / "out-again"
+    second = json.loads((made / "report.json").read_text())
+    for key in ("plan", "asked", "data", "rungs", "tuned"):
+        pairs = [one[key] if isinstance(one[key], list) else [one[key]] for one in (report, second)]
+        for one in (*pairs[0], *pairs[1]):
+            one.pop("ms_per_answer", None)
+        assert pairs[0] == pairs[1], key
+    assert second["training"]["curve"] == report["training"]["curve"]
+    weights = [(one / "adapter" / "adapter_model.safetensors").read_bytes() for one in (finished.out, made)]
+    assert weights[0] == weights[1]
+    sums = {part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in finished.files.items()}
+    assert {one["part"]: one["sha256"] for one in again["files"]} == sums
+
+
+def test_the_lines_of_the_model_card_load_the_adapter_and_answer_as_heldout_does(
+    finished: Finished, here: Callable[..., Run], tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    report = json.loads(finished.run.out)
+    card = ModelCard.load(finished.out / "adapter" / "README.md")
+    assert card.data.model_name == report["model"]
+    (result,) = card.data.eval_results
+    assert result.metric_value == round(report["tuned"]["score"], 4)
+    assert report["reproduce"]["command"].split(" --")[0] in card.text
+    (lines,) = [block for block in card.text.split("```python\n")[1:] if "PeftModel" in block]
+    asked = "item 7 of the list is red and has size 3"
+    code = lines.split("```")[0].replace("path/to/the/base/model", str(tiny_model)).replace("…", asked)
+    told = here("chat", finished.out, asked, "--max-tokens", "64").out.strip()
+    capsys.readouterr()
+    exec(code.replace("path/to/this/folder", str(finished.out / "adapter")), {})
+    assert capsys.readouterr().out.split("<|im_end|>")[0].strip() == told
 
 
 def test_evaluate_gives_the_served_model_the_score_of_its_verdict(

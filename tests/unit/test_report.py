@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -14,67 +15,18 @@ import pytest
 from heldout.pipeline import charts, released, report
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit, Fold
-from heldout.pipeline.hyperparameters import Hyperparameters
+from heldout.pipeline.findings import markdown_text
+from heldout.pipeline.hyperparameters import KNOBS
 from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.plan import make_plan
-from heldout.pipeline.selection import Candidate, Selection, select
-from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
-from heldout.pipeline.types import Finding
-from heldout.pipeline.verdict import decide
-from tests.unit.conftest import labelled, right, rung, split_of
-
-FACTS = ModelFacts(hidden_size=64, layers=2, context=512, parameters=1)
-
-ATTACK = "<script>alert(1)</script> | a"
-
-CURVE = (
-    CurvePoint(step=1, train_loss=2.5, train_accuracy=0.25),
-    CurvePoint(
-        step=2, train_loss=1.5, train_accuracy=0.5, valid_loss=1.25, valid_calibrated_loss=1.125, valid_accuracy=0.625
-    ),
-    CurvePoint(
-        step=3, train_loss=0.5, train_accuracy=1.0, valid_loss=1.75, valid_calibrated_loss=1.5, valid_accuracy=0.5
-    ),
-)
+from heldout.pipeline.selection import Candidate, Selection
+from tests.unit.conftest import right, rung
+from tests.unit.outcomes import ATTACK, CURVE, make_outcome
 
 
 @pytest.fixture
 def outcome(tmp_path: Path) -> Outcome:
-    split = split_of(labelled("train", 80), labelled("valid", 20), labelled("holdout", 100))
-    rungs = (
-        rung("constant", right(100, 30), kind="constant", description=f"always {ATTACK}"),
-        rung("zero-shot", right(100, 60), description="the prompt"),
-    )
-    tuned = rung("tuned", right(100, 90), kind="tuned", description="with the adapter")
-    return Outcome(
-        verdict=decide(rungs, tuned),
-        rungs=rungs,
-        tuned=tuned,
-        adapter=Adapter(
-            plan=make_plan(Hyperparameters(), split, FACTS, seed=5),
-            directory=tmp_path / "adapter",
-            checkpoint=tmp_path / "checkpoints",
-            best_step=2,
-            last_step=3,
-            curve=CURVE,
-            trained_tokens=12_345,
-            trained_parameters=678,
-            examples_per_second=9.5,
-            seconds=4.0,
-            peak_memory_bytes=3 * 2**29,
-            precision="float32",
-            learning_rate=1e-3,
-            stopped="all 3 steps taken",
-            selection=select([Candidate(kind="best_loss", step=2, valid_loss=0.5, scores=())], metric="exact match"),
-            proofs=(),
-        ),
-        plan=make_plan(Hyperparameters(), split, FACTS, seed=5),
-        split=split,
-        findings=(Finding(code="odd", severity="warning", message=ATTACK, file="<b>.jsonl", lines=(3,)),),
-        base_model="tiny<i>",
-        seconds=7.5,
-    )
+    return make_outcome(tmp_path)
 
 
 def test_wrong_answers_stand_beside_what_was_expected_as_texts(outcome: Outcome, tmp_path: Path) -> None:
@@ -149,7 +101,7 @@ def test_the_markdown_report_has_a_table_of_the_rungs(written: Path) -> None:
     rows = lines[head + 2 : lines.index("", head)]
     assert [row.split(" | ")[0] for row in rows] == ["| constant", "| zero-shot", "| tuned"]
     assert rows[1] == "| zero-shot | 60.0% | 50.2% to 69.1% |  |  | the prompt |"
-    assert ATTACK.replace("|", "\\|") in rows[0], "a bar in a text does not end the cell"
+    assert markdown_text(ATTACK) in rows[0], "a bar in a text does not end the cell, and a tag is none"
     assert "| 2 (kept) | 1.5000 | 1.2500 | 1.1250 |" in lines
     assert "| 3 | 0.5000 | 1.7500 | 1.5000 |" in lines
     assert not any(line.startswith("| 1 |") for line in lines), "nothing was validated at step 1"
@@ -171,7 +123,7 @@ def test_the_html_report_shows_texts_as_texts(written: Path) -> None:
     Reader().feed(page)
     assert "script" not in tags
     assert "i" not in tags, "from the base model's name"
-    assert sum(ATTACK in text for text in texts) == 2, "the finding and the rung's description"
+    assert sum(ATTACK in text for text in texts) == 3, "the finding, the rung's description and the command"
     assert any("tiny<i>" in text for text in texts)
     assert any("<b>.jsonl" in text for text in texts)
     assert {"h1", "svg", "table"} <= set(tags)
@@ -222,16 +174,16 @@ def test_a_report_of_a_cross_fitted_job_says_who_was_measured_and_shows_the_fold
     )
     whole = replace(outcome.split, valid=(), holdout=())
     crossfitted = replace(outcome, crossfit=found, adapter=measured_nothing, split=whole)
-    text, html = report.markdown(crossfitted), report.page(crossfitted)
-    for form in (text, html):
+    text, page = report.markdown(crossfitted), report.page(crossfitted)
+    for form in (text, page):
         assert "trained on 80 examples, judged on 100 examples, each answered by the one of 5 models" in form
         assert "the served model was trained on all rows and was itself not measured" in form
         assert "on the holdout" not in form
         assert "nobody trained on" not in form
         assert "validation loss" in form, "of the folds"
     assert "| 3 | 64 | 16 | 20 | 12 (1.5) | 0.1250 | 90.0% |" in text
-    assert "<td class=n>12 (1.5)</td>" in html
-    assert html.count("validation loss") == 1, "no line in the picture, no label"
+    assert "<td class=n>12 (1.5)</td>" in page
+    assert page.count("validation loss") == 1, "no line in the picture, no label"
     assert crossfitted.as_dict()["crossfit"]["folds"][4]["best_epoch"] == 1.5
     assert outcome.as_dict()["crossfit"] is None
 
@@ -270,7 +222,7 @@ def test_a_caveat_stands_before_every_number(outcome: Outcome, tmp_path: Path) -
     assert next(iter(found)) == "caveats"
     assert found["caveats"] == found["verdict"]["caveats"] == [caveat]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert text.index(caveat) < text.index("examples nobody trained on (but see above)")
+    assert text.index(markdown_text(caveat)) < text.index("examples nobody trained on (but see above)")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.index("2 of 100 holdout rows are in the training file &lt;t&gt;") < page.index("<ul>")
 
@@ -301,7 +253,7 @@ def test_the_report_says_whether_more_examples_would_pay(outcome: Outcome) -> No
     more = predict(curve, 100, rung=f"a rung {ATTACK}")
     told = replace(outcome, more_data=more)
     assert heading in report.markdown(told)
-    assert more.sentence in report.markdown(told)
+    assert markdown_text(more.sentence) in report.markdown(told)
     assert heading in report.page(told)
     assert ATTACK not in report.page(told)
     assert told.as_dict()["more_data"]["gain"] == more.gain
@@ -321,6 +273,38 @@ def test_the_lights_stand_in_the_report_the_worst_first_and_examples_are_texts(o
         places = [form.index(one) for one in ("It breaks", "It knows", "All fit", "Nobody is named")]
         assert places == sorted(places)
     assert "<script>" not in page
-    assert f"- fragility: {ATTACK.replace('|', chr(92) + '|')}" in text
+    assert f"- fragility: {markdown_text(ATTACK)}" in text
     assert [one["name"] for one in lit.as_dict()["consequences"]] == ["bias", "format", "fragility", "memorisation"]
     assert "may have made worse" not in report.markdown(outcome) + report.page(outcome)
+
+
+def test_the_report_has_every_hyperparameter_with_its_value_and_who_chose_it(outcome: Outcome) -> None:
+    rows = {row[0]: row[1:] for row in report.plan_rows(outcome)}
+    assert rows.keys() == outcome.plan.as_dict().keys() | KNOBS.keys()
+    assert all(value and why for value, _, why in rows.values()), "nothing is left blank"
+    assert {name for name, (_, origin, _) in rows.items() if origin == "asked"} == {"lora_r", "min_delta"}
+    assert {name for name, (_, origin, _) in rows.items() if origin == "default"} == KNOBS.keys() - {
+        "lora_r",
+        "min_delta",
+    }
+    assert rows["lora_r"] == ["8", "asked", "set in the request"]
+    assert rows["early_stopping"][0] == "true"
+    assert rows["metric"][:2] == ["exact match", "default"]
+    for name, (value, origin, _) in rows.items():
+        assert f"| {markdown_text(name)} | {value} | {origin} | " in report.markdown(outcome)
+        assert f"<td class=name>{name}</td><td class=n>{value}</td><td>{origin}</td>" in report.page(outcome)
+    assert outcome.as_dict()["asked"] == {"lora_r": 8, "early_stopping": {"min_delta": 0.5}}
+
+
+def test_the_report_ends_with_the_command_that_runs_it_again(written: Path, outcome: Outcome) -> None:
+    found = json.loads((written / "report.json").read_text(encoding="utf-8"))["reproduce"]
+    assert found == outcome.reproduction.as_dict()
+    assert found["files"] == [{"part": "train", "name": "<b>.jsonl", "bytes": 1234, "sha256": "5f" * 32}]
+    words = ("HELDOUT_PRECISION=float32 heldout tune '<b>.jsonl'", f"'--suffix={ATTACK}'", "--seed=5")
+    command = " \\\n  ".join(words)
+    text, page = ((written / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+    assert f"```sh\n{command}\n```" in text
+    assert f"<pre>{html.escape(command)}</pre>" in page
+    for form in (text, page):
+        assert "5f" * 32 in form
+        assert "Made by Heldout 0.1.0 with python 3.12.1." in form

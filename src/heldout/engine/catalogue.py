@@ -34,6 +34,12 @@ ENCODER_TYPES = frozenset(
     "roberta-prelayernorm convbert eurobert".split()
 )
 
+#: What the bundled models are called on the Hugging Face hub, where they come from.
+HUB_NAMES = {
+    DEFAULT_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    DEFAULT_ENCODER: "sentence-transformers/all-MiniLM-L6-v2",
+}
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -45,6 +51,12 @@ class Source:
     gguf: Path | None = None
     directory: Path | None = None
     hub_id: str | None = None
+
+
+def hub_name(base_model: str) -> str | None:
+    """What others call a resolved base model: its id on the hub; None for a directory."""
+    is_id = _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
+    return HUB_NAMES.get(base_model) or (base_model if is_id else None)
 
 
 def base_names(aliases: dict[str, str]) -> list[str]:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from heldout.pipeline import charts, findings, findings_page
+from heldout.pipeline import charts, findings, findings_page, layout
 from heldout.pipeline.evaluation import Evaluation, Pairing
-from heldout.pipeline.findings import escaped
+from heldout.pipeline.findings import escaped, markdown_text
 from heldout.pipeline.ladder import Rung
+from heldout.pipeline.layout import html_table, html_text, markdown_table
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 
 #: Characters of a text of the data that are shown.
 SHOWN_CHARACTERS = 200
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; color: #1c2530 }
-h1 { font-size: 1.4em; overflow-wrap: anywhere } h2 { font-size: 1.1em; margin-top: 1.6em }
-table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td { overflow-wrap: anywhere }
-th { font-weight: normal; color: #5b6673 } svg { width: 100%; height: auto } small { color: #5b6673 }
-"""
 
 Done = Evaluation | Pairing
 
@@ -37,22 +29,21 @@ def write(done: Done, directory: Path) -> None:
 
 def markdown(done: Done) -> str:
     """The report as a page of text."""
-    head = ("", "score", "95 % interval", "macro-F1", "ms per answer", "prompt tokens", "what it is")
     columns, rows = example_table(done)
     lines = [
-        f"# {_cell(title(done))}",
+        f"# {markdown_text(title(done))}",
         "",
-        *(f"{_cell(sentence)}." for sentence in sentences(done)),
+        *(f"{markdown_text(sentence)}." for sentence in sentences(done)),
         "",
-        *(f"- Mind: {_cell(note)}." for note in done.notes),
+        *(f"- Mind: {markdown_text(note)}." for note in done.notes),
         "",
-        *_table(head, [_rung_cells(rung) for rung in _ladder(done)]),
+        *markdown_table(layout.RUNG_COLUMNS, layout.rung_rows(_ladder(done)), layout.RUNG_NUMBERS),
         "",
-        *(_table(("", "value"), [list(row) for row in numbers(done)]) if isinstance(done, Pairing) else []),
+        *(markdown_table(("", "value"), numbers(done), ("value",)) if isinstance(done, Pairing) else []),
         "",
         f"## {rows_title(done)}",
         "",
-        *(_table(columns, rows) if rows else ["None."]),
+        *(markdown_table(columns, rows, ("line",)) if rows else ["None."]),
         "",
         "## Findings in the data",
         "",
@@ -65,26 +56,18 @@ def markdown(done: Done) -> str:
 def page(done: Done) -> str:
     """The report as one HTML file that needs nothing else."""
     columns, rows = example_table(done)
-    described = "".join(
-        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(escaped(rung.description))}</li>" for rung in _ladder(done)
-    )
-    pairs = _html_table(("", "value"), [list(row) for row in numbers(done)]) if isinstance(done, Pairing) else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Heldout: {html.escape(escaped(title(done)))}</title>
-<style>{_STYLE}{findings_page.STYLE}</style></head><body>
-<h1>{html.escape(escaped(title(done)))}</h1>
-{"".join(f"<p>{html.escape(escaped(sentence))}.</p>" for sentence in sentences(done))}
-{"".join(f"<p><small>Mind: {html.escape(escaped(note))}.</small></p>" for note in done.notes)}
+    body = f"""<h1>{html_text(title(done))}</h1>
+{"".join(f"<p>{html_text(sentence)}.</p>" for sentence in sentences(done))}
+{"".join(f"<p><small>Mind: {html_text(note)}.</small></p>" for note in done.notes)}
 {charts.intervals(_ladder(done))}
 <small>Points are means, bars 95&nbsp;% intervals, on {len(done.examples)} rows of the file.</small>
-<ul>{described}</ul>
-{pairs}
+{layout.html_rungs(_ladder(done))}
+{html_table(("", "value"), numbers(done), ("value",)) if isinstance(done, Pairing) else ""}
 <h2>{rows_title(done)}</h2>
-{_html_table(columns, rows) if rows else "<p>None.</p>"}
+{html_table(columns, rows, ("line",)) if rows else "<p>None.</p>"}
 <h2>Findings in the data</h2>
-{findings_page.cards(done.findings, {}) or "<p>None.</p>"}
-</body></html>
-"""
+{findings_page.cards(done.findings, {}) or "<p>None.</p>"}"""
+    return layout.html_page(title(done), body)
 
 
 def title(done: Done) -> str:
@@ -149,40 +132,9 @@ def _asked(done: Done, i: int) -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
+    # Here, for the terminal that prints these cells too.
     return escaped(text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…")
 
 
 def _ladder(done: Done) -> tuple[Rung, ...]:
     return done.rungs if isinstance(done, Pairing) else (*done.rungs, done.rung)
-
-
-def _rung_cells(rung: Rung) -> list[str]:
-    low, high = rung.scores.interval
-    macro = "" if rung.scores.macro_f1 is None else f"{rung.scores.macro_f1:.1%}"
-    return [
-        rung.name,
-        f"{rung.scores.mean:.1%}",
-        f"{low:.1%} to {high:.1%}",
-        macro,
-        *rung.costs,
-        rung.description,
-    ]
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-        *(f"| {' | '.join(map(_cell, row))} |" for row in rows),
-    ]
-
-
-def _html_table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{html.escape(column)}</th>" for column in head)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
-
-
-def _cell(text: str) -> str:
-    # Nothing of a file may become a tag, a link or a column of the page.
-    return "".join(f"\\{character}" if character in "\\`*_[]<>|" else character for character in escaped(text))

@@ -206,15 +206,15 @@ def markdown(findings: Iterable[Finding]) -> list[str]:
     for group in grouped(findings):
         for finding in group.shown:
             where = f", {place(finding.lines, at_most=10)}" if finding.lines else ""
-            head = f"{finding.severity}, `{finding.code}`, {_markdown_text(finding.file)}{where}"
-            lines.append(f"- {head}: {_markdown_text(finding.message)}")
+            head = f"{finding.severity}, `{finding.code}`, {markdown_text(finding.file)}{where}"
+            lines.append(f"- {head}: {markdown_text(finding.message)}")
         if group.more:
-            lines.append(f"- {group.severity}, `{group.code}`: {_markdown_text(name_more(group))}")
+            lines.append(f"- {group.severity}, `{group.code}`: {markdown_text(name_more(group))}")
     return lines or ["None."]
 
 
-def _markdown_text(text: str) -> str:
-    # Nothing of a file may become a tag or a link of the page.
+def markdown_text(text: str) -> str:
+    """A text of which nothing can become a tag, a link or a column of the page."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", escaped(text))
 
 

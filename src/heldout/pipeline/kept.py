@@ -10,10 +10,15 @@ from typing import Any
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` as JSON; whoever is killed meanwhile leaves what was there."""
+    write_whole(path, json.dumps(content))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`; whoever is killed meanwhile leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
-    with temporary.open("w") as out:
-        json.dump(content, out)
+    with temporary.open("w", encoding="utf-8") as out:
+        out.write(text)
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)

@@ -8,9 +8,11 @@ from typing import Any
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
+from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.reproduce import Reproduction
 from heldout.pipeline.served_rungs import ServedRung
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Finding, Split
@@ -29,6 +31,9 @@ class Outcome:
     split: Split
     findings: tuple[Finding, ...]
     base_model: str
+    kind: str  # of the base model: catalogue.CHAT or ENCODER
+    asked: Hyperparameters  # the plan has the rest
+    reproduction: Reproduction
     seconds: float
     crossfit: CrossFit | None = None  # where the scores come from, when there was no holdout
     mistakes: tuple[Mistake, ...] = ()  # of the tuned model, the most instructive ones
@@ -60,6 +65,7 @@ class Outcome:
             "more_data": self.more_data.as_dict() if self.more_data else None,
             "consequences": [one.as_dict() for one in self.consequences],
             "findings": [finding.as_dict() for finding in self.findings],
+            "asked": self.asked.as_dict(),
             "plan": self.plan.as_dict(),
             "training": {
                 "examples_per_second": adapter.examples_per_second,
@@ -77,5 +83,6 @@ class Outcome:
                 "curve": [point.as_dict() for point in adapter.curve],
             },
             "adapter": str(adapter.directory),
+            "reproduce": self.reproduction.as_dict(),
             "seconds": self.seconds,
         }

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
+
+from heldout.pipeline.findings import markdown_text
 
 
 def to_json(report: str, release: dict[str, Any]) -> str:
@@ -21,9 +22,7 @@ def to_json(report: str, release: dict[str, Any]) -> str:
 def to_markdown(report: str, release: dict[str, Any]) -> str:
     """`report.md` with a line below its headline."""
     headline, _, rest = report.partition("\n")
-    # A reason is text: nothing of it may become a tag or a link of the page.
-    said = re.sub(r"([\\`*_\[\]<>|])", r"\\\1", release["reason"])
-    return f"{headline}\n\n**{_released(release)}:** {said}\n{rest}"
+    return f"{headline}\n\n**{_released(release)}:** {markdown_text(release['reason'])}\n{rest}"
 
 
 def to_html(report: str, release: dict[str, Any]) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
-from heldout.pipeline import charts, findings, findings_page
+from heldout.pipeline import charts, findings, findings_page, layout
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
-from heldout.pipeline.ladder import Rung
+from heldout.pipeline.findings import markdown_text
+from heldout.pipeline.hyperparameters import KNOBS
+from heldout.pipeline.layout import html_table, html_text, markdown_code, markdown_table
 from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.outcome import Outcome
+from heldout.pipeline.reproduce import asked_values
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Finding
 from heldout.pipeline.verdict import Verdict
@@ -24,8 +27,19 @@ JSON, MARKDOWN, HTML, METRICS = "report.json", "report.md", "report.html", "metr
 
 FOLD_COLUMNS = ("fold", "trained on", "stopped by", "answered", "best step (epochs)", "validation loss", "score")
 
+PLAN_COLUMNS = ("hyperparameter", "value", "from", "why")
+AGAIN, FILE_COLUMNS = "Run it again", ("file", "used as", "bytes", "sha256")
+
+_STYLE = """
+h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
+h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
+td.light { white-space: nowrap; font-weight: 600; print-color-adjust: exact }
+.mistake { border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }
+.mistake td { white-space: pre-wrap } .mistake td:first-child { color: #5b6673; white-space: nowrap }
+"""
+
 #: A light, its colour and its word: nobody has to tell red from green.
-_LIGHTS = {
+LIGHTS = {
     "ok": ("🟢", "#1a7f4b", "ok"),
     "warn": ("🟡", "#8a6d00", "warning"),
     "fail": ("🔴", "#b3261e", "fails"),
@@ -68,34 +82,25 @@ def markdown(outcome: Outcome) -> str:
     lines = [
         f"# {_HEADLINES[verdict.outcome]}",
         "",
-        *(f"**Mind: {caveat}.**\n" for caveat in verdict.caveats),
-        f"`{outcome.base_model}`, {_parts(outcome)}.",
+        *(f"**Mind: {markdown_text(caveat)}.**\n" for caveat in verdict.caveats),
+        f"{markdown_text(outcome.base_model)}, {markdown_text(_parts(outcome))}.",
         "",
-        *(f"- {reason}" for reason in verdict.reasons),
+        *(f"- {markdown_text(reason)}" for reason in verdict.reasons),
         "",
-        f"The cheapest rung that is as good as the best: **{verdict.cheapest_as_good}**.",
+        f"The cheapest rung that is as good as the best: **{markdown_text(verdict.cheapest_as_good)}**.",
         "",
         f"## {_question(outcome)}",
         "",
-        "| rung | score | 95 % interval | ms per answer | prompt tokens | what it is |",
-        "|---|--:|--:|--:|--:|---|",
-    ]
-    for rung in (*outcome.rungs, outcome.tuned):
-        low, high = rung.scores.interval
-        lines.append(
-            f"| {rung.name} | {rung.scores.mean:.1%} | {low:.1%} to {high:.1%} | {' | '.join(rung.costs)} | "
-            f"{_cell(rung.explained)} |"
-        )
-    lines += [
+        *markdown_table(layout.RUNG_COLUMNS, layout.rung_rows((*outcome.rungs, outcome.tuned)), layout.RUNG_NUMBERS),
         *_consequences(outcome.consequences),
         *_mistakes(outcome),
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
-        *(["", "## General skills", "", skills] if (skills := general_skills(verdict)) else []),
-        *(["", "## More data?", "", outcome.more_data.sentence] if outcome.more_data else []),
+        *(["", "## General skills", "", markdown_text(skills)] if (skills := general_skills(verdict)) else []),
+        *(["", "## More data?", "", markdown_text(outcome.more_data.sentence)] if outcome.more_data else []),
         "",
         "## Training",
         "",
-        f"{_ended(adapter)} {adapter.trained_parameters:,} parameters, "
+        f"{ended(adapter)} {adapter.trained_parameters:,} parameters, "
         f"{adapter.trained_tokens:,} tokens, {adapter.examples_per_second:.1f} examples a second, peak memory "
         f"{adapter.peak_memory_bytes / 2**30:.2f} GiB, {adapter.seconds:.0f} s.",
         "",
@@ -103,12 +108,15 @@ def markdown(outcome: Outcome) -> str:
         "",
         "## Plan",
         "",
-        "| hyperparameter | value | why |",
-        "|---|--:|---|",
-        *(
-            f"| {name} | {_value(choice['value'])} | {_cell(choice['reason'])} |"
-            for name, choice in outcome.plan.as_dict().items()
-        ),
+        *markdown_table(PLAN_COLUMNS, plan_rows(outcome), ("value",)),
+        "",
+        f"## {AGAIN}",
+        "",
+        *markdown_code(outcome.reproduction.shown, "sh"),
+        "",
+        *markdown_table(FILE_COLUMNS, file_rows(outcome), ("bytes",)),
+        "",
+        markdown_text(outcome.reproduction.sentence),
         "",
         "## Findings in the data",
         "",
@@ -121,76 +129,73 @@ def markdown(outcome: Outcome) -> str:
 def page(outcome: Outcome) -> str:
     """The report as one HTML file that needs nothing else."""
     verdict, adapter = outcome.verdict, outcome.adapter
-    plan = "".join(
-        f"<tr><td>{name}</td><td class=n>{_value(choice['value'])}</td><td>{html.escape(choice['reason'])}</td></tr>"
-        for name, choice in outcome.plan.as_dict().items()
-    )
-    rungs = "".join(
-        f"<li><b>{html.escape(rung.name)}</b>: {html.escape(rung.explained)}"
-        f"{f' <small>({costs})</small>' if (costs := _cost_sentence(rung)) else ''}</li>"
-        for rung in (*outcome.rungs, outcome.tuned)
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Heldout: {_HEADLINES[verdict.outcome]}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; color: #1c2530 }}
-h1 {{ display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff }}
-h1.ship {{ background: #1a7f4b }} h1.dont_ship {{ background: #b3261e }} h1.inconclusive {{ background: #8a6d00 }}
-table {{ border-collapse: collapse }} td {{ padding: .15em .8em .15em 0; vertical-align: top }}
-td.light {{ white-space: nowrap; font-weight: 600 }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
-svg {{ width: 100%; height: auto }} small {{ color: #5b6673 }}
-td:last-child, li, p {{ overflow-wrap: anywhere }}
-.mistake {{ border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }}
-.mistake td {{ white-space: pre-wrap }} .mistake td:first-child {{ color: #5b6673; white-space: nowrap }}
-@media (max-width: 560px) {{ body {{ margin: 1em auto; font-size: 14px }} td {{ padding-right: .4em }} }}
-@media print {{ body {{ max-width: none; margin: 0 }} h1, .light, svg {{ print-color-adjust: exact }}
-h2 {{ break-after: avoid }} }}
-{findings_page.STYLE}</style></head><body>
-<h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
-{"".join(f"<p><b>Mind: {html.escape(caveat)}.</b></p>" for caveat in verdict.caveats)}
-<p>{html.escape(outcome.base_model)}, {_parts(outcome)}.</p>
-<ul>{"".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)}</ul>
-<p>The cheapest rung that is as good as the best: <b>{html.escape(verdict.cheapest_as_good)}</b>.</p>
+    rungs = (*outcome.rungs, outcome.tuned)
+    body = f"""<h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
+{"".join(f"<p><b>Mind: {html_text(caveat)}.</b></p>" for caveat in verdict.caveats)}
+<p>{html_text(outcome.base_model)}, {_parts(outcome)}.</p>
+<ul>{"".join(f"<li>{html_text(reason)}</li>" for reason in verdict.reasons)}</ul>
+<p>The cheapest rung that is as good as the best: <b>{html_text(verdict.cheapest_as_good)}</b>.</p>
 <h2>{_question(outcome)}</h2>
-{charts.intervals((*outcome.rungs, outcome.tuned))}
+{charts.intervals(rungs)}
 <small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
-<ul>{rungs}</ul>
+{layout.html_rungs(rungs)}
 {_consequences_table(outcome.consequences)}
 {_mistakes_table(outcome)}
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
-{f"<h2>General skills</h2><p>{html.escape(skills)}</p>" if (skills := general_skills(verdict)) else ""}
-{f"<h2>More data?</h2><p>{html.escape(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
+{f"<h2>General skills</h2><p>{html_text(skills)}</p>" if (skills := general_skills(verdict)) else ""}
+{f"<h2>More data?</h2><p>{html_text(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
 <h2>Training</h2>
 {charts.losses(adapter.curve, adapter.best_step, outcome.plan.total_steps)}
-<p>{html.escape(_ended(adapter))}
+<p>{html_text(ended(adapter))}
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
-<h2>Plan</h2><table>{plan}</table>
+<h2>Plan</h2>
+{html_table(PLAN_COLUMNS, plan_rows(outcome), ("value",))}
+<h2>{AGAIN}</h2>
+<pre>{escape(outcome.reproduction.shown)}</pre>
+{html_table(FILE_COLUMNS, file_rows(outcome), ("bytes",))}
+<p><small>{html_text(outcome.reproduction.sentence)}</small></p>
 <h2>Findings in the data</h2>
-{findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}
-</body></html>
-"""
+{findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}"""
+    return layout.html_page(_HEADLINES[verdict.outcome], body, _STYLE)
+
+
+def plan_rows(outcome: Outcome) -> list[list[str]]:
+    """Every hyperparameter with its value, who chose it, and why."""
+    asked = asked_values(outcome.asked)
+
+    def origin(name: str) -> str:
+        return "asked" if name in asked else "default" if name in KNOBS else "derived"
+
+    rows = [
+        [name, _value(choice["value"]), origin(name), choice["reason"]]
+        for name, choice in outcome.plan.as_dict().items()
+    ]
+    # Not the plan's: nothing of training depends on them.
+    why = "set in the request" if "metric" in asked else "what fits the training answers, or the grader that was given"
+    rung = "set in the request" if "tuned_encoder" in asked else "auto: it costs a training of its own"
+    return [
+        *rows,
+        ["metric", outcome.tuned.scores.metric, origin("metric"), why],
+        ["tuned_encoder", _value(bool(outcome.asked.tuned_encoder)), origin("tuned_encoder"), rung],
+    ]
+
+
+def file_rows(outcome: Outcome) -> list[list[str]]:
+    """The files of the job, so that somebody can tell whether theirs are the same."""
+    return [[one.name, one.part, f"{one.bytes:,}", one.sha256] for one in outcome.reproduction.files]
 
 
 def _mistakes(outcome: Outcome) -> list[str]:
     """Wrong answers as a table."""
     if not outcome.mistakes:
         return []
+    head = ("line", "how often", "asked", "expected", "tuned", outcome.verdict.best_baseline)
     rows = [
-        f"| {one.line} | {_alike(one)} | {_cell(_short(one.asked))} | {_cell(_short(one.expected))} | "
-        f"{_cell(_short(one.tuned))} | {_cell(_short(one.baseline))} |"
+        [str(one.line), _alike(one), *map(_short, (one.asked, one.expected, one.tuned, one.baseline))]
         for one in outcome.mistakes
     ]
-    return [
-        "",
-        f"## {MISTAKES}",
-        "",
-        f"| line | how often | asked | expected | tuned | {outcome.verdict.best_baseline} |",
-        "|--:|--:|---|---|---|---|",
-        *rows,
-    ]
+    return ["", f"## {MISTAKES}", "", *markdown_table(head, rows, ("line", "how often"))]
 
 
 def _mistakes_table(outcome: Outcome) -> str:
@@ -203,9 +208,8 @@ def _mistakes_table(outcome: Outcome) -> str:
             ("tuned", one.tuned),
             (outcome.verdict.best_baseline, one.baseline),
         )
-        return "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(_short(text))}</td></tr>" for name, text in pairs
-        )
+        # Lines of a text stay lines here: `escape`, not `html_text`.
+        return "".join(f"<tr><td>{escape(name)}</td><td>{escape(_short(text))}</td></tr>" for name, text in pairs)
 
     found = "".join(
         f"<div class=mistake><small>line {one.line}, {_alike(one)}</small><table>{rows(one)}</table></div>"
@@ -222,12 +226,6 @@ def _alike(one: Mistake) -> str:
 def _short(text: str) -> str:
     """The beginning of a long text; the files have the rest."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-
-
-def _cost_sentence(rung: Rung) -> str:
-    """The same in words, for the page."""
-    words = zip(rung.costs, ("ms an answer", "prompt tokens"), strict=True)
-    return ", ".join(f"{number} {word}" for number, word in words if number)
 
 
 def _ordered(outcome: Outcome) -> tuple[Finding, ...]:
@@ -271,18 +269,14 @@ def _consequences(found: Sequence[Consequence]) -> list[str]:
     """The table of lights, and what the lit ones look like."""
     if not found:
         return []
-    found = _by_light(found)
-    shown = [f"- {one.name}: {_cell(example)}" for one in found for example in one.examples]
+    found = by_light(found)
+    shown = [f"- {one.name}: {markdown_text(example)}" for one in found for example in one.examples]
+    rows = [[" ".join(LIGHTS[one.status][::2]), one.name, _plain(one)] for one in found]
     return [
         "",
         "## What training may have made worse",
         "",
-        "| | consequence | what was measured |",
-        "|---|---|---|",
-        *(
-            f"| {_LIGHTS[one.status][0]} {_LIGHTS[one.status][2]} | {one.name} | {_cell(_plain(one))} |"
-            for one in found
-        ),
+        *markdown_table(("", "consequence", "what was measured"), rows),
         *(["", "Examples:", "", *shown] if shown else []),
     ]
 
@@ -291,17 +285,17 @@ def _consequences_table(found: Sequence[Consequence]) -> str:
     """The same as HTML."""
     if not found:
         return ""
-    found = _by_light(found)
+    found = by_light(found)
     rows = "".join(
-        f'<tr><td class=light style="color:{_LIGHTS[one.status][1]}">● {_LIGHTS[one.status][2]}</td>'
-        f"<td>{one.name}</td><td>{html.escape(_plain(one))}"
-        f"{''.join(f'<br><small>{html.escape(example)}</small>' for example in one.examples)}</td></tr>"
+        f'<tr><td class=light style="color:{LIGHTS[one.status][1]}">● {LIGHTS[one.status][2]}</td>'
+        f"<td class=name>{one.name}</td><td>{html_text(_plain(one))}"
+        f"{''.join(f'<br><small>{html_text(example)}</small>' for example in one.examples)}</td></tr>"
         for one in found
     )
     return f"<h2>What training may have made worse</h2><table>{rows}</table>"
 
 
-def _by_light(found: Sequence[Consequence]) -> list[Consequence]:
+def by_light(found: Sequence[Consequence]) -> list[Consequence]:
     """What fails first, what was not measured last."""
     order = ("fail", "warn", "ok", "not_measured")
     return sorted(found, key=lambda one: order.index(one.status))
@@ -313,52 +307,41 @@ def _plain(one: Consequence) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _ended(adapter: Adapter) -> str:
+def ended(adapter: Adapter) -> str:
     """Why training ended, and why this checkpoint was taken: two sentences."""
     return " ".join(f"{text[:1].upper()}{text[1:]}." for text in (adapter.stopped, adapter.selection.reason))
 
 
 def _validations(adapter: Adapter) -> list[str]:
     """The table of validation losses, if there were validations."""
-    measured = [point for point in adapter.curve if point.valid_loss is not None]
-    if not measured:
-        return []
-    return [
-        "| step | training loss | validation loss | calibrated |",
-        "|--:|--:|--:|--:|",
-        *(
-            f"| {point.step}{' (kept)' if point.step == adapter.best_step else ''} | {point.train_loss:.4f} | "
-            f"{point.valid_loss:.4f} | {point.valid_calibrated_loss:.4f} |"
-            for point in measured
-        ),
+    rows = [
+        [
+            f"{point.step}{' (kept)' if point.step == adapter.best_step else ''}",
+            *(f"{loss:.4f}" for loss in (point.train_loss, point.valid_loss, point.valid_calibrated_loss)),
+        ]
+        for point in adapter.curve
+        if point.valid_loss is not None
     ]
+    head = ("step", "training loss", "validation loss", "calibrated")
+    return markdown_table(head, rows, head) if rows else []
 
 
 def _folds(crossfit: CrossFit) -> list[str]:
     """The table of the folds."""
-    rows = [" | ".join(cells) for cells in _fold_cells(crossfit)]
     return [
         "",
         "## Folds",
         "",
         f"{crossfit.sentence[:1].upper()}{crossfit.sentence[1:]}.",
         "",
-        f"| {' | '.join(FOLD_COLUMNS)} |",
-        f"|{'--:|' * len(FOLD_COLUMNS)}",
-        *(f"| {row} |" for row in rows),
+        *markdown_table(FOLD_COLUMNS, _fold_cells(crossfit), FOLD_COLUMNS),
     ]
 
 
 def _folds_table(crossfit: CrossFit) -> str:
     """The same as HTML."""
-    head = "".join(f"<td class=n>{column}</td>" for column in FOLD_COLUMNS)
-    rows = "".join(
-        f"<tr>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>" for cells in _fold_cells(crossfit)
-    )
-    return (
-        f"<h2>Folds</h2><p>{html.escape(crossfit.sentence[:1].upper() + crossfit.sentence[1:])}.</p>"
-        f"<table><tr>{head}</tr>{rows}</table>"
-    )
+    sentence = html_text(crossfit.sentence[:1].upper() + crossfit.sentence[1:])
+    return f"<h2>Folds</h2><p>{sentence}.</p>{html_table(FOLD_COLUMNS, _fold_cells(crossfit), FOLD_COLUMNS)}"
 
 
 def _fold_cells(crossfit: CrossFit) -> list[list[str]]:
@@ -377,10 +360,8 @@ def _fold_cells(crossfit: CrossFit) -> list[list[str]]:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -35,6 +35,9 @@ class Request:
     directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
     eval_budget: float | None = None  # seconds for probes of the tuned model; None: as long as its training took
     grader: dict[str, Any] | None = None  # OpenAI's, as JSON; instead of `hyperparameters.metric`
+    suffix: str | None = None  # the user's name for the model
+    #: Variables by which the operator's settings change what is computed (Settings.of_jobs).
+    environment: dict[str, str] = field(default_factory=dict)
     keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
 
 

@@ -34,6 +34,7 @@ from heldout.pipeline.mistakes import instructive_mistakes
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
+from heldout.pipeline.reproduce import Reproduction, reproduction_of
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder, serve_shots, serve_word_counts
 from heldout.pipeline.split import SMALL, split_dataset
@@ -72,6 +73,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     if facts.kind == catalogue.CHAT:  # an encoder says labels, no facts
         findings = with_the_base_models_word(findings, tools.engine, request.base_model, parts.train, tools.watch)
     tell_findings(findings, tools.watch)
+    reproduction = reproduction_of(request)
 
     more = more_data(parts, request, facts, tools)
     few = parts.holdout is None and is_small(parts.train)
@@ -98,6 +100,9 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         split=made.split,
         findings=(*findings, *made.left_out),
         base_model=request.base_model,
+        kind=facts.kind,
+        asked=request.hyperparameters,
+        reproduction=with_precision(reproduction, made.adapter, facts),
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
         consequences=consequences,
@@ -110,6 +115,14 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     first = ". ".join((verdict.outcome, *verdict.caveats, verdict.reasons[0]))
     tools.watch.message(f"Verdict: {first}", data={"outcome": verdict.outcome})
     return outcome
+
+
+def with_precision(reproduction: Reproduction, adapter: Adapter, facts: ModelFacts) -> Reproduction:
+    """Told the precision that was probed here: another machine's probe may choose another. A classifier has one."""
+    if facts.kind == catalogue.ENCODER:
+        return reproduction
+    environment = reproduction.environment | {"HELDOUT_PRECISION": adapter.precision}
+    return replace(reproduction, environment=dict(sorted(environment.items())))
 
 
 def look_at_files(request: Request, facts: ModelFacts, tools: Tools) -> tuple[Parts, tuple[Finding, ...]]:

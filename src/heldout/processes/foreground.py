@@ -18,6 +18,7 @@ from heldout.pipeline.evaluate.graders.read import checked_grader, grader_json
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
+from heldout.pipeline.reproduce import UsedFile
 from heldout.pipeline.request import Request, Source
 from heldout.pipeline.run import run_job
 from heldout.pipeline.verdict import Verdict
@@ -80,7 +81,7 @@ def tune(
     graded_by = checked_grader(None if grader is None else grader_json(grader), metric=asked.metric)
     training = source(train)
     valid, held = (source(path) if path else None for path in (validation, holdout))
-    catalogue.resolve(model, settings.model_aliases, allow_paths=True)
+    base_model = catalogue.resolve(model, settings.model_aliases, allow_paths=True).name
     # torch and transformers come in here: bad arguments are told before.
     from heldout.processes.tools import local_tools
 
@@ -89,7 +90,7 @@ def tune(
         directory,
         {
             "model": model,
-            "files": [_checksum(one) for one in (training, valid, held)],
+            "files": [one and UsedFile.read("", one).sha256 for one in (training, valid, held)],
             "hyperparameters": asked.as_dict(),
             **({"grader": graded_by} if graded_by else {}),
             **({"keep_leaks": True} if keep_leaks else {}),  # absent in the notes of earlier versions
@@ -105,13 +106,15 @@ def tune(
         look=lambda examples: db.look(look, [fingerprint(one.messages) for one in examples]),
     )
     request = Request(
-        base_model=model,
+        base_model=base_model,
         training=training,
         validation=valid,
         holdout=held,
         seed=seed,
         hyperparameters=asked,
         directory=directory,
+        suffix=suffix,
+        environment=settings.of_jobs,
         keep_leaks=keep_leaks,
         eval_budget=settings.eval_budget,
         grader=graded_by,
@@ -119,7 +122,7 @@ def tune(
     outcome = run_job(request, tools)
     tools.engine.close()
     return Result(
-        model=_remember(outcome, request, recorder, settings, model=model, suffix=suffix),
+        model=_remember(outcome, request, recorder, settings, model=model),
         verdict=outcome.verdict,
         rungs=outcome.rungs,
         tuned=outcome.tuned,
@@ -148,16 +151,6 @@ def _same_request(directory: Path, request: dict[str, Any], seed: int | None) ->
     return seed
 
 
-def _checksum(one: Source | None) -> str | None:
-    if one is None:
-        return None
-    digest = hashlib.sha256()
-    with one.open() as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class Recorder:
     """Passes everything on to another watch and keeps the sentences for the job's row."""
 
@@ -174,12 +167,9 @@ class Recorder:
         return getattr(self._watch, name)
 
 
-def _remember(
-    outcome: Outcome, request: Request, recorder: Recorder, settings: Settings, *, model: str, suffix: str | None
-) -> str:
+def _remember(outcome: Outcome, request: Request, recorder: Recorder, settings: Settings, *, model: str) -> str:
     """Enter the finished job in the data directory, where the server's jobs are; the model's name."""
     db, blobs = open_db(settings.database), open_blobs(settings.blobs)
-    base = catalogue.resolve(model, settings.model_aliases, allow_paths=True).name
     files = {
         part: add_file(db, blobs, Path(one.name), filename=Path(one.name).name, purpose="fine-tune")
         for part, one in (
@@ -191,8 +181,8 @@ def _remember(
     }
     job = Job(
         model=model,
-        base_model=base,
-        suffix=suffix,
+        base_model=request.base_model,
+        suffix=request.suffix,
         seed=request.seed,
         hyperparameters=request.hyperparameters.as_dict(),
         plan=outcome.plan.as_dict(),
@@ -202,7 +192,7 @@ def _remember(
         keep_leaks=request.keep_leaks,
         started_at=now() - round(outcome.seconds),
     )
-    name = fine_tuned_name(model, settings.organization, suffix, job.id)
+    name = fine_tuned_name(model, settings.organization, request.suffix, job.id)
     results = register(outcome, job, name, settings, db, blobs)
     # Added as a whole when everything is there: a worker never sees it unfinished.
     db.add_job(

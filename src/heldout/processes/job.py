@@ -352,6 +352,8 @@ def _request(job: Job, settings: Settings, db: Db, blobs: Blobs) -> Request:
         seed=job.seed,
         hyperparameters=Hyperparameters.parse(job.hyperparameters),
         directory=directory,
+        suffix=job.suffix,
+        environment=settings.of_jobs,
         keep_leaks=job.keep_leaks,
         grader=job.grader,
         eval_budget=settings.eval_budget,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heldout.engine.rungs import CONFIG, TENSORS
-from heldout.pipeline import report
+from heldout.pipeline import model_card, report
 from heldout.records import File, Job, Model, now, rung_name
 from heldout.settings import Settings
 from heldout.store.blobs import Blobs, put_files
@@ -28,7 +28,8 @@ def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, 
     """Make the tuned model callable as `name`, and cheaper rungs as `rung_name` says; the fields of the job's row
     that say so."""
     prefix = f"adapters/{job.id}/final"
-    put_adapter(blobs, prefix, outcome.adapter.directory)
+    model_card.write(outcome, name)
+    put_adapter(blobs, prefix, outcome.adapter.directory, with_card=True)
     directory = outcome.adapter.directory.parent
     files = [
         add_file(db, blobs, directory / stored, filename=filename, purpose="fine-tune-results")
@@ -37,8 +38,8 @@ def register(outcome: Outcome, job: Job, name: str, settings: Settings, db: Db, 
     db.add_model(Model(id=name, job_id=job.id, base_model=job.base_model, blobs=prefix, owned_by=settings.organization))
     for served in outcome.served_rungs:
         prefix = f"adapters/{job.id}/rung-{served.rung}"
-        names = [name for name in (TENSORS, CONFIG) if (served.directory / name).exists()]  # a prompt has no tensors
-        put_files(blobs, prefix, served.directory, names)
+        model_card.write_rung(outcome, served, rung_name(name, served.rung))
+        put_adapter(blobs, prefix, served.directory, with_card=True)
         db.add_model(
             Model(
                 id=rung_name(name, served.rung),
@@ -66,6 +67,10 @@ def add_file(db: Db, blobs: Blobs, path: Path, *, filename: str, purpose: str) -
     return file.id
 
 
-def put_adapter(blobs: Blobs, prefix: str, folder: Path) -> None:
-    """Store an adapter's two files, and nothing else of a checkpoint's folder."""
-    put_files(blobs, prefix, folder, (TENSORS, CONFIG))
+def put_adapter(blobs: Blobs, prefix: str, folder: Path, *, with_card: bool = False) -> None:
+    """Store an adapter's files, and nothing else of a checkpoint's folder. A prompt that is served has no tensors.
+
+    `with_card`: its model card too. A checkpoint has none of ours: nothing was measured of it.
+    """
+    tensors = (TENSORS,) if (folder / TENSORS).exists() else ()
+    put_files(blobs, prefix, folder, (*tensors, CONFIG, *((model_card.FILE,) if with_card else ())))

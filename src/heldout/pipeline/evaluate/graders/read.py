@@ -301,9 +301,11 @@ def _is_number(value: Any) -> bool:
 
 
 def grader_json(grader: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """A grader's JSON: itself, or what is in a file. Raises InvalidValue."""
+    """A grader's JSON: itself, as text, or what is in a file. Raises InvalidValue."""
     if isinstance(grader, dict):
         return grader
+    if str(grader).lstrip().startswith("{"):
+        return parse_grader(str(grader).encode(), "the grader")
     file = Path(grader)
     if not file.is_file():
         raise InvalidValue(f"There is no file {file}", param="grader")
