@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import heldout
 from heldout.pipeline.findings import escaped
 from heldout.pipeline.hyperparameters import KNOBS, Hyperparameters
 from heldout.pipeline.request import Request, Source
@@ -107,7 +106,7 @@ def reproduction_of(request: Request) -> Reproduction:
         environment=dict(sorted(request.environment.items())),
         files=tuple(UsedFile.read(part, source) for part, source in parts if source),
         versions={
-            "heldout": heldout.__version__,
+            "heldout": version("heldout"),
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
         },
