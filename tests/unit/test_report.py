@@ -292,7 +292,7 @@ def test_the_report_has_every_hyperparameter_with_its_value_and_who_chose_it(out
     assert rows["metric"][:2] == ["exact match", "default"]
     for name, (value, origin, _) in rows.items():
         assert f"| {markdown_text(name)} | {value} | {origin} | " in report.markdown(outcome)
-        assert f"<td class=name>{name}</td><td class=n>{value}</td><td>{origin}</td>" in report.page(outcome)
+        assert f"<td class=name>{name}</td><td class=n>{value}</td><td class=name>{origin}</td>" in report.page(outcome)
     assert outcome.as_dict()["asked"] == {"lora_r": 8, "early_stopping": {"min_delta": 0.5}}
 
 

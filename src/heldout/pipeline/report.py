@@ -150,10 +150,10 @@ def page(outcome: Outcome) -> str:
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
 <h2>Plan</h2>
-{html_table(PLAN_COLUMNS, plan_rows(outcome), ("value",))}
+{html_table(PLAN_COLUMNS, plan_rows(outcome), ("value",), is_wide=True)}
 <h2>{AGAIN}</h2>
 <pre>{escape(outcome.reproduction.shown)}</pre>
-{html_table(FILE_COLUMNS, file_rows(outcome), ("bytes",))}
+{html_table(FILE_COLUMNS, file_rows(outcome), ("bytes",), is_wide=True)}
 <p><small>{html_text(outcome.reproduction.sentence)}</small></p>
 <h2>Findings in the data</h2>
 {findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}"""
@@ -287,7 +287,7 @@ def _consequences_table(found: Sequence[Consequence]) -> str:
         f"{''.join(f'<br><small>{html_text(example)}</small>' for example in one.examples)}</td></tr>"
         for one in found
     )
-    return f"<h2>What training may have made worse</h2><table>{rows}</table>"
+    return f"<h2>What training may have made worse</h2><table class=wide>{rows}</table>"
 
 
 def by_light(found: Sequence[Consequence]) -> list[Consequence]:
@@ -358,5 +358,5 @@ def _value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
