@@ -28,6 +28,8 @@ td.name { overflow-wrap: normal }
 svg { width: 100%; height: auto } body > svg { display: block; max-width: 640px } small { color: #5b6673 }
 pre { background: #f3f5f8; border-radius: 4px; padding: .6em .8em; white-space: pre-wrap; font: .85em/1.5 ui-monospace,
   monospace }
+.case { border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }
+.case td { white-space: pre-wrap } .case td:first-child { color: #5b6673; white-space: nowrap }
 @media (max-width: 560px) { body { margin: 1em auto; font-size: 14px } td, th { padding-right: .5em }
   .wide, .wide tbody { display: block } .wide thead { display: none }
   .wide tr { display: flex; flex-wrap: wrap; gap: 0 .8em; padding: .25em 0; border-bottom: 1px solid #eaeef3 }
@@ -90,6 +92,12 @@ def html_table(
     )
     wide = " class=wide" if is_wide else ""
     return f"<table{wide}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def html_case(caption: str, texts: Iterable[tuple[str, str]]) -> str:
+    """One example: texts below each other, each behind its name. Their lines stay lines."""
+    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in texts)
+    return f"<div class=case><small>{html_text(caption)}</small><table>{rows}</table></div>"
 
 
 def html_rungs(rungs: Iterable[Rung]) -> str:

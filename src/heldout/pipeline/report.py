@@ -34,8 +34,6 @@ _STYLE = """
 h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
 h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
 td.light { white-space: nowrap; font-weight: 600; print-color-adjust: exact }
-.mistake { border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }
-.mistake td { white-space: pre-wrap } .mistake td:first-child { color: #5b6673; white-space: nowrap }
 """
 
 #: A light, its colour and its word: nobody has to tell red from green.
@@ -195,19 +193,12 @@ def _mistakes(outcome: Outcome) -> list[str]:
 
 def _mistakes_table(outcome: Outcome) -> str:
     """The same as HTML."""
-
-    def rows(one: Mistake) -> str:
-        pairs = (
-            ("asked", one.asked),
-            ("expected", one.expected),
-            ("tuned", one.tuned),
-            (outcome.verdict.best_baseline, one.baseline),
-        )
-        # Lines of a text stay lines here: `escape`, not `html_text`.
-        return "".join(f"<tr><td>{escape(name)}</td><td>{escape(_short(text))}</td></tr>" for name, text in pairs)
-
+    names = ("asked", "expected", "tuned", outcome.verdict.best_baseline)
     found = "".join(
-        f"<div class=mistake><small>line {one.line}, {_alike(one)}</small><table>{rows(one)}</table></div>"
+        layout.html_case(
+            f"line {one.line}, {_alike(one)}",
+            zip(names, map(_short, (one.asked, one.expected, one.tuned, one.baseline)), strict=True),
+        )
         for one in outcome.mistakes
     )
     return f"<h2>{MISTAKES}</h2>{found}" if found else ""
