@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from huggingface_hub import ModelCard
 from tests.client.test_a_job_end_to_end import Served
 from tests.conftest import colour_row, write_rows
+from tests.documents import faults
 from tests.torch.encoders import make_tiny_encoder
 
 ENCODER = "team-encoder"
@@ -86,8 +91,34 @@ def test_a_classifier_is_trained_judged_and_asked_as_a_chat_model_is(served: Ser
         client.chat.completions.create(model=job.fine_tuned_model, messages=long)
     assert raised.value.code == "context_length_exceeded"
 
+    the_report_of_a_job_is_as_documented_and_its_command_makes_the_same_model(served, job, colours["train"].parent)
+
     with pytest.raises(openai.BadRequestError, match="is an encoder: it answers only after fine-tuning on labels"):
         client.chat.completions.create(model=ENCODER, messages=asked)
+
+
+def the_report_of_a_job_is_as_documented_and_its_command_makes_the_same_model(
+    served: Served, job: Any, folder: Path
+) -> None:
+    report = json.loads(served.client.files.content(job.result_files[1]).text)
+    assert faults(report) == []
+    again = report["reproduce"]
+    assert "--suffix=colours" in again["arguments"]
+    script = f'heldout() {{ "{sys.executable}" -m heldout "$@"; }}\n{again["command"]}'
+    environment = {**os.environ, "HELDOUT_DATA_DIR": str(folder / "again"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = folder / f"{job.id}-again"
+    second = json.loads((made / "report.json").read_text())
+    assert second["plan"] == report["plan"]
+    assert second["tuned"]["score"] == report["tuned"]["score"]
+    (stored,) = (served.data_dir / "blobs" / "adapters" / job.id).glob("final")
+    name = "adapter_model.safetensors"
+    assert (made / "adapter" / name).read_bytes() == (stored / name).read_bytes()
+    for rung, prefix in (("", "final"), (":rung-frozen-encoder", "rung-frozen-encoder")):
+        card = ModelCard.load(stored.parent / prefix / "README.md")
+        assert card.data.model_name == f"{job.fine_tuned_model}{rung}"
+    assert not list(stored.parent.glob("step-*/README.md"))
 
 
 def test_answers_that_are_no_labels_fail_the_job_at_validation(served: Served, colours: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ from heldout.pipeline.watch import Watch
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row, write_rows
+from tests.documents import faults
 from tests.torch.conftest import LEARNING, TOOLS, Recording
 
 ROWS = 40
@@ -196,6 +197,7 @@ def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, r
             "precision.json",
         ]
     report = json.loads((root / "out" / "report.json").read_text())
+    assert faults(report) == []
     assert [one["fold"] for one in report["crossfit"]["folds"]] == [1, 2, 3, 4, 5]
     assert report["data"] | {"sources": {}} == {
         "train": ROWS,

@@ -29,6 +29,7 @@ from heldout.settings import Settings
 from heldout.store.blobs import open_blobs
 from heldout.store.db import open_db
 from tests.conftest import colour_row, write_rows
+from tests.documents import faults
 from tests.torch.conftest import Recording, examples
 
 HELD = range(2000, 2048)
@@ -103,6 +104,7 @@ def test_the_report_has_every_row_and_needs_nothing_else(judged: Evaluation, tmp
     evaluation_report.write(judged, tmp_path)
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored == json.loads(json.dumps(judged.as_dict()))
+    assert faults(stored) == []
     assert [row["line"] for row in stored["rows"]] == list(range(3, 49))
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page
@@ -141,6 +143,7 @@ def test_two_models_are_compared_row_by_row(
     assert len(pair.shown) == 10
     assert all(pairs[i][0] != pairs[i][1] for i in pair.shown)
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert faults(stored) == []
     assert (stored["a_better"], stored["b_better"]) == (pair.wins, pair.losses)
     assert stored["rows"][0]["a"]["answer"] == pair.scores_a.answers[0]
     assert pair.conclusion in (tmp_path / "out" / "report.html").read_text()

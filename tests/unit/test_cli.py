@@ -20,6 +20,7 @@ from heldout.settings import Settings
 from heldout.store.blobs import open_blobs
 from heldout.store.db import open_db
 from tests.conftest import colour_files, colour_row, write_rows
+from tests.documents import faults
 
 COMMANDS = ("serve", "tune", "check", "fix", "evaluate", "compare", "chat", "jobs", "release")
 
@@ -356,6 +357,7 @@ def test_a_job_in_json_mode_prints_one_document_and_tells_its_story_on_stderr(fi
     assert report["plan"]["learning_rate"] == {"value": 1e-5, "reason": "set in the request"}
     on_disk = json.loads((finished.out / "report.json").read_text())
     assert {key: report[key] for key in on_disk} == on_disk
+    assert faults(report) == faults(on_disk) == []
     story = finished.run.err
     parts = (
         "80 examples to train on",

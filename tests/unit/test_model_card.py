@@ -84,7 +84,9 @@ def test_the_card_tells_the_verdict_the_numbers_and_the_limits(outcome: Outcome)
         Consequence(name="format", status="ok", sentence="all of the model's answers fit"),
         Consequence(name="fragility", status="fail", sentence="it breaks"),
     )
-    text = card_of(replace(outcome, consequences=lit)).text
+    (warning,) = outcome.findings
+    notes = (replace(warning, severity="note", lines=(1, 2)), replace(warning, severity="note"))
+    text = card_of(replace(outcome, consequences=lit, findings=(*notes, warning))).text
     assert "**Verdict: ship.**" in text
     assert all(markdown_text(reason) in text for reason in outcome.verdict.reasons)
     assert "| tuned (this one) | 90.0% | 82.6% to 94.5% |" in text
@@ -93,7 +95,7 @@ def test_the_card_tells_the_verdict_the_numbers_and_the_limits(outcome: Outcome)
     assert "| lora\\_r | 8 | set in the request |" in text
     assert "batch\\_size" not in text, "what nobody set is the plan's"
     assert "80 examples to train on, 20 that stopped training and chose the checkpoint, 100 that decided" in text
-    assert "- warning: `odd`, 1 finding about 1 line" in text
+    assert "- warning: `odd`, 1 finding about 1 line\n- note: `odd`, 2 findings about 3 lines\n" in text
     assert f'model="{NAME}"' in text
     assert "4-bit" in text, "the bundled weights are not quite the hub's"
     assert "HELDOUT_PRECISION=float32 heldout tune" in text

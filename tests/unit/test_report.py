@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from heldout.pipeline import charts, released, report
+from heldout.pipeline import charts, layout, released, report
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit, Fold
 from heldout.pipeline.findings import markdown_text
@@ -292,7 +292,7 @@ def test_the_report_has_every_hyperparameter_with_its_value_and_who_chose_it(out
     assert rows["metric"][:2] == ["exact match", "default"]
     for name, (value, origin, _) in rows.items():
         assert f"| {markdown_text(name)} | {value} | {origin} | " in report.markdown(outcome)
-        assert f"<td class=name>{name}</td><td class=n>{value}</td><td>{origin}</td>" in report.page(outcome)
+        assert f"<td class=name>{name}</td><td class=n>{value}</td><td class=name>{origin}</td>" in report.page(outcome)
     assert outcome.as_dict()["asked"] == {"lora_r": 8, "early_stopping": {"min_delta": 0.5}}
 
 
@@ -308,3 +308,20 @@ def test_the_report_ends_with_the_command_that_runs_it_again(written: Path, outc
     for form in (text, page):
         assert "5f" * 32 in form
         assert "Made by Heldout 0.1.0 with python 3.12.1." in form
+
+
+def test_a_command_cannot_end_its_block_in_markdown(outcome: Outcome) -> None:
+    fences = "```\n# Don't ship it\n````"
+    again = replace(outcome.reproduction, arguments=("tune", "a.jsonl", f"--suffix={fences}"))
+    lines = report.markdown(replace(outcome, reproduction=again)).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith("sh") and line.startswith("```"))
+    fence = lines[start].removesuffix("sh")
+    end = lines.index(fence, start + 1)
+    assert lines[end + 2] == "| file | used as | bytes | sha256 |", "the first such line is the block's own end"
+    assert "# Don't ship it" not in lines, "what is no visible text is written as an escape"
+    assert layout.markdown_code("a ```` b") == ["`````", "a ```` b", "`````"]
+
+
+def test_short_columns_are_not_broken_within_a_word() -> None:
+    table = layout.html_table(("short", "n", "long"), [["learning_rate_multiplier", "1", "x" * 64]], ("n",))
+    assert "<td class=name>learning_rate_multiplier</td><td class=n>1</td><td>xxxx" in table

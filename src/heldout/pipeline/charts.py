@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.training import CurvePoint
 
-WIDTH = 760
+#: Narrow, so that the words are still read when the picture is as wide as a phone.
+WIDTH = 560
 INK, FAINT, GREEN, BLUE, ORANGE = "#1c2530", "#d5dbe1", "#1a7f4b", "#2f6fb7", "#c2570c"
 
 
 def intervals(rungs: Sequence[Rung]) -> str:
     """One line per rung: its score and 95 % interval on a common axis from 0 to 100 %."""
-    left, right, row = 150, WIDTH - 70, 30
+    left, right, row = 110, WIDTH - 56, 30
     height = row * len(rungs) + 34
 
     def x(share: float) -> float:
@@ -34,7 +35,7 @@ def intervals(rungs: Sequence[Rung]) -> str:
             f'<text x="{left - 12}" y="{y + 5}" text-anchor="end" fill="{INK}">{html.escape(rung.name)}</text>'
             f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>'
             f'<circle cx="{x(rung.scores.mean):.1f}" cy="{y}" r="5" fill="{colour}"/>'
-            f'<text x="{right + 62}" y="{y + 5}" text-anchor="end" fill="{INK}">{rung.scores.mean:.1%}</text>'
+            f'<text x="{right + 54}" y="{y + 5}" text-anchor="end" fill="{INK}">{rung.scores.mean:.1%}</text>'
         )
     return _svg(height, parts)
 
@@ -42,7 +43,8 @@ def intervals(rungs: Sequence[Rung]) -> str:
 def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
     """Training and validation loss over steps on a logarithmic axis, validation also calibrated, with the step
     that was kept and, if it came before the planned last one, the step at which training stopped."""
-    left, right, top, bottom = 60, WIDTH - 20, 14, 250
+    left, right, top, bottom = 50, WIDTH - 10, 4, 260
+    highest = top + 40  # above it stand the names of steps
     valid = [(p.step, p.valid_loss) for p in curve if p.valid_loss is not None]
     calibrated = [(p.step, p.valid_calibrated_loss) for p in curve if p.valid_calibrated_loss is not None]
     train = _smooth([(p.step, p.train_loss) for p in curve])
@@ -54,7 +56,7 @@ def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
 
     def at(step: int, value: float) -> tuple[float, float]:
         share = (math.log10(max(value, 1e-6)) - low) / (high - low)
-        return left + step / last * (right - left), bottom - share * (bottom - top)
+        return left + step / last * (right - left), bottom - share * (bottom - highest)
 
     ticks = [10**e * m for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
     parts = []
@@ -71,21 +73,21 @@ def losses(curve: Sequence[CurvePoint], best_step: int, planned: int) -> str:
     anchor, shift = ("end", -6) if beyond or kept > (left + right) / 2 else ("start", 6)
     parts += [
         f'<line x1="{kept:.1f}" x2="{kept:.1f}" y1="{top}" y2="{bottom}" stroke="{GREEN}" stroke-dasharray="5 4"/>',
-        f'<text x="{kept + shift:.1f}" y="{top + 12}" text-anchor="{anchor}" fill="{GREEN}">'
-        f"kept: step {best_step}</text>",
         *(_stop(stop, right, top, bottom, ended, planned) if ended < planned else ()),
         _line([at(*point) for point in train], BLUE),
         _line([at(*point) for point in valid], ORANGE, dashed=True),
         _line([at(*point) for point in calibrated], ORANGE),
         *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ORANGE}"/>' for x, y in (at(*p) for p in calibrated)),
+        f'<text x="{kept + shift:.1f}" y="{top + 12}" text-anchor="{anchor}" fill="{GREEN}">'
+        f"kept: step {best_step}</text>",
         f'<text x="{left}" y="{bottom + 26}" fill="{BLUE}">training loss (mean of 5 steps)</text>',
-        f'<text x="{left + 230}" y="{bottom + 26}" fill="{ORANGE}">validation loss: - - as it is, — calibrated</text>'
+        f'<text x="{left}" y="{bottom + 44}" fill="{ORANGE}">validation loss: - - as it is, — calibrated</text>'
         if valid
         else "",
         f'<text x="{right}" y="{bottom + 26}" text-anchor="end" fill="#5b6673">{last} steps'
         f"{' planned' if ended < planned else ''}</text>",
     ]
-    return _svg(bottom + 40, parts)
+    return _svg(bottom + 54, parts)
 
 
 def _stop(x: float, right: float, top: float, bottom: float, ended: int, planned: int) -> list[str]:

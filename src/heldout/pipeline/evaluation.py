@@ -10,7 +10,7 @@ from typing import Any
 
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile
-from heldout.pipeline import ladder
+from heldout.pipeline import ladder, schema
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.clusters import find_clusters
@@ -107,6 +107,7 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report (docs/evaluate.md)."""
         return {
+            "$schema": schema.EVALUATION,
             "version": 1,
             "model": self.model,
             "file": self.file,
@@ -184,6 +185,7 @@ class Pairing:
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report (docs/evaluate.md)."""
         return {
+            "$schema": schema.COMPARISON,
             "version": 1,
             "file": self.file,
             "a": {"model": self.a, **self.scores_a.as_dict()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from heldout.pipeline import charts, findings, findings_page, layout
@@ -64,10 +64,14 @@ def page(done: Done) -> str:
 {layout.html_rungs(_ladder(done))}
 {html_table(("", "value"), numbers(done), ("value",)) if isinstance(done, Pairing) else ""}
 <h2>{rows_title(done)}</h2>
-{html_table(columns, rows, ("line",)) if rows else "<p>None.</p>"}
+{"".join(_case(columns, row) for row in rows) or "<p>None.</p>"}
 <h2>Findings in the data</h2>
 {findings_page.cards(done.findings, {}) or "<p>None.</p>"}"""
     return layout.html_page(title(done), body)
+
+
+def _case(columns: Sequence[str], row: Sequence[str]) -> str:
+    return layout.html_case(f"line {row[0]}", zip(columns[1:], row[1:], strict=True))
 
 
 def title(done: Done) -> str:

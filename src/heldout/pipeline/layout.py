@@ -13,6 +13,8 @@ from heldout.pipeline.ladder import Rung
 #: One row a rung, in Markdown.
 RUNG_COLUMNS = ("rung", "score", "95 % interval", "ms per answer", "prompt tokens", "what it is")
 RUNG_NUMBERS = RUNG_COLUMNS[1:5]
+#: Characters of a cell that stay on one line, at most.
+UNBROKEN = 24
 
 _STYLE = """
 :root { color-scheme: light }
@@ -21,13 +23,17 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto;
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin: 1.6em 0 .4em }
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
 th { font-weight: normal; color: #5b6673; white-space: nowrap } td { overflow-wrap: anywhere }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.name { overflow-wrap: normal }
-svg { width: 100%; height: auto } small { color: #5b6673 }
+svg { width: 100%; height: auto } body > svg { display: block; max-width: 640px } small { color: #5b6673 }
 pre { background: #f3f5f8; border-radius: 4px; padding: .6em .8em; white-space: pre-wrap; font: .85em/1.5 ui-monospace,
   monospace }
-.sum { font: .8em/1.5 ui-monospace, monospace; color: #44505c }
-@media (max-width: 560px) { body { margin: 1em auto; font-size: 14px } td, th { padding-right: .5em } }
+.case { border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }
+.case td { white-space: pre-wrap } .case td:first-child { color: #5b6673; white-space: nowrap }
+@media (max-width: 560px) { body { margin: 1em auto; font-size: 14px } td, th { padding-right: .5em }
+  .wide, .wide tbody { display: block } .wide thead { display: none }
+  .wide tr { display: flex; flex-wrap: wrap; gap: 0 .8em; padding: .25em 0; border-bottom: 1px solid #eaeef3 }
+  .wide td:last-child { flex-basis: 100%; color: #44505c } }
 @page { margin: 15mm }
 @media print { body { max-width: none; margin: 0; padding: 0; font-size: 10.5pt } svg, pre { print-color-adjust: exact;
   break-inside: avoid } tr, li { break-inside: avoid } h2 { break-after: avoid } p, li { orphans: 3; widows: 3 } }
@@ -66,15 +72,32 @@ def html_text(text: str) -> str:
     return html.escape(escaped(text))
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> str:
-    """A table; the columns called `numbers` stand at the right, and the first one is never broken within a word."""
-    kinds = [" class=n" if column in numbers else " class=name" if not i else "" for i, column in enumerate(head)]
+def html_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = (), *, is_wide: bool = False
+) -> str:
+    """A table; the columns called `numbers` stand at the right, and short ones are not broken within a word.
+
+    `is_wide`: on a phone the last cell of a row stands below the others.
+    """
+    rows = [list(row) for row in rows]
+    longest = [max(map(len, column), default=0) for column in zip(head, *rows, strict=True)]
+    kinds = [
+        " class=n" if column in numbers else " class=name" if size <= UNBROKEN else ""
+        for column, size in zip(head, longest, strict=True)
+    ]
     top = "".join(f"<th{kind}>{html_text(column)}</th>" for kind, column in zip(kinds, head, strict=True))
     body = "".join(
         f"<tr>{''.join(f'<td{kind}>{html_text(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    wide = " class=wide" if is_wide else ""
+    return f"<table{wide}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def html_case(caption: str, texts: Iterable[tuple[str, str]]) -> str:
+    """One example: texts below each other, each behind its name. Their lines stay lines."""
+    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in texts)
+    return f"<div class=case><small>{html_text(caption)}</small><table>{rows}</table></div>"
 
 
 def html_rungs(rungs: Iterable[Rung]) -> str:

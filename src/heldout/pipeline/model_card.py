@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,10 @@ _WITH_OPENAI = """\
 from openai import OpenAI
 
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any")  # after `heldout serve`
-answer = client.chat.completions.create(model={name}, messages=[{{"role": "user", "content": "…"}}])
+answer = client.chat.completions.create(
+    model={name},
+    messages=[{{"role": "user", "content": "…"}}],
+)
 print(answer.choices[0].message.content)
 """
 
@@ -283,18 +285,19 @@ def _data(outcome: Outcome) -> Iterator[str]:
         counts.append(f"{len(split.holdout)} that decided nothing before the verdict")
     yield f"{', '.join(counts)}. The data is not part of this card. What the checks saw in it:"
     yield ""
-    found = Counter((RANK[one.severity], one.severity, one.code) for one in outcome.findings)
-    lines = Counter[str]()
+    found: dict[tuple[int, str, str], list[int]] = {}
     for one in outcome.findings:
-        lines[one.code] += len(one.lines)
-    yield from (
-        f"- {severity}: `{code}`, {number} {'finding' if number == 1 else 'findings'}"
-        + (f" about {lines[code]} {'line' if lines[code] == 1 else 'lines'}" if lines[code] else "")
-        for (_, severity, code), number in sorted(found.items())
-    )
+        found.setdefault((RANK[one.severity], one.severity, one.code), []).append(len(one.lines))
+    for (_, severity, code), lines in sorted(found.items()):
+        about = f" about {_count(sum(lines), 'line')}" if sum(lines) else ""
+        yield f"- {severity}: `{code}`, {_count(len(lines), 'finding')}{about}"
     if not found:
         yield "Nothing."
     yield ""
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _use(model: _Model) -> Iterator[str]:

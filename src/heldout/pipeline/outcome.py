@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from heldout.pipeline import schema
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
@@ -42,10 +43,11 @@ class Outcome:
     more_data: MoreData | None = None  # what twice as many examples would gain; only where answers are labels
 
     def as_dict(self) -> dict[str, Any]:
-        """The machine-readable report; docs/report.md describes every key."""
+        """The machine-readable report; docs/report.md and report.schema.json describe every key."""
         adapter = self.adapter
         return {
             "caveats": list(self.verdict.caveats),  # first: they are about every number below
+            "$schema": schema.JOB,
             "version": 1,
             "base_model": self.base_model,
             "verdict": self.verdict.as_dict(),

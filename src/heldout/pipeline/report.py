@@ -34,8 +34,6 @@ _STYLE = """
 h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
 h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
 td.light { white-space: nowrap; font-weight: 600; print-color-adjust: exact }
-.mistake { border-left: 3px solid #d8dee6; margin: .8em 0; padding-left: .8em; break-inside: avoid }
-.mistake td { white-space: pre-wrap } .mistake td:first-child { color: #5b6673; white-space: nowrap }
 """
 
 #: A light, its colour and its word: nobody has to tell red from green.
@@ -150,10 +148,10 @@ def page(outcome: Outcome) -> str:
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
 <h2>Plan</h2>
-{html_table(PLAN_COLUMNS, plan_rows(outcome), ("value",))}
+{html_table(PLAN_COLUMNS, plan_rows(outcome), ("value",), is_wide=True)}
 <h2>{AGAIN}</h2>
 <pre>{escape(outcome.reproduction.shown)}</pre>
-{html_table(FILE_COLUMNS, file_rows(outcome), ("bytes",))}
+{html_table(FILE_COLUMNS, file_rows(outcome), ("bytes",), is_wide=True)}
 <p><small>{html_text(outcome.reproduction.sentence)}</small></p>
 <h2>Findings in the data</h2>
 {findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}"""
@@ -200,19 +198,12 @@ def _mistakes(outcome: Outcome) -> list[str]:
 
 def _mistakes_table(outcome: Outcome) -> str:
     """The same as HTML."""
-
-    def rows(one: Mistake) -> str:
-        pairs = (
-            ("asked", one.asked),
-            ("expected", one.expected),
-            ("tuned", one.tuned),
-            (outcome.verdict.best_baseline, one.baseline),
-        )
-        # Lines of a text stay lines here: `escape`, not `html_text`.
-        return "".join(f"<tr><td>{escape(name)}</td><td>{escape(_short(text))}</td></tr>" for name, text in pairs)
-
+    names = ("asked", "expected", "tuned", outcome.verdict.best_baseline)
     found = "".join(
-        f"<div class=mistake><small>line {one.line}, {_alike(one)}</small><table>{rows(one)}</table></div>"
+        layout.html_case(
+            f"line {one.line}, {_alike(one)}",
+            zip(names, map(_short, (one.asked, one.expected, one.tuned, one.baseline)), strict=True),
+        )
         for one in outcome.mistakes
     )
     return f"<h2>{MISTAKES}</h2>{found}" if found else ""
@@ -292,7 +283,7 @@ def _consequences_table(found: Sequence[Consequence]) -> str:
         f"{''.join(f'<br><small>{html_text(example)}</small>' for example in one.examples)}</td></tr>"
         for one in found
     )
-    return f"<h2>What training may have made worse</h2><table>{rows}</table>"
+    return f"<h2>What training may have made worse</h2><table class=wide>{rows}</table>"
 
 
 def by_light(found: Sequence[Consequence]) -> list[Consequence]:
@@ -363,5 +354,5 @@ def _value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
