@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import SHARED, examples_of, rows_of
 
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
+from heldout.engine.labels import user_text
 from heldout.engine.local import LocalEngine
 from heldout.pipeline import ladder
 from heldout.pipeline.consequences import bias
@@ -93,7 +94,7 @@ def without_groups(subject: Subject) -> Subject:
 
 def fit(rung: str, train: Sequence[Example]) -> Callable[[list[str]], Sequence[str]]:
     """A cheap rung of the ladder, taught by these rows."""
-    texts, labels = [ladder.asked_of(row) for row in train], [row.target for row in train]
+    texts, labels = [user_text(row.prompt) for row in train], [row.target for row in train]
     if rung == "tfidf":
         model = ladder.classical_model().fit(texts, labels)
         return lambda new: model.predict(new)
@@ -109,7 +110,7 @@ def subject_of(
     split = Split(train=train, valid=(), holdout=holdout, seed=0, groups=len(train))
     metric = choose_metric([row.target for row in train])
     baseline = ladder.constant_rung(split, metric)
-    answers = [str(one) for one in predict([ladder.asked_of(row) for row in holdout])]
+    answers = [str(one) for one in predict([user_text(row.prompt) for row in holdout])]
     engine: Any = Answering(predict)
     return Subject(
         engine=engine,

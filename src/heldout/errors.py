@@ -91,6 +91,14 @@ class ContextLengthExceeded(UserError, ValueError):
 
     code, param = "context_length_exceeded", "messages"
 
+    @classmethod
+    def of(cls, tokens: int, limit: int) -> ContextLengthExceeded:
+        """In the sentence that clients know."""
+        return cls(
+            f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} "
+            "tokens. Please reduce the length of the messages."
+        )
+
 
 class EngineUnavailable(UserError):
     """The inference process does not answer yet; the client may try again."""

@@ -87,6 +87,7 @@ class Job:
     seed: int = 0
     method: str = "supervised"
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # as asked; "auto" is left out
+    grader: dict[str, Any] | None = None  # OpenAI's, as JSON; scores the answers instead of a metric
     metadata: dict[str, str] = field(default_factory=dict)
     integrations: list[dict[str, Any]] = field(default_factory=list)
     started_at: int | None = None

@@ -56,17 +56,21 @@ def test_a_classifier_is_trained_judged_and_asked_as_a_chat_model_is(served: Ser
     assert len(checkpoints) > 1
 
     asked: Any = [{"role": "user", "content": "item 7 of the list is red and has size 3"}]
-    rung = f"{job.fine_tuned_model}:rung-frozen-encoder"
-    assert rung in {model.id for model in client.models.list()}
-    for model in (job.fine_tuned_model, checkpoints[0].fine_tuned_model_checkpoint, rung):
+    rungs = [f"{job.fine_tuned_model}:rung-{name}" for name in ("frozen-encoder", "tfidf-logistic")]
+    assert set(rungs) <= {model.id for model in client.models.list()}
+    for model in (job.fine_tuned_model, checkpoints[0].fine_tuned_model_checkpoint, *rungs):
         answer = client.chat.completions.create(model=model, messages=asked)
         assert json.loads(answer.choices[0].message.content or "").keys() == {"colour"}
         assert answer.choices[0].logprobs is None
 
-    answer = client.chat.completions.create(
-        model=job.fine_tuned_model, messages=asked, logprobs=True, top_logprobs=3, n=2
-    )
-    for choice in answer.choices:
+    choices = [
+        choice
+        for model in (*rungs, job.fine_tuned_model)
+        for choice in client.chat.completions.create(
+            model=model, messages=asked, logprobs=True, top_logprobs=3, n=2
+        ).choices
+    ]
+    for choice in choices:
         assert choice.logprobs is not None
         (entry,) = choice.logprobs.content or []
         assert entry.token == choice.message.content

@@ -47,6 +47,7 @@ def test_a_new_job_has_every_key_that_clients_validate(live):
         "x_base_model": DEFAULT_MODEL,
         "x_holdout_file": None,
         "x_keep_leaks": False,
+        "x_grader": None,
         "x_pause": None,
         "x_plan": None,
         "x_verdict": None,
@@ -92,6 +93,30 @@ def test_our_own_knobs_and_holdout_file_travel_as_extras(live):
     assert (job.x_keep_leaks, live.db.get_job(job.id).keep_leaks) == (True, True)
     stored = {"n_epochs": 3, "lora_r": 8, "early_stopping": {"enabled": True, "patience": 2}}
     assert live.db.get_job(job.id).hyperparameters == stored
+
+
+GRADER = {"type": "string_check", "name": "same", "operation": "ilike", "input": "{{sample.output_text}}"}
+
+
+def test_a_grader_travels_as_an_extra(live):
+    grader = {**GRADER, "reference": "{{item.target}}"}
+    job = live.create_job(extra_body={"x_grader": grader})
+    assert (job.x_grader, live.db.get_job(job.id).grader) == (grader, grader)
+    assert live.create_job().x_grader is None
+
+
+@pytest.mark.parametrize(
+    ("grader", "hyperparameters", "says"),
+    [
+        ({**GRADER, "reference": "red", "operation": "is"}, {}, "operation"),
+        ({"type": "python", "name": "mine", "source": "def grade(): ..."}, {}, "is not run"),
+        ({**GRADER, "reference": "red"}, {"metric": "exact_match"}, "both given"),
+        ("same", {}, "x_grader"),
+    ],
+)
+def test_a_grader_that_cannot_score_is_refused_before_there_is_a_job(live, grader, hyperparameters, says):
+    with pytest.raises(openai.BadRequestError, match=says):
+        live.create_job(method=method(**hyperparameters), extra_body={"x_grader": grader})
 
 
 def test_the_deprecated_place_for_hyperparameters_is_honoured(live):

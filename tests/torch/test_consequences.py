@@ -118,7 +118,8 @@ def test_a_chat_model_is_asked_perturbed_and_its_training_answers_are_read(chat:
     assert 0 <= found["memorisation"].numbers["auc"] <= 1
     assert found["memorisation"].numbers["n_holdout"] == 48
     assert found["generalisation"].numbers["n"]["train"] == 48
-    assert "chat model" in found["calibration"].sentence
+    assert found["calibration"].numbers["n"] == 48
+    assert 0 < found["calibration"].numbers["brier"] < 2
     assert "never given a way to decline" in found["hallucination"].sentence
 
 

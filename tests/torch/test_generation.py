@@ -244,6 +244,7 @@ def test_more_adapters_than_fit_are_loaded_again(
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize("steps", ["small", "large"])
 def test_log_probabilities_are_those_of_a_plain_computation(
     engine: LocalEngine,
     plain: dict[str | None, Any],
@@ -251,19 +252,53 @@ def test_log_probabilities_are_those_of_a_plain_computation(
     base: ModelRef,
     tuned: ModelRef,
     adapter: bool,
+    steps: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if steps == "small":
+        request.getfixturevalue("small_steps")
     model = tuned if adapter else base
     conversations = [list(example.messages) for example in examples(range(4))]
     conversations.append([*MIXED[3], {"role": "assistant", "content": "two answers, the last one counts"}])
-    wanted = []
-    for messages in conversations:
-        prompt = template.prompt(messages[:-1])
-        answer = template.tokenizer(f"{messages[-1]['content']}<|im_end|>", add_special_tokens=False).input_ids
-        with torch.no_grad():
-            logits = plain[model.adapter](input_ids=torch.tensor([prompt + answer])).logits[0]
-        chances = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
-        wanted.append(sum(float(chances[i, token]) for i, token in enumerate(answer)))
+    labels = ("red", "blue and a half", "r", "red")
+    conversations += [[*TASK[4], {"role": "assistant", "content": label}] for label in labels]
+    conversations.insert(2, [*TASK[4], {"role": "assistant", "content": "green"}])
+    wanted = [log_prob(plain[model.adapter], template, messages) for messages in conversations]
     assert engine.log_probs(model, conversations) == pytest.approx(wanted, rel=1e-4)
+    assert engine.log_probs(model, conversations[-4:]) == pytest.approx(wanted[-4:], rel=1e-4), "one prompt"
+    assert engine.log_probs(model, conversations[:1]) == pytest.approx(wanted[:1], rel=1e-4)
+    assert engine.log_probs(model, []) == []
+
+
+def log_prob(model: Any, template: ChatTemplate, messages: list[Message]) -> float:
+    """Of the last message, by transformers alone."""
+    prompt = template.prompt(messages[:-1])
+    answer = template.tokenizer(f"{messages[-1]['content']}<|im_end|>", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
+    chances = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+    return sum(float(chances[i, token]) for i, token in enumerate(answer))
+
+
+def test_reading_answers_tells_how_far_it_is_and_can_be_stopped(engine: LocalEngine, base: ModelRef) -> None:
+    told: list[tuple[int, int]] = []
+    conversations = [list(example.messages) for example in examples(range(60))]
+    engine.log_probs(base, conversations, lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == ((0, 60), (60, 60))
+    assert len(told) > 2
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        engine.log_probs(base, conversations, stop)
+    assert engine.log_probs(base, conversations[:1]), "the engine goes on"
+
+
+def test_an_answer_that_does_not_fit_is_not_read(engine: LocalEngine, base: ModelRef) -> None:
+    with pytest.raises(ContextLengthExceeded, match="maximum context length is 512 tokens"):
+        engine.log_probs(base, [[*TASK[0], {"role": "assistant", "content": "word " * 600}]])
 
 
 def test_a_stream_may_wander_between_threads(engine: LocalEngine, tuned: ModelRef) -> None:

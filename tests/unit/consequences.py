@@ -55,7 +55,9 @@ class Speaking:
             for messages in conversations
         ]
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         assert model == MODEL
         return [-self.loss(messages) * (len(last(messages).split()) + 1) for messages in conversations]
 

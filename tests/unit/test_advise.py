@@ -468,7 +468,9 @@ class Watched:
         tokens = [sum(len(message["content"].split()) for message in one) for one in conversations]
         return [Reply(text="red", finish_reason="stop", prompt_tokens=n, completion_tokens=1) for n in tokens]
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         return [0.0] * len(conversations)
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:

@@ -301,7 +301,27 @@ def test_a_classifier_that_is_right_as_often_as_it_says_is_fine() -> None:
     assert "needs 200 examples" in few.sentence
 
 
+def sure_of_a(messages: Sequence[Message]) -> float:
+    """Nats per token (a label and the end of the turn: two), before they are made to add up to 1."""
+    return 3.0 - 0.5 * math.log(0.9 if messages[-1]["content"] == "a" else 0.1)
+
+
+def test_a_chat_model_reads_every_label_behind_every_prompt() -> None:
+    talking = Speaking(lambda messages: "a", loss=sure_of_a)
+    found = calibration.measure(subject(talking, rows(100, 0.7), rows(300, 0.7), valid=rows(200, 0.7)))
+    assert found.numbers["calibration_error"] == pytest.approx(0.2, abs=0.01)
+    assert found.numbers["brier"] == pytest.approx(0.7 * 2 * 0.1**2 + 0.3 * 2 * 0.9**2)
+    assert found.numbers["temperature"] is None
+    assert found.status == "warn"
+
+
+def test_where_there_are_too_many_labels_to_read_a_chat_model_is_not_measured() -> None:
+    train = [example(f"text {i}", f"label {i % 120}", i + 1) for i in range(480)]
+    found = calibration.measure(subject(Speaking(lambda messages: "a"), train, train[:200]))
+    assert found.status == "not_measured"
+    assert "each of the 120 labels" in found.sentence
+
+
 def test_what_has_no_probabilities_of_labels_says_why() -> None:
-    assert "chat model" in calibration.measure(subject(Classifying(0.7), rows(100, 0.7), rows(60, 0.7))).sentence
     records = [example(f"t {i}", json.dumps({"n": i}), i) for i in range(30)]
     assert "no labels" in calibration.measure(subject(Classifying(0.7), records, records)).sentence

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from heldout.engine.base import Message, ModelRef, Reply, Sampling
+from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.checks.facts import cannot_be_told, find_facts
 from heldout.pipeline.closed_book import ROWS, ClosedBook, _decoys, probe_facts, with_the_base_models_word
@@ -111,7 +111,9 @@ class Knowing:
     def __init__(self, known: Sequence[str], *, says: bool = False) -> None:
         self.known, self.says, self.asked = frozenset(known), says, 0
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         assert model.adapter is None
         self.asked += len(conversations)
         pairs = ((messages[-2]["content"], messages[-1]["content"]) for messages in conversations)

@@ -48,7 +48,9 @@ class Reader:
             for i in range(len(conversations))
         ]
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         self.read[model.adapter] = [list(messages) for messages in conversations]
         lost = self.loss if model.adapter else 0.0
         # Every other answer loses a quarter of a nat per token more, every other one as much less.

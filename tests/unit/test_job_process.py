@@ -86,7 +86,7 @@ def test_the_time_before_training_does_not_count_as_steps(watch: DbWatch) -> Non
 
 
 def test_a_resumed_job_is_estimated_by_the_steps_it_took_itself() -> None:
-    pace = Pace()
+    pace = Pace(probes=0.0)
     for step in (501, 502, 503):
         pace.step(step)
         time.sleep(0.05)
@@ -106,7 +106,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_with_folds_the_time_left_counts_the_folds_and_the_model_to_serve(clock: list[float]) -> None:
-    pace = Pace()
+    pace = Pace(probes=None)
 
     def train(fold: InFold | None, steps: range) -> None:
         for step in steps:
@@ -129,6 +129,17 @@ def test_with_folds_the_time_left_counts_the_folds_and_the_model_to_serve(clock:
     assert pace.seconds_left(100) == (60 + 7) + (60 + 7 + 11) / 2
     train(None, range(1, 11))
     assert pace.seconds_left(125) == 115, "nothing is scored after it"
+
+
+@pytest.mark.parametrize(("probes", "seconds"), [(None, 100.0), (30.0, 30.0), (0.0, 0.0)])
+def test_what_the_probes_of_the_tuned_model_may_take_counts(
+    clock: list[float], probes: float | None, seconds: float
+) -> None:
+    pace = Pace(probes)
+    for step in range(1, 41):
+        clock[0] += 1
+        pace.step(step)
+    assert pace.seconds_left(100) == 60 + seconds
 
 
 def test_a_job_says_when_it_will_have_ended_while_a_fold_trains(watch: DbWatch, clock: list[float]) -> None:

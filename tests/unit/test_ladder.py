@@ -54,7 +54,9 @@ class Recorder:
         pieces: Iterator[Piece] = iter([Piece(text=reply.text), Piece(finish_reason="stop")])
         return pieces
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         return [0.0] * len(conversations)
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:

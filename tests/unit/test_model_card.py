@@ -170,6 +170,28 @@ def test_what_peft_cannot_load_does_not_say_that_it_can(outcome: Outcome, tmp_pa
     assert "frozen-encoder (this one)" in card.text or trained
 
 
+@pytest.mark.parametrize(
+    ("name", "pipeline_tag", "says"),
+    [
+        ("tfidf-logistic", "text-classification", "without any language model"),
+        ("tuned-encoder", "text-classification", "fine-tuned with its defaults"),
+        ("few-shot-4", "text-generation", "which are rows of the training file"),
+    ],
+)
+def test_a_served_rung_says_what_it_is_and_what_it_holds(
+    outcome: Outcome, tmp_path: Path, name: str, pipeline_tag: str, says: str
+) -> None:
+    job = replace(outcome, rungs=(*outcome.rungs, rung(name, right(100, 80), kind="classical")))
+    served = ServedRung(rung=name, base_model=DEFAULT_MODEL, directory=tmp_path / "rung")
+    model_card.write_rung(job, served, f"{NAME}:rung-{name}")
+    card = ModelCard.load(tmp_path / "rung" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("heldout", pipeline_tag)
+    assert says in card.text
+    assert f"{name} (this one)" in card.text
+    assert "PeftModel" not in card.text
+    assert "lora" not in card.data.tags
+
+
 def test_the_card_is_stored_and_served_with_the_adapter_and_pefts_own_is_not(outcome: Outcome, tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path / "data")
     db, blobs = open_db(settings.database), open_blobs(settings.blobs)

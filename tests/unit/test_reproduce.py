@@ -14,6 +14,7 @@ import typer
 
 from heldout import cli
 from heldout.errors import UserError
+from heldout.pipeline.evaluate.graders.read import grader_json
 from heldout.pipeline.hyperparameters import KNOBS, Hyperparameters
 from heldout.pipeline.plan import make_plan
 from heldout.pipeline.reproduce import quoted, reproduction_of
@@ -89,6 +90,7 @@ def test_all_hyperparameters_at_once_give_the_same_plan(monkeypatch: pytest.Monk
     plan = make_plan(Hyperparameters(), split, FACTS, seed=5)
     raw = {name: getattr(plan, name) for name in KNOBS if name in plan.as_dict()} | {
         "metric": "label_accuracy",
+        "tuned_encoder": True,
         "target_modules": ["q_proj"],
         "early_stopping": {"enabled": True, "patience": 9, "min_delta": 0.125},
     }
@@ -122,7 +124,7 @@ def test_everything_else_that_was_asked_for_comes_through_whatever_it_is_called(
     assert asked["holdout"] == Path("$HOME/h.jsonl")
     assert (asked["model"], asked["suffix"], asked["seed"]) == ("a b/c", suffix, 123)
     assert asked["keep_leaks"] is True
-    assert foreground._grader(asked["grader"], Hyperparameters()) == GRADER
+    assert grader_json(asked["grader"]) == GRADER
     assert asked["out"] == Path("ftjob-1-again"), "its own folder holds a finished job; others' folders are nobody's"
     assert hyperparameters(asked) == Hyperparameters()
 

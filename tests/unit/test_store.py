@@ -14,7 +14,7 @@ from sqlalchemy import create_engine, text
 
 from heldout.errors import InvalidValue, NotFound
 from heldout.records import Checkpoint, Event, File, Job, JobStatus, Model
-from heldout.store.blobs import FileBlobs, fetch_folder, open_blobs, put_folder
+from heldout.store.blobs import FileBlobs, fetch_folder, open_blobs, put_files
 from heldout.store.db import Db, migrate, open_db
 
 
@@ -385,7 +385,7 @@ def test_a_folder_travels_through_the_blobs(blobs: FileBlobs, tmp_path: Path) ->
     (source / "a.json").write_text("1")
     (source / "b.bin").write_bytes(b"\0\1")
     (source / "below" / "c").write_text("not this")
-    put_folder(blobs, "adapters/x", source)
+    put_files(blobs, "adapters/x", source, ["a.json", "b.bin"])
     copy = fetch_folder(blobs, "adapters/x", tmp_path / "cache" / "x")
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == {"a.json": b"1", "b.bin": b"\0\1"}
     blobs.delete("adapters/x/a.json")

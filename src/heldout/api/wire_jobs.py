@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 from heldout.api.wire import Body
 from heldout.errors import InvalidValue
+from heldout.pipeline.evaluate.graders.read import checked_grader
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.records import Checkpoint, Event, Job
 
@@ -42,6 +43,7 @@ class CreateJob(Body):
     validation_file: str | None = None
     x_holdout_file: str | None = None
     x_keep_leaks: StrictBool = False
+    x_grader: dict[str, Any] | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
     method: Method | None = None
@@ -51,6 +53,7 @@ class CreateJob(Body):
 
     def to_job(self, base_model: str) -> Job:
         """The job that is asked for. Raises InvalidValue for what this version does not do."""
+        asked = self._hyperparameters()
         return Job(
             model=self.model,
             base_model=base_model,
@@ -61,7 +64,8 @@ class CreateJob(Body):
             suffix=_checked_suffix(self.suffix),
             seed=secrets.randbelow(2**31) if self.seed is None else self.seed,
             method=_checked_method(self.method),
-            hyperparameters=self._hyperparameters().as_dict(),
+            hyperparameters=asked.as_dict(),
+            grader=checked_grader(self.x_grader, metric=asked.metric),
             metadata=self.metadata or {},
         )
 
@@ -131,6 +135,7 @@ class FineTuningJob(BaseModel):
     x_base_model: str
     x_holdout_file: str | None
     x_keep_leaks: bool
+    x_grader: dict[str, Any] | None
     x_pause: str | None  # "pausing" or "paused"; the status stays one of the six
     x_plan: dict[str, Any] | None
     x_verdict: dict[str, Any] | None
@@ -161,6 +166,7 @@ class FineTuningJob(BaseModel):
             x_base_model=job.base_model,
             x_holdout_file=job.holdout_file,
             x_keep_leaks=job.keep_leaks,
+            x_grader=job.grader,
             x_pause=job.pause,
             x_plan=job.plan,
             x_verdict=job.verdict,

@@ -92,9 +92,12 @@ class Engine(Protocol):
         itself, not by the iteration."""
         ...
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
-        """Sum of the natural-log probabilities of each conversation's last (assistant) message,
-        end-of-turn token included, given what comes before it."""
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
+        """Sum of the natural-log probabilities of each conversation's last (assistant) message, end-of-turn token
+        included, given what comes before it. What conversations share is read once: several answers to one prompt
+        cost little more than one. Raises as `chat` does."""
         ...
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:

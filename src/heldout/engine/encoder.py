@@ -201,11 +201,13 @@ class LoadedEncoder:
             ]
         )
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         """See Engine.log_probs: of the class that the last message names. Raises InvalidValue when it is none."""
         classifier = self.classifier(model)
         ids = self._read(classifier, [messages[:-1] for messages in conversations])
-        found = classifier.log_probs(self.encoder, ids, None)
+        found = classifier.log_probs(self.encoder, ids, progress)
         return [
             float(row[_index(classifier.labels, str(messages[-1]["content"]))])
             for row, messages in zip(found, conversations, strict=True)
@@ -243,10 +245,7 @@ class LoadedEncoder:
 def _refuse_long(ids: Sequence[Sequence[int]], limit: int) -> None:
     longest = max(map(len, ids), default=0)
     if longest > limit:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
-            f"{longest} tokens. Please reduce the length of the messages."
-        )
+        raise ContextLengthExceeded.of(longest, limit)
 
 
 def _index(labels: Labels, answer: str) -> int:

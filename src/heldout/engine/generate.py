@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from transformers import AttentionInterface
@@ -23,6 +23,10 @@ BATCH_TOKENS = 4096
 BATCH_ROWS = 48
 #: Queries computed at once; bounds the score matrix of a long prompt.
 CHUNK = 512
+
+
+#: What several rows start with: {layer: (keys, values)}, each [kv_heads, tokens, d].
+Prefix: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Answer(NamedTuple):
@@ -42,12 +46,12 @@ class Rows:
         self.slots = slots
         self.used = 0
         self.pads = torch.zeros(rows, dtype=torch.long) if pads is None else pads  # [B]
-        self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> [kv_heads, P, d] twice
+        self.prefix: Prefix = {}
         self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> [B, kv_heads, W, d] twice
 
     @property
     def prefix_length(self) -> int:
-        return next(iter(self.prefix.values()))[0].shape[1] if self.prefix else 0
+        return length_of(self.prefix)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [B, kv_heads, n, d] at this layer; all own keys and values so far."""
@@ -77,7 +81,7 @@ class Rows:
         self.pads = self.pads[rows]
         self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
 
-    def as_prefix(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def as_prefix(self) -> Prefix:
         """This batch's single row as the prefix of another batch."""
         return {layer: (k[0, :, : self.used], v[0, :, : self.used]) for layer, (k, v) in self.own.items()}
 
@@ -144,32 +148,54 @@ def forward(model: Any, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
     return hidden
 
 
-def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> dict[int, Any]:
+def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> Prefix:
     """The cache of what all prompts start with. At least one token of each prompt stays its own."""
     length = min(common_prefix(prompts), min(map(len, prompts)) - 1)
     if length <= 0 or len(prompts) == 1:
         return {}
-    rows = Rows(1, length, _zeros(model, 1))
-    for start in range(0, length, CHUNK):
-        forward(model, _ids(model, [prompts[0][start : min(start + CHUNK, length)]]), rows)
-    return rows.as_prefix()
+    return with_prefix(model, {}, prompts[0][:length])
 
 
-def start_rows(
-    model: Any, prefix: dict[int, Any], prompts: Sequence[Sequence[int]], room: int
-) -> tuple[Rows, torch.Tensor]:
-    """Read the prompts; the rows, and the hidden state [B, hidden] that predicts each next token."""
-    skip = next(iter(prefix.values()))[0].shape[1] if prefix else 0
-    own = [list(prompt[skip:]) for prompt in prompts]
+def with_prefix(model: Any, prefix: Prefix, more: Sequence[int]) -> Prefix:
+    """The cache of a prefix and these tokens after it."""
+    if not more:
+        return prefix
+    rows, chunks = read_rows(model, prefix, [more], room=0)
+    for _ in chunks:
+        pass  # what they predict is not asked for
+    own = rows.as_prefix()
+    if not prefix:
+        return own
+    return {
+        layer: (torch.cat([k, own[layer][0]], 1), torch.cat([v, own[layer][1]], 1)) for layer, (k, v) in prefix.items()
+    }
+
+
+def length_of(prefix: Prefix) -> int:
+    """How many tokens."""
+    return next(iter(prefix.values()))[0].shape[1] if prefix else 0
+
+
+def read_rows(
+    model: Any, prefix: Prefix, own: Sequence[Sequence[int]], room: int
+) -> tuple[Rows, Iterator[torch.Tensor]]:
+    """Rows of the tokens that follow the prefix, with room for more; and their hidden states [B, n, hidden], some
+    places after others: each is read when it is asked for."""
     longest = max(map(len, own))
     pads = torch.tensor([longest - len(row) for row in own], device=_device(model))
     rows = Rows(len(own), longest + room, pads)
     rows.prefix = prefix
-    padded = _ids(model, [[0] * (longest - len(row)) + row for row in own])
+    padded = ids_of(model, [[0] * (longest - len(row)) + list(row) for row in own])
     chunk = max(1, CHUNK // len(own)) if longest > CHUNK else longest
-    for start in range(0, longest, chunk):
-        hidden = forward(model, padded[:, start : start + chunk], rows)
-    return rows, hidden[:, -1]
+    return rows, (forward(model, padded[:, start : start + chunk], rows) for start in range(0, longest, chunk))
+
+
+def start_rows(model: Any, prefix: Prefix, prompts: Sequence[Sequence[int]], room: int) -> tuple[Rows, torch.Tensor]:
+    """Read the prompts; the rows, and the hidden state [B, hidden] that predicts each next token."""
+    rows, chunks = read_rows(model, prefix, [prompt[length_of(prefix) :] for prompt in prompts], room)
+    for hidden in chunks:
+        last = hidden[:, -1]
+    return rows, last
 
 
 def generate(
@@ -190,10 +216,10 @@ def generate(
     tell = progress or (lambda done, total: None)
     tell(0, len(prompts))
     prefix = shared_prefix(model, prompts)
-    skip = next(iter(prefix.values()))[0].shape[1] if prefix else 0
+    skip = length_of(prefix)
     generator = _generator(model, sampling)
     answers: dict[int, Answer] = {}
-    for batch in _batches([len(p) - skip + limit for p, limit in zip(prompts, limits, strict=True)]):
+    for batch in batches([len(p) - skip + limit for p, limit in zip(prompts, limits, strict=True)]):
         before = len(answers)
         batch_answers = _generate_batch(
             model,
@@ -211,7 +237,7 @@ def generate(
 
 def _generate_batch(
     model: Any,
-    prefix: dict[int, Any],
+    prefix: Prefix,
     prompts: list[Sequence[int]],
     limits: list[int],
     choose: Callable[[torch.Tensor], torch.Tensor],
@@ -282,7 +308,7 @@ def pick(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | 
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices of rows of similar length, longest first, so little padding is computed."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -290,7 +316,8 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
             yield batch
             batch = []
         batch.append(i)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _generator(model: Any, sampling: Sampling) -> torch.Generator | None:
@@ -303,9 +330,6 @@ def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
-def _zeros(model: Any, n: int) -> torch.Tensor:
-    return torch.zeros(n, dtype=torch.long, device=_device(model))
-
-
-def _ids(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def ids_of(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The tokens [B, n] on the model's device."""
     return torch.tensor([list(row) for row in rows], dtype=torch.long, device=_device(model))

@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from heldout.engine.base import Message
@@ -105,10 +104,9 @@ def classifier_config(
     }
 
 
-def is_classifier(folder: Path) -> bool:
-    """True when what was trained in this folder is a classifier on an encoder."""
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return config.get("heldout") == CLASSIFIER
+def user_text(prompt: Sequence[Message]) -> str:
+    """What the user wrote, letter for letter: all that differs between rows in most classification files."""
+    return "\n".join(str(message["content"]) for message in prompt if message["role"] == "user")
 
 
 def varies_in_system(prompts: Iterable[Sequence[Message]]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from heldout.engine import catalogue, generate, weights
+from heldout.engine import catalogue, generate, likelihood, rungs, weights
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
 from heldout.engine.encoder import LoadedEncoder
 from heldout.engine.template import ChatTemplate
@@ -94,6 +94,9 @@ class LocalEngine:
         progress: Progress | None = None,
     ) -> list[Reply]:
         """See Engine.chat."""
+        if counts := rungs.word_counts(model):
+            return counts.chat(conversations, progress)
+        model, conversations = rungs.with_its_shots(model, conversations)
         with self._lock, torch.no_grad():
             if encoder := self._encoder_called(model.base_model):
                 return encoder.chat(model, conversations, progress)
@@ -111,6 +114,9 @@ class LocalEngine:
         self, model: ModelRef, conversation: Sequence[Message], sampling: Sampling = Sampling()
     ) -> Iterator[Piece]:
         """See Engine.stream."""
+        if counts := rungs.word_counts(model):
+            return counts.stream(conversation)
+        model, [conversation] = rungs.with_its_shots(model, [conversation])
         with self._lock:
             if encoder := self._encoder_called(model.base_model):
                 return encoder.stream(model, conversation)
@@ -151,24 +157,22 @@ class LocalEngine:
             completion_tokens=len(new),
         )
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         """See Engine.log_probs."""
+        if counts := rungs.word_counts(model):
+            return counts.log_probs(conversations)
+        model, conversations = rungs.with_its_shots(model, conversations)
         with self._lock, torch.no_grad():
             if encoder := self._encoder_called(model.base_model):
-                return encoder.log_probs(model, conversations)
+                return encoder.log_probs(model, conversations, progress)
             loaded = self._base(model.base_model)
             with loaded.using(model.adapter) as network:
-                return [self._log_prob(network, loaded.template, messages) for messages in conversations]
-
-    def _log_prob(self, network: Any, template: ChatTemplate, messages: Sequence[Message]) -> float:
-        tokens = template.encode(messages, [0] * (len(messages) - 1) + [1])
-        rows = generate.Rows(1, len(tokens), torch.zeros(1, dtype=torch.long, device=network.device))
-        ids = torch.tensor([tokens.ids], device=network.device)
-        hidden = generate.forward(network, ids, rows)[0]
-        answers = torch.tensor(tokens.supervised[1:], device=network.device)
-        logits = network.get_output_embeddings()(hidden[:-1][answers]).float()
-        chosen = ids[0, 1:][answers]
-        return float(torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None]).sum())
+                rows = [loaded.template.encode(messages, [0] * (len(messages) - 1) + [1]) for messages in conversations]
+                if (longest := max(map(len, rows), default=0)) > loaded.context:
+                    raise ContextLengthExceeded.of(longest, loaded.context)
+                return likelihood.log_probs(network, rows, progress)
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:
         """See Engine.count_tokens."""
@@ -237,10 +241,7 @@ def _end_ids(model: Any) -> tuple[int, ...]:
 def _room(prompt: Sequence[int], sampling: Sampling, context: int) -> int:
     room = context - len(prompt)
     if room < 1:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {context} tokens. However, your messages resulted in "
-            f"{len(prompt)} tokens. Please reduce the length of the messages."
-        )
+        raise ContextLengthExceeded.of(len(prompt), context)
     # Without a limit a model that never ends its turn would keep the machine busy to the end of its context.
     return min(room, 1024 if sampling.max_tokens is None else max(1, sampling.max_tokens))
 

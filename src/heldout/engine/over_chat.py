@@ -83,7 +83,9 @@ class ChatEngine:
         """At most how many tokens each text is: a token is at least one byte of it."""
         return [len(text.encode(errors="surrogatepass")) for text in texts]
 
-    def log_probs(self, model: ModelRef, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def log_probs(
+        self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
+    ) -> list[float]:
         """Raises InvalidValue: the API has no such question."""
         return self._cannot(model.base_model, "says how likely a given answer is")
 

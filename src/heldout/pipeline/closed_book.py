@@ -60,12 +60,11 @@ def probe_facts(
     model = ModelRef(base_model=base_model)
     asked = [_answered(row, answer) for row, some in zip(rows, decoys, strict=True) for answer in (row.target, *some)]
     tokens = engine.count_tokens(base_model, [str(messages[-1]["content"]) for messages in asked])
-    per_token = []
-    for start in range(0, len(asked), 1 + DECOYS):
-        watch.progress("facts the base model knows", start // (1 + DECOYS), len(rows))
-        log_probs = engine.log_probs(model, asked[start : start + 1 + DECOYS])
-        # 1: the end of the turn
-        per_token.append([one / (1 + n) for one, n in zip(log_probs, tokens[start:], strict=False)])
+    log_probs = engine.log_probs(
+        model, asked, lambda done, total: watch.progress("facts the base model knows", done, total)
+    )
+    per_answer = [one / (1 + n) for one, n in zip(log_probs, tokens, strict=True)]  # 1: the end of the turn
+    per_token = [per_answer[start : start + 1 + DECOYS] for start in range(0, len(asked), 1 + DECOYS)]
     room = Sampling(max_tokens=max(tokens) + 8)
     replies = engine.chat(model, [row.prompt for row in rows], room)
     right = [_says(reply.text, row.target) for reply, row in zip(replies, rows, strict=True)]

@@ -22,9 +22,9 @@ from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan, make_plan, steps_per_epoch
-from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
+from heldout.pipeline.training import Adapter, ModelFacts
 from heldout.pipeline.types import Example, Split
-from heldout.pipeline.watch import Watch
+from heldout.pipeline.watch import Watch, Within
 
 LADDER, FOLD = "ladder.json", "fold.json"
 #: Changes when the records on disk do; a job of another version is not taken up.
@@ -87,38 +87,11 @@ class CrossFit:
         return {"groups": self.groups, "folds": [fold.as_dict() for fold in self.folds]}
 
 
-class FoldWatch:
-    """Passes on what a fold tells, under the fold's name.
-
-    Steps and checkpoints are kept back: a client plots steps and calls checkpoints of the served model, and
-    a fold's are not its.
-    """
+class FoldWatch(Within):
+    """Passes on what a fold tells, under the fold's name."""
 
     def __init__(self, watch: Watch, number: int, count: int) -> None:
-        self._watch = watch
-        self._name = f"fold {number} of {count}"
-
-    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        """See Watch.message."""
-        self._watch.message(f"{self._name}: {text}", level=level, data=data)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """See Watch.progress."""
-        self._watch.progress(f"{self._name}: {stage}", done, total)
-
-    def planned(self, plan: TrainPlan) -> None:
-        """See Watch.planned. The job's plan is told by the job."""
-
-    def metrics(self, point: CurvePoint, total_steps: int) -> None:
-        """See Watch.metrics."""
-
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
-        """See Watch.checkpoint. The job got somewhere, though."""
-        self._watch.kept()
-
-    def kept(self) -> None:
-        """See Watch.kept."""
-        self._watch.kept()
+        super().__init__(watch, f"fold {number} of {count}")
 
 
 def make_fold(number: int, split: Split, plan: TrainPlan, adapter: Adapter, scores: Scores) -> Fold:

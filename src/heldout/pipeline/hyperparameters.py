@@ -164,6 +164,9 @@ class Hyperparameters:
         STOPPING, _AT_LEAST_0, "Nats per example a validation must be better by to be an improvement."
     )
     metric: str | None = _knob(JUDGING, _one_of(*SCORERS), "How answers are compared with those in the data.")
+    tuned_encoder: bool | None = _knob(
+        JUDGING, _SWITCH, "Fine-tune an encoder on the same rows too, as a rung of the ladder; for labels."
+    )
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Hyperparameters:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from heldout.engine.base import Engine, ModelRef
-from heldout.engine.labels import text_of, varies_in_system
+from heldout.engine.labels import text_of, user_text, varies_in_system
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers, score_model
@@ -28,16 +28,16 @@ SHOT_COUNTS = (4, 8)
 ORDERS = 2
 #: Inverse strength of the penalty on vectors of length 1; 10 to 100 were alike (docs/experiments.md).
 FROZEN_C = 100.0
-#: The name of the frozen rung: it can be served (served_rungs.py).
-FROZEN = "frozen-encoder"
+#: The names of the rungs that need no language model: they can be served (served_rungs.py).
+FROZEN, CLASSICAL = "frozen-encoder", "tfidf-logistic"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One way to get answers, cheapest first in the ladder.
 
-    kind: constant (needs no model) · classical (a linear model on counts of words, or on the vectors of an
-    encoder as it is) · prompt (the base model as it is) · tuned.
+    kind: constant (needs no model) · classical (a linear model on counts of words or on the vectors of an encoder,
+    which may be fine-tuned) · prompt (the base model as it is) · tuned.
     """
 
     name: str
@@ -193,12 +193,12 @@ def classical_rung(split: Split, metric: Metric) -> Rung:
     """TF-IDF of words and word pairs with logistic regression, trained on train alone."""
     model = classical_model()
     with one_thread():
-        model.fit([asked_of(example) for example in split.train], [example.target for example in split.train])
+        model.fit([user_text(example.prompt) for example in split.train], [example.target for example in split.train])
         started = time.perf_counter()
-        answers = [str(answer) for answer in model.predict([asked_of(example) for example in split.holdout])]
+        answers = [str(answer) for answer in model.predict([user_text(example.prompt) for example in split.holdout])]
         seconds = time.perf_counter() - started
     return Rung(
-        name="tfidf-logistic",
+        name=CLASSICAL,
         kind="classical",
         description="TF-IDF of words and word pairs + logistic regression: milliseconds, no language model",
         scores=score_answers(metric, split.holdout, answers, seconds=seconds),
@@ -282,11 +282,6 @@ def candidate_shots(split: Split, metric: Metric) -> list[tuple[Example, ...]]:
             if len(turns) >= count:
                 candidates.append(tuple(turns[:count]))
     return candidates
-
-
-def asked_of(example: Example) -> str:
-    """What the user wrote last: all that differs between rows in most classification files."""
-    return "\n".join(str(message["content"]) for message in example.prompt if message["role"] == "user")
 
 
 def _spread(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heldout.pipeline.ladder import Rung, asked_of
+from heldout.engine.labels import user_text
+from heldout.pipeline.ladder import Rung
 from heldout.pipeline.types import Example
 
 MOST = 10
@@ -61,7 +62,7 @@ def instructive_mistakes(
     return tuple(
         Mistake(
             line=answered[i].line,
-            asked=asked_of(answered[i]),
+            asked=user_text(answered[i].prompt),
             expected=answered[i].target,
             tuned=scores.answers[i],
             baseline=before.answers[i],

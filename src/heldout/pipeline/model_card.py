@@ -12,9 +12,10 @@ from pathlib import Path
 from heldout.engine.catalogue import ENCODER, hub_name
 from heldout.pipeline import layout
 from heldout.pipeline.consequences.base import Consequence
+from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.findings import RANK, markdown_text
 from heldout.pipeline.kept import write_whole
-from heldout.pipeline.ladder import Rung
+from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung
 from heldout.pipeline.layout import markdown_code, markdown_table
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.report import AGAIN, FILE_COLUMNS, LIGHTS, by_light, ended, file_rows, plan_rows
@@ -33,6 +34,14 @@ METRICS = {
 
 #: Our sentences quote the data as Python writes a text; an apostrophe has a letter before it.
 _OPENS_A_QUOTE = re.compile(r"""(?<!\w)['"“«`]""")
+
+#: What the rungs that can be served are, before the name of the base model.
+_RUNGS = {
+    FROZEN: "logistic regression on the vectors of the encoder, which is as it was:",
+    CLASSICAL: "logistic regression on counts of words, without any language model, beside a job of",
+    TUNED_ENCODER: "a classifier on the encoder, fine-tuned with its defaults:",
+}
+_PROMPT = "a prompt with solved examples (in `adapter_config.json`, which are rows of the training file) for"
 
 _OUTCOMES = {"ship": "ship", "dont_ship": "don't ship", "inconclusive": "inconclusive"}
 
@@ -68,14 +77,14 @@ class _Model:
     name: str  # ft:…
     base_model: str
     rung: Rung  # its scores
+    what: str  # words before the name of the base model
     is_classifier: bool
-    trained: bool  # False: the frozen encoder, of which nothing was
+    is_rung: bool = False  # a cheaper one, without a verdict of its own
 
     @property
-    def what(self) -> str:
-        if not self.trained:
-            return "logistic regression on the vectors of the encoder, which is as it was"
-        return "a classifier on the encoder" if self.is_classifier else "a LoRA adapter of the chat model"
+    def is_adapter(self) -> bool:
+        """PEFT loads it."""
+        return not self.is_classifier and not self.is_rung
 
 
 def write(outcome: Outcome, name: str) -> None:
@@ -84,8 +93,8 @@ def write(outcome: Outcome, name: str) -> None:
         name=name,
         base_model=outcome.base_model,
         rung=outcome.tuned,
+        what="a classifier on the encoder" if outcome.kind == ENCODER else "a LoRA adapter of the chat model",
         is_classifier=outcome.kind == ENCODER,
-        trained=True,
     )
     write_whole(outcome.adapter.directory / FILE, _card(outcome, model))
 
@@ -93,7 +102,15 @@ def write(outcome: Outcome, name: str) -> None:
 def write_rung(outcome: Outcome, served: ServedRung, name: str) -> None:
     """Write the card of a cheaper rung that is served as `name`."""
     rung = next(one for one in outcome.rungs if one.name == served.rung)
-    model = _Model(name=name, base_model=served.base_model, rung=rung, is_classifier=True, trained=False)
+    what = _RUNGS.get(rung.name, _PROMPT)
+    model = _Model(
+        name=name,
+        base_model=served.base_model,
+        rung=rung,
+        what=what,
+        is_classifier=what is not _PROMPT,
+        is_rung=True,
+    )
     write_whole(served.directory / FILE, _card(outcome, model))
 
 
@@ -107,12 +124,13 @@ def _metadata(outcome: Outcome, model: _Model) -> str:
 
     low, high = model.rung.scores.interval
     base = hub_name(model.base_model)
-    tags = ["heldout", *(["text-classification"] if model.is_classifier else ["lora", "sft"])]
+    tags = ["heldout", *(["text-classification"] if model.is_classifier else [])]
+    tags += ["lora", "sft", *([f"base_model:adapter:{base}"] if base else [])] if model.is_adapter else []
     return ModelCardData(
         base_model=base,  # a folder's path is no id
-        library_name="heldout" if model.is_classifier else "peft",
+        library_name="peft" if model.is_adapter else "heldout",
         pipeline_tag="text-classification" if model.is_classifier else "text-generation",
-        tags=[*tags, *([f"base_model:adapter:{base}"] if base else [])],
+        tags=tags,
         model_name=model.name,
         eval_results=[
             EvalResult(
@@ -171,7 +189,7 @@ def _summary(outcome: Outcome, model: _Model) -> Iterator[str]:
         "answers there; what it says to anything else was not measured."
     )
     yield ""
-    if not model.trained:
+    if model.is_rung:
         yield (
             f"It is a cheaper rung of a job whose tuned model has the verdict **{_OUTCOMES[verdict.outcome]}**; there "
             "is no verdict on this one."
@@ -208,8 +226,8 @@ def _evaluation(outcome: Outcome, model: _Model) -> Iterator[str]:
 
 
 def _limits(outcome: Outcome, model: _Model) -> Iterator[str]:
-    if not model.trained:
-        yield "What training may make worse was not measured of this rung. It knows its labels and nothing else."
+    if model.is_rung:
+        yield "What training may make worse was not measured of this rung."
     elif outcome.consequences:
         rows = [[" ".join(LIGHTS[one.status][::2]), one.name, _told(one)] for one in by_light(outcome.consequences)]
         yield from markdown_table(("", "what training may have made worse", "what was measured"), rows)
@@ -238,7 +256,7 @@ def _told(one: Consequence) -> str:
 
 
 def _training(outcome: Outcome, model: _Model) -> Iterator[str]:
-    if not model.trained:
+    if model.is_rung:
         yield f"{len(outcome.split.train)} examples. Nothing was chosen by hand."
         yield ""
         return
@@ -283,7 +301,7 @@ def _count(n: int, what: str) -> str:
 
 
 def _use(model: _Model) -> Iterator[str]:
-    if not model.is_classifier:
+    if model.is_adapter:
         known = hub_name(model.base_model)
         base = json.dumps(known or "path/to/the/base/model", ensure_ascii=False)
         if known and known != model.base_model:
@@ -295,11 +313,14 @@ def _use(model: _Model) -> Iterator[str]:
         yield from markdown_code(_WITH_PEFT.format(base=base, folder='"path/to/this/folder"').rstrip(), "python")
         yield ""
         yield "Through Heldout, exactly as it was measured:"
-    else:
+    elif model.is_classifier:
         yield (
-            "`adapter_model.safetensors` holds what was trained and `adapter_config.json` the labels. PEFT and "
-            "transformers do not load this layout; Heldout does, and answers as it was measured:"
+            "`adapter_model.safetensors` holds what was trained and `adapter_config.json` the labels (and the words, "
+            "where words are counted). PEFT and transformers do not load this layout; Heldout does, and answers as it "
+            "was measured:"
         )
+    else:
+        yield "Heldout puts the examples in front of what it is asked, and answers as it was measured:"
     yield ""
     yield from markdown_code(_WITH_OPENAI.format(name=json.dumps(model.name, ensure_ascii=False)).rstrip(), "python")
     yield ""

@@ -169,9 +169,14 @@ def plan_rows(outcome: Outcome) -> list[list[str]]:
         [name, _value(choice["value"]), origin(name), choice["reason"]]
         for name, choice in outcome.plan.as_dict().items()
     ]
-    # Not the plan's: nothing of training depends on it.
+    # Not the plan's: nothing of training depends on them.
     why = "set in the request" if "metric" in asked else "what fits the training answers, or the grader that was given"
-    return [*rows, ["metric", outcome.tuned.scores.metric, origin("metric"), why]]
+    rung = "set in the request" if "tuned_encoder" in asked else "auto: it costs a training of its own"
+    return [
+        *rows,
+        ["metric", outcome.tuned.scores.metric, origin("metric"), why],
+        ["tuned_encoder", _value(bool(outcome.asked.tuned_encoder)), origin("tuned_encoder"), rung],
+    ]
 
 
 def file_rows(outcome: Outcome) -> list[list[str]]:

@@ -21,6 +21,7 @@ from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.consequences import measure_all
 from heldout.pipeline.consequences.base import Budget, Consequence, Subject
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
+from heldout.pipeline.encoder_rung import TUNED_ENCODER, tuned_encoder_rung
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.clusters import find_clusters
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
@@ -28,14 +29,14 @@ from heldout.pipeline.evaluate.graders.read import grader_metric, read_grader
 from heldout.pipeline.evaluate.scores import Scores, score_model
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
-from heldout.pipeline.ladder import FROZEN, Rung, with_clusters
+from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung, with_clusters
 from heldout.pipeline.mistakes import instructive_mistakes
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.replay import Replay, replay_examples
 from heldout.pipeline.reproduce import Reproduction, reproduction_of
 from heldout.pipeline.request import Request, Tools
-from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder
+from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder, serve_shots, serve_word_counts
 from heldout.pipeline.split import SMALL, split_dataset
 from heldout.pipeline.training import Adapter, ModelFacts
 from heldout.pipeline.types import Example, Finding, Split
@@ -144,7 +145,8 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     plan = within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
     tools.watch.planned(plan)
     clusters = find_clusters(split.holdout)
-    rungs = with_clusters(climb(split, metric, request, facts, tools, max_tokens=max_tokens), clusters)
+    rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
+    rungs = with_clusters(with_tuned_encoder(rungs, split, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the holdout", tools.watch)
 
     adapter = train(plan, split, request, tools, directory=request.directory)
@@ -185,6 +187,8 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tools.watch.planned(plans[0])  # the others differ by a row or two
     answered = tuple(row for split in folds.splits for row in split.holdout)
     clusters = find_clusters(answered)
+    if request.hyperparameters.tuned_encoder:
+        tools.watch.message(f"The rung {TUNED_ENCODER} is left out: cross-fitting would train five", level="warn")
     rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
 
@@ -237,17 +241,36 @@ def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -
 
 def serve_rungs(made: Made, request: Request, facts: ModelFacts, tools: Tools) -> tuple[ServedRung, ...]:
     """The cheaper rungs that can be asked as models, fitted on what the tuned model was trained on."""
-    encoder = frozen_encoder(request.base_model, facts)
-    if encoder is None or not any(rung.name == FROZEN for rung in made.rungs):
-        return ()
-    served = serve_frozen_encoder(
-        made.split.train,
-        tools.engine,
-        encoder,
-        tools.trainer.facts(encoder),
-        directory=request.directory / "rungs" / FROZEN,
-    )
-    return (served,) if served else ()
+    served: list[ServedRung | None] = []
+    for rung in made.rungs:
+        directory = request.directory / "rungs" / rung.name
+        if rung.name == CLASSICAL:
+            served.append(serve_word_counts(made.split.train, request.base_model, directory=directory))
+        elif rung.name == FROZEN and (encoder := frozen_encoder(request.base_model, facts)):
+            encoder_facts = tools.trainer.facts(encoder)
+            served.append(
+                serve_frozen_encoder(made.split.train, tools.engine, encoder, encoder_facts, directory=directory)
+            )
+        elif rung.name == TUNED_ENCODER and (encoder := catalogue.bundled_encoder()):
+            served.append(ServedRung(rung=rung.name, base_model=encoder, directory=directory / "adapter"))
+        elif rung.shots:
+            served.append(serve_shots(rung, request.base_model, directory=directory))
+    return tuple(one for one in served if one)
+
+
+def with_tuned_encoder(
+    rungs: tuple[Rung, ...], split: Split, metric: Metric, request: Request, facts: ModelFacts, tools: Tools
+) -> tuple[Rung, ...]:
+    """The ladder with the rung that has to be asked for: dearer than what is only fitted, cheaper than a prompt."""
+    if not request.hyperparameters.tuned_encoder:
+        return rungs
+    if facts.kind == catalogue.ENCODER or metric.form != "label":
+        why = "the job trains an encoder itself" if facts.kind == catalogue.ENCODER else "the answers are no labels"
+        tools.watch.message(f"The rung {TUNED_ENCODER} is left out: {why}", level="warn")
+        return rungs
+    trained = tuned_encoder_rung(split, metric, tools, directory=request.directory / "rungs" / TUNED_ENCODER)
+    prompts = [rung for rung in rungs if rung.kind == "prompt"]
+    return (*rungs[: len(rungs) - len(prompts)], *trained, *prompts)
 
 
 def climb(

@@ -9,20 +9,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heldout.engine.base import Engine
-from heldout.engine.labels import Labels, classifier_config, text_of, varies_in_system
+from heldout.engine.labels import Labels, classifier_config, text_of, user_text, varies_in_system
+from heldout.engine.rungs import CONFIG, TENSORS, rows_of_labels, write_shots, write_word_counts
 from heldout.errors import InvalidTrainingFile
-from heldout.pipeline.ladder import FROZEN, frozen_model, one_thread
+from heldout.pipeline.evaluate.scores import turns_of
+from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung, classical_model, frozen_model, one_thread
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedRung:
-    """A rung as a model: what is loaded on top of its base model. `directory` has the two files of an adapter."""
+    """A rung as a model: what is loaded on top of its base model. `directory` has its files."""
 
     rung: str
     base_model: str
     directory: Path
+
+
+def serve_word_counts(train: Sequence[Example], base_model: str, *, directory: Path) -> ServedRung:
+    """The classical rung, fitted on `train`. The base model is named and never asked."""
+    with one_thread():
+        model = classical_model().fit([user_text(one.prompt) for one in train], [one.target for one in train])
+    write_word_counts(directory, *(step for _, step in model.steps))
+    return ServedRung(rung=CLASSICAL, base_model=base_model, directory=directory)
+
+
+def serve_shots(rung: Rung, base_model: str, *, directory: Path) -> ServedRung:
+    """The base model behind the solved examples of a few-shot rung: nobody has to send them any more."""
+    write_shots(directory, turns_of(rung.shots))
+    return ServedRung(rung=rung.name, base_model=base_model, directory=directory)
 
 
 def serve_frozen_encoder(
@@ -46,14 +62,12 @@ def serve_frozen_encoder(
     vectors = engine.embed(encoder, [text_of(example.prompt, with_system=with_system) for example in train])
     with one_thread():
         fitted = frozen_model().fit(vectors, [labels.index(example.target) for example in train])
-    weight, bias = fitted.coef_, fitted.intercept_
-    if len(labels) == 2:  # one row, for the second label against the first
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight, bias = rows_of_labels(fitted)
     # It was fitted to vectors of length 1; classifiers read them in length sqrt(h).
     head = {"head.weight": weight / math.sqrt(facts.hidden_size), "head.bias": bias}
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(one, dtype=np.float32) for name, one in head.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
     config = classifier_config(
         labels,
         width=facts.hidden_size,
@@ -61,5 +75,5 @@ def serve_frozen_encoder(
         max_length=facts.context,
         with_system=with_system,
     )
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     return ServedRung(rung=FROZEN, base_model=encoder, directory=directory)

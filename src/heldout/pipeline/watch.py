@@ -70,3 +70,36 @@ class Silent:
     def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None: ...
 
     def kept(self) -> None: ...
+
+
+class Within:
+    """Passes on what a part of a job tells, under the part's name.
+
+    Steps and checkpoints are kept back: a client plots steps and calls checkpoints of the served model, and
+    those of a fold or a rung are not its.
+    """
+
+    def __init__(self, watch: Watch, name: str) -> None:
+        self._watch, self._name = watch, name
+
+    def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """See Watch.message."""
+        self._watch.message(f"{self._name}: {text}", level=level, data=data)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """See Watch.progress."""
+        self._watch.progress(f"{self._name}: {stage}", done, total)
+
+    def planned(self, plan: TrainPlan) -> None:
+        """See Watch.planned. The job's plan is told by the job."""
+
+    def metrics(self, point: CurvePoint, total_steps: int) -> None:
+        """See Watch.metrics."""
+
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        """See Watch.checkpoint. The job got somewhere, though."""
+        self._watch.kept()
+
+    def kept(self) -> None:
+        """See Watch.kept."""
+        self._watch.kept()

@@ -14,7 +14,7 @@ from heldout.engine import catalogue
 from heldout.errors import InvalidValue
 from heldout.pipeline import report
 from heldout.pipeline.checks.groups import fingerprint
-from heldout.pipeline.evaluate.graders.read import grader_json, read_grader
+from heldout.pipeline.evaluate.graders.read import checked_grader, grader_json
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.outcome import Outcome
@@ -78,7 +78,7 @@ def tune(
     """
     settings = settings or read_settings()
     asked = Hyperparameters.parse(hyperparameters)
-    graded_by = _grader(grader, asked)
+    graded_by = checked_grader(None if grader is None else grader_json(grader), metric=asked.metric)
     training = source(train)
     valid, held = (source(path) if path else None for path in (validation, holdout))
     base_model = catalogue.resolve(model, settings.model_aliases, allow_paths=True).name
@@ -149,17 +149,6 @@ def _same_request(directory: Path, request: dict[str, Any], seed: int | None) ->
     seed = random.randrange(2**31) if seed is None else seed
     note.write_text(json.dumps({"seed": seed, "request": request}))
     return seed
-
-
-def _grader(grader: str | Path | dict[str, Any] | None, asked: Hyperparameters) -> dict[str, Any] | None:
-    """The grader's JSON, known to be sound before anything is loaded."""
-    if grader is None:
-        return None
-    if asked.metric is not None:
-        raise InvalidValue("A metric and a grader were both given; give one of them.", param="grader")
-    raw = grader_json(grader)
-    read_grader(raw)
-    return raw
 
 
 class Recorder:

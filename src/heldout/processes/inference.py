@@ -11,14 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import uvicorn
 
 from heldout import gate
 from heldout.api.app import create_chat_app
 from heldout.api.wire_chat import no_log_probs
-from heldout.engine import catalogue, labels
+from heldout.engine import catalogue, rungs
 from heldout.engine.base import ChatRequest, Engine, ModelRef, Piece, Reply
 from heldout.errors import ModelNotFound, NotFound
 from heldout.settings import DEFAULT_MODEL, Settings, read_settings
@@ -68,7 +67,7 @@ class LocalChat:
 
 def _refuse_log_probs(request: ChatRequest, model: ModelRef) -> None:
     """Before an answer is generated that cannot be given."""
-    if request.log_probs and not (model.adapter and labels.is_classifier(Path(model.adapter))):
+    if request.log_probs and not rungs.decides(model):
         raise no_log_probs()
 
 

@@ -149,7 +149,7 @@ class DbWatch:
         self.name = fine_tuned_name(job.model, settings.organization, job.suffix, job.id)
         self._looked = self._estimated = 0.0
         self._stage = ("", 0, 0)
-        self._pace = Pace()
+        self._pace = Pace(settings.eval_budget)
         self._planned = False
 
     def message(self, text: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
@@ -272,7 +272,9 @@ class DbWatch:
 class Pace:
     """How long a job will still take, from what this process has seen of it. Times are in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, probes: float | None) -> None:
+        """`probes`: the most that probes of the tuned model may take; None: as long as its training."""
+        self._probes = probes
         self._scored: tuple[str, float, float] | None = None  # the first scoring stage, its begin and end
         self._fold: InFold | None = None  # that is trained; None: the model to serve
         self._begun: tuple[int, float] | None = None  # the first step of this training, and when it was done
@@ -310,8 +312,10 @@ class Pace:
         a_step = (self._now - began) / (self._step - first)
         scoring = self._scored[2] - self._scored[1] if self._scored else 0.0
         left = a_step * (total_steps - self._step) + scoring
-        if self._fold is None:
+        if self._fold is None and self._folds:  # of a model without a holdout little is asked
             return left
+        if self._fold is None:
+            return left + (a_step * total_steps if self._probes is None else self._probes)
         a_fold = sum(self._folds) / len(self._folds) if self._folds else a_step * total_steps + scoring
         # The folds after this one, and the model to serve: it is trained for about as long as they were.
         return left + a_fold * (self._fold.of - self._fold.number + 1)
@@ -355,6 +359,7 @@ def _request(job: Job, settings: Settings, db: Db, blobs: Blobs) -> Request:
         suffix=job.suffix,
         environment=settings.of_jobs,
         keep_leaks=job.keep_leaks,
+        grader=job.grader,
         eval_budget=settings.eval_budget,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heldout.engine import catalogue, labels
+from heldout.engine import catalogue, rungs
 from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
 from heldout.engine.over_chat import ChatEngine
 from heldout.engine.remote import RemoteChat
@@ -141,13 +141,13 @@ class _Run:
         ref = find_model(str(model), self.settings, base=base)
         engine = self.local(ref.base_model)
         adapter = Path(ref.adapter) if ref.adapter else None
-        is_classifier = adapter is not None and labels.is_classifier(adapter)
+        decides = rungs.decides(ref)
         return Answerer(
             name=str(model),
             engine=engine,
             model=ref,
-            is_prompted=not is_classifier,
-            notes=_template_note(adapter, engine.folder(ref.base_model)) if adapter and not is_classifier else (),
+            is_prompted=not decides,
+            notes=_template_note(adapter, engine.folder(ref.base_model)) if adapter and not decides else (),
         )
 
     def vectors(self, rows: Judged, metric: Metric) -> Engine | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heldout.engine.rungs import CONFIG, TENSORS
 from heldout.pipeline import model_card, report
 from heldout.records import File, Job, Model, now, rung_name
 from heldout.settings import Settings
-from heldout.store.blobs import Blobs
+from heldout.store.blobs import Blobs, put_files
 from heldout.store.db import Db
 
 if TYPE_CHECKING:
@@ -67,19 +68,9 @@ def add_file(db: Db, blobs: Blobs, path: Path, *, filename: str, purpose: str) -
 
 
 def put_adapter(blobs: Blobs, prefix: str, folder: Path, *, with_card: bool = False) -> None:
-    """Store an adapter's two files, and nothing else of a checkpoint's folder: all, or none that is new.
+    """Store an adapter's files, and nothing else of a checkpoint's folder. A prompt that is served has no tensors.
 
     `with_card`: its model card too. A checkpoint has none of ours: nothing was measured of it.
     """
-    names = ("adapter_model.safetensors", "adapter_config.json", *((model_card.FILE,) if with_card else ()))
-    before = set(blobs.keys(prefix))
-    put: list[str] = []
-    try:
-        for name in names:
-            with (folder / name).open("rb") as content:
-                blobs.put(f"{prefix}/{name}", content)
-            put.append(f"{prefix}/{name}")
-    except BaseException:
-        for key in set(put) - before:
-            blobs.delete(key)
-        raise
+    tensors = (TENSORS,) if (folder / TENSORS).exists() else ()
+    put_files(blobs, prefix, folder, (*tensors, CONFIG, *((model_card.FILE,) if with_card else ())))

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -87,12 +87,19 @@ def open_blobs(url: str) -> Blobs:
     raise InvalidValue(f"HELDOUT_BLOBS_URL={url!r}: only file:<directory> is supported by this version")
 
 
-def put_folder(blobs: Blobs, prefix: str, folder: Path) -> None:
-    """Store every file of `folder` (not its subfolders) below `prefix`."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            with path.open("rb") as content:
-                blobs.put(f"{prefix}/{path.name}", content)
+def put_files(blobs: Blobs, prefix: str, folder: Path, names: Sequence[str]) -> None:
+    """Store these files of `folder` below `prefix`: all, or none that is new."""
+    before = set(blobs.keys(prefix))
+    put: list[str] = []
+    try:
+        for name in names:
+            with (folder / name).open("rb") as content:
+                blobs.put(f"{prefix}/{name}", content)
+            put.append(f"{prefix}/{name}")
+    except BaseException:
+        for key in set(put) - before:
+            blobs.delete(key)
+        raise
 
 
 def fetch_folder(blobs: Blobs, prefix: str, folder: Path) -> Path:

@@ -71,6 +71,7 @@ jobs = _table(
     Column("result_files", JSON, nullable=False),
     Column("verdict", JSON(none_as_null=True)),
     Column("release", JSON(none_as_null=True)),
+    Column("grader", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     Column("paused", Boolean, nullable=False, server_default=false()),
     Column("handle", Text),

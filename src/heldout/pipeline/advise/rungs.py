@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from heldout.engine.labels import text_of, varies_in_system
+from heldout.engine.labels import text_of, user_text, varies_in_system
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.advise.learning_curve import FEWEST_ROWS, MOST_ROWS, Fit, MoreData, draw_curve, predict
 from heldout.pipeline.checks.groups import fold, group_by_prompt
 from heldout.pipeline.evaluate.statistics import wilson
-from heldout.pipeline.ladder import asked_of, classical_model, frozen_model, one_thread
+from heldout.pipeline.ladder import classical_model, frozen_model, one_thread
 from heldout.pipeline.types import Dataset, Example
 from heldout.pipeline.watch import Watch
 
@@ -99,7 +99,7 @@ def _rung(name: str, right: int, rows: int) -> CheapRung:
 
 def tfidf_fit(rows: Sequence[Example], labels: Sequence[str]) -> Fit:
     """The classical rung of the ladder."""
-    texts = [asked_of(row) for row in rows]
+    texts = [user_text(row.prompt) for row in rows]
 
     def fit(taught: Sequence[int], asked: Sequence[int]) -> Sequence[str]:
         known = [labels[row] for row in taught]

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from heldout.engine.labels import user_text
 from heldout.pipeline.checks.near import Near, groups_of
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
-from heldout.pipeline.checks.rows import Numbers, Rows, user_text
+from heldout.pipeline.checks.rows import Numbers, Rows
 from heldout.pipeline.types import Dataset, Example, Finding, Severity
 
 #: Up to this share of extra copies is what any real file has.

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from heldout.engine.labels import user_text
 from heldout.pipeline.checks.near import Near
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
-from heldout.pipeline.checks.rows import Hashes, Numbers, Rows, user_text
+from heldout.pipeline.checks.rows import Hashes, Numbers, Rows
 from heldout.pipeline.types import Finding
 
 #: (row of one file) -> the first rows of another file that give its prompt away.

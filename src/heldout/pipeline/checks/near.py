@@ -34,7 +34,7 @@ DIFFERENT_BITS = ((50_000, 20), (500_000, 16), (sys.maxsize, 12))
 SMALL_BUCKET, REPRESENTATIVES = 12, 4
 #: A text that was compared so often in vain is not compared any more: in a big bucket, and at all. The latter is
 #: less where there are many texts, so that not many more than IN_ALL comparisons of all of them are in vain.
-FEW_FAILED, MOST_FAILED, LEAST_FAILED, IN_ALL = 8, 40, 2, 2_000_000
+FEW_FAILED, MOST_FAILED, LEAST_FAILED, IN_ALL = 8, 40, 1, 2_000_000
 _CACHED_CHARACTERS = 5_000_000
 _REMEMBERED = 500_000
 
@@ -135,6 +135,7 @@ class _Search:
         self.contrasts: list[tuple[int, int]] = []
         self._failed = array("H", bytes(2 * len(first)))  # how often a text was compared in vain
         self._most = max(LEAST_FAILED, min(MOST_FAILED, IN_ALL // max(1, len(first))))
+        self._few = min(FEW_FAILED, self._most)
         self._different_bits = next(bits for texts, bits in DIFFERENT_BITS if len(first) <= texts)
         self._known: dict[int, Relation] = {}
         self._same_system: dict[tuple[int, int], bool] = {}  # few, however many rows
@@ -173,10 +174,11 @@ class _Search:
             few = kinds.setdefault((label, numbers), [])
             if not few and len(others := heads.setdefault(numbers, [])) < REPRESENTATIVES:
                 for other in others:
-                    self._compare(other, text)
+                    if self._failed[text] < self._most:
+                        self._compare(other, text)
                 others.append(text)
             for other in few:
-                if self._failed[text] >= FEW_FAILED or self._compare(other, text) is Relation.SAME:
+                if self._failed[text] >= self._few or self._compare(other, text) is Relation.SAME:
                     break
             else:
                 if len(few) < REPRESENTATIVES:

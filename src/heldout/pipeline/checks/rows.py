@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heldout.engine.base import Message
+from heldout.engine.labels import user_text
 from heldout.pipeline.checks.groups import MIN_EXAMPLES_PER_LABEL, are_labels, fold
 from heldout.pipeline.types import Dataset, Example
 
@@ -88,11 +89,6 @@ def asked_text(prompt: Sequence[Message]) -> str:
 def system_text(prompt: Sequence[Message]) -> str:
     """The system message, folded; empty where there is none."""
     return fold(prompt[0]["content"]) if prompt and prompt[0]["role"] == "system" else ""
-
-
-def user_text(prompt: Sequence[Message]) -> str:
-    """What the user wrote, letter for letter."""
-    return "\n".join(message["content"] for message in prompt if message["role"] == "user")
 
 
 def canonical(answer: str) -> str:

@@ -1,4 +1,5 @@
-"""Calibration: is the classifier right as often as it says? Where label probabilities come with the answers."""
+"""Calibration: is the model right as often as it is sure? By the probabilities of labels: a classifier's own, or how
+likely a chat model finds each label as the answer."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from heldout.engine.base import Reply
+from heldout.engine.base import Message, Reply
 from heldout.pipeline.consequences.base import (
     LIKELY,
     NONE_UNSEEN,
     Consequence,
     Subject,
     not_measured,
+    sample,
     status_of,
 )
 from heldout.pipeline.types import Example
@@ -23,6 +25,8 @@ NAME = "calibration"
 ENOUGH, BINS = 200, 10
 #: Validation answers for a temperature.
 FITTED = 100
+#: Labels that a chat model reads behind prompts, all together; and behind how many prompts it is worth it.
+READINGS, FEWEST = 3_000, 30
 #: Calibration error to warn of, and what the lower end of its interval must be above.
 WARN, WARN_LOW = 0.10, 0.05
 DRAWS = 1_000
@@ -42,21 +46,53 @@ def measure(subject: Subject) -> Consequence:
         return not_measured(NAME, NONE_UNSEEN)
     if subject.metric.form != "label":
         return not_measured(NAME, "the answers are no labels, so none of them has one probability to be right with")
-    if not subject.is_encoder:
-        return not_measured(
-            NAME,
-            "a chat model gives no probabilities of labels with its answers; reading every label behind every prompt "
-            "would take a pass for each",
-        )
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
-    held = _said(subject, subject.answered, "label probabilities")
+    if not subject.is_encoder:
+        return _of_a_chat_model(subject)
+    held = [_of(reply, row, subject) for reply, row in _answers(subject, subject.answered, "label probabilities")]
     if all(one.right is None for one in held):
         return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
     temperature = None
     if len(subject.split.valid) >= FITTED and not subject.budget.used_up:
-        temperature = best_temperature(_said(subject, subject.split.valid, "label probabilities of valid"))
+        valid = _answers(subject, subject.split.valid, "label probabilities of valid")
+        temperature = best_temperature([_of(reply, row, subject) for reply, row in valid])
     return judge(held, temperature)
+
+
+def _of_a_chat_model(subject: Subject) -> Consequence:
+    """Its probabilities of the training file's labels, which add up to 1. No temperature is fitted: nothing that it
+    serves would have one."""
+    labels = sorted({row.target for row in subject.split.train})
+    count = READINGS // len(labels)
+    rows = [subject.answered[i] for i in sample(subject.answered, count, subject.seed, NAME)]
+    if len(rows) < FEWEST:
+        return not_measured(
+            NAME,
+            f"a chat model has to read each of the {len(labels)} labels behind a prompt, at most {READINGS:,} in all, "
+            f"and {FEWEST} prompts are needed; there are {len(rows)}",
+        )
+    held = read_labels(subject, rows, labels)
+    if all(one.right is None for one in held):
+        return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
+    return judge(held, None)
+
+
+def read_labels(subject: Subject, rows: Sequence[Example], labels: Sequence[str]) -> list[Said]:
+    """How likely the tuned chat model finds each label behind each prompt, as a share of them all."""
+    conversations: list[list[Message]] = [
+        [*row.prompt, {"role": "assistant", "content": label}] for row in rows for label in labels
+    ]
+    found = subject.engine.log_probs(
+        subject.model,
+        conversations,
+        lambda done, total: subject.watch.progress("consequences: likelihood of labels", done, total),
+    )
+    of_rows = (found[start : start + len(labels)] for start in range(0, len(found), len(labels)))
+    return [
+        cool(Said(tuple(log_probs), _right(labels, row, subject)), 1.0)  # at 1, only made to add up to 1
+        for log_probs, row in zip(of_rows, rows, strict=True)
+    ]
 
 
 def judge(held: Sequence[Said], temperature: float | None) -> Consequence:
@@ -157,12 +193,14 @@ def cool(one: Said, temperature: float) -> Said:
     return Said(tuple(p - total for p in scaled), one.right)
 
 
-def _said(subject: Subject, rows: Sequence[Example], stage: str) -> list[Said]:
-    replies = subject.ask(subject.model, [row.prompt for row in rows], stage)
-    return [_of(reply, row, subject) for reply, row in zip(replies, rows, strict=True)]
+def _answers(subject: Subject, rows: Sequence[Example], stage: str) -> list[tuple[Reply, Example]]:
+    return list(zip(subject.ask(subject.model, [row.prompt for row in rows], stage), rows, strict=True))
 
 
 def _of(reply: Reply, row: Example, subject: Subject) -> Said:
     [choice] = reply.tokens  # a classifier's whole answer is one
-    right = next((i for i, (text, _) in enumerate(choice.top) if subject.metric.score(text, row.target) == 1.0), None)
-    return Said(tuple(log_prob for _, log_prob in choice.top), right)
+    return Said(tuple(log_prob for _, log_prob in choice.top), _right([text for text, _ in choice.top], row, subject))
+
+
+def _right(labels: Sequence[str], row: Example, subject: Subject) -> int | None:
+    return next((i for i, label in enumerate(labels) if subject.metric.score(label, row.target) == 1.0), None)

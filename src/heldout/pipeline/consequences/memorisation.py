@@ -22,10 +22,8 @@ from heldout.pipeline.consequences.format import form_of
 from heldout.pipeline.types import Example
 
 NAME = "memorisation"
-#: Answers of each side that are read. Each takes a pass of its own, on two cores a second with a long prompt.
-READ, FEWEST = 64, 20
-#: Answers that are read in one call: between two calls a job can be stopped.
-CHUNK = 10
+#: Answers of each side that are read.
+READ, FEWEST = 100, 20
 #: Membership AUC: 0.5 says that training answers are no likelier than unseen ones.
 WARN_AUC, SEVERE_AUC = 0.70, 0.90
 #: Answers of fewer tokens say the same by chance; of so many are so many asked for again.
@@ -86,11 +84,11 @@ def measure(subject: Subject) -> Consequence:
 
 def losses(subject: Subject, examples: Sequence[Example]) -> list[float]:
     """Nats per token of each answer, by the tuned model. A classifier's answer is one decision."""
-    total: list[float] = []
-    for start in range(0, len(examples), CHUNK):
-        subject.watch.progress("consequences: reading answers", start, len(examples))
-        chunk = [example.messages for example in examples[start : start + CHUNK]]
-        total += subject.engine.log_probs(subject.model, chunk)
+    total = subject.engine.log_probs(
+        subject.model,
+        [example.messages for example in examples],
+        lambda done, total: subject.watch.progress("consequences: reading answers", done, total),
+    )
     if subject.is_encoder:
         return [-one for one in total]
     counts = subject.engine.count_tokens(subject.model.base_model, [example.target for example in examples])

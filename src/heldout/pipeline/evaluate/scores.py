@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
+from heldout.engine.rungs import behind
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.metrics.exact import are_imbalanced, macro_f1
 from heldout.pipeline.evaluate.statistics import mean_interval
@@ -102,11 +103,14 @@ def score_model(
 
 def with_shots(prompt: Sequence[Message], shots: Sequence[Example]) -> list[Message]:
     """The prompt with solved examples before its first user message, after its own system message."""
-    system = [message for message in prompt[:1] if message["role"] == "system"]
-    turns = [
+    return behind(turns_of(shots), prompt)
+
+
+def turns_of(shots: Sequence[Example]) -> list[Message]:
+    """What the solved examples say, without their system messages."""
+    return [
         {"role": message["role"], "content": message["content"]}
         for shot in shots
         for message in shot.messages
         if message["role"] != "system"
     ]
-    return [*system, *turns, *prompt[len(system) :]]

@@ -71,6 +71,17 @@ def grader_metric(grader: Grader, usual: Metric) -> Metric:
     return replace(usual, name=grader.name, binary=grader.binary, grade=grade)
 
 
+def checked_grader(raw: dict[str, Any] | None, *, metric: str | None) -> dict[str, Any] | None:
+    """A job's grader as it was given, known to be sound before anything is loaded. Raises InvalidValue, also when a
+    metric was asked for beside it."""
+    if raw is None:
+        return None
+    if metric is not None:
+        raise InvalidValue("A metric and a grader were both given; give one of them.", param="grader")
+    read_grader(raw)
+    return raw
+
+
 def read_grader(raw: Any, ask: Ask | None = None, tell: Tell = lambda text: None) -> Grader:
     """A grader of OpenAI's API. Raises InvalidValue with what is wrong, or cannot be had here.
 
