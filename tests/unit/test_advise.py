@@ -366,6 +366,21 @@ def test_a_job_is_the_sum_of_its_stages() -> None:
     assert found["general skills"].at_most == general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * 0.25
 
 
+def test_the_tuned_model_is_probed_for_as_long_as_it_is_trained_at_most() -> None:
+    def probes(one: Measured, budget: float | None, trainings: int = 1) -> tuple[float, float] | None:
+        stages = add_up([training()] * trainings, one, eval_budget=budget).stages
+        return next(((stage.at_most, stage.typical) for stage in stages if "probes" in stage.name), None)
+
+    slow, quick = measured(), measured(tuned=answering(0, 24, 0.1, 100.0, 80.0), reading=0.001)
+    trained = next(stage for stage in add_up([training()], slow).stages if stage.name == "training and validation")
+    assert probes(slow, None) == (trained.at_most, trained.typical)
+    assert probes(slow, 7.0) == (7.0, 7.0)
+    needed = 8 * quick.tuned.seconds_for(40) + 2 * quick.tuned.seconds_for(40) + 2 * 40 * 0.001
+    assert probes(quick, None) == pytest.approx((2 * needed, needed))
+    assert probes(quick, 0.0) == (0.0, 0.0)
+    assert probes(slow, None, trainings=6) is None
+
+
 def test_prompts_are_chosen_twice_for_each_number_of_shots() -> None:
     one = measured()
     stage = next(stage for stage in add_up([training()], one).stages if "prompts" in stage.name)

@@ -101,7 +101,7 @@ def advise(
             cheap = measure_cheap(parts.train, embed, watch, seed=seed)
         with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
             rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap)
-        job, prompted = _job(rehearsal, model, _prices(settings)), _prompted(rehearsal.measured)
+        job, prompted = _job(rehearsal, model, _prices(settings), settings.eval_budget), _prompted(rehearsal.measured)
         tools.engine.close()
     prompts = len(group_by_prompt(parts.train.examples))
     return Advice(
@@ -162,9 +162,10 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, c
     return Rehearsal(splits=splits, plans=plans, measured=measured)
 
 
-def _job(rehearsal: Rehearsal, model: str, prices: Prices) -> Job:
+def _job(rehearsal: Rehearsal, model: str, prices: Prices, eval_budget: float | None) -> Job:
     measured, plans = rehearsal.measured, rehearsal.plans
-    duration = add_up([training_of(*one) for one in zip(plans, rehearsal.splits, strict=True)], measured)
+    trainings = [training_of(*one) for one in zip(plans, rehearsal.splits, strict=True)]
+    duration = add_up(trainings, measured, eval_budget=eval_budget)
     tokens = count_tokens(measured, plans[0].n_epochs)
     return Job(
         base_model=model,

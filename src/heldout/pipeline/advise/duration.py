@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
 from heldout.pipeline.advise.measure import Measured
+from heldout.pipeline.consequences import fragility, generalisation, memorisation
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
 from heldout.pipeline.plan import TrainPlan, steps_per_epoch
@@ -22,6 +23,8 @@ TRIALS = 5
 CURVE = FOLDS * len(PARTITIONS)
 #: Conversations by which a saved model is proven to be served as it was trained (train/trainer.py).
 PROOFS = 8
+#: Ways in which a holdout row is asked again (consequences/fragility.py).
+PERTURBATIONS = 8
 
 
 class Stage(NamedTuple):
@@ -107,8 +110,12 @@ def training_of(plan: TrainPlan, split: Split) -> Training:
     )
 
 
-def add_up(trainings: Sequence[Training], measured: Measured) -> Duration:
-    """The job that consists of these trainings: the last one is the model that is served."""
+def add_up(trainings: Sequence[Training], measured: Measured, *, eval_budget: float | None = None) -> Duration:
+    """The job that consists of these trainings: the last one is the model that is served.
+
+    Args:
+        eval_budget: seconds for probes of the tuned model; None: as long as its training takes.
+    """
     pairs = {
         "loading the model": (_loading(trainings, measured),) * 2,
         "cheap rungs and prompts": (measured.cheap.seconds + sum(_ladder(one, measured) for one in trainings),) * 2,
@@ -119,6 +126,12 @@ def add_up(trainings: Sequence[Training], measured: Measured) -> Duration:
         "answers of tuned models": (sum(measured.tuned.seconds_for(one.holdout) for one in trainings),) * 2,
         "general skills": (_general(measured),) * 2,
     }
+    if len(trainings) == 1:  # by cross-fitting no row is left to probe with
+        most, typical = (
+            seconds if eval_budget is None else eval_budget for seconds in pairs["training and validation"]
+        )
+        needed = _probes(trainings[0], measured)
+        pairs["probes of the tuned model"] = (min(most, 2 * needed), min(typical, needed))
     return Duration(
         stages=tuple(Stage(name, most, typical) for name, (most, typical) in pairs.items()),
         trainings=len(trainings),
@@ -152,6 +165,15 @@ def _general(measured: Measured) -> float:
     if measured.general is None:
         return 0.0
     return measured.general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * measured.reading
+
+
+def _probes(one: Training, measured: Measured) -> float:
+    """The tuned model's answers and readings for the consequences; at most as many again by its baseline."""
+    perturbed = min(fragility.ITEMS, one.holdout)
+    parts = min(generalisation.ITEMS, one.holdout)
+    read = min(memorisation.READ, one.holdout)
+    answers = PERTURBATIONS * measured.tuned.seconds_for(perturbed) + 2 * measured.tuned.seconds_for(parts)
+    return answers + 2 * read * measured.reading
 
 
 def _training(one: Training, measured: Measured) -> float:
