@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -20,14 +21,25 @@ def keep_freed_memory() -> None:
     page, a moment later: up to a tenth of a step. To be called when the model is loaded: what loading it
     left behind is given back first. Elsewhere than on glibc nothing is changed.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(library, "mallopt", None)
-    if library is not None and mallopt is not None:
-        gc.collect()
+    library = _glibc()
+    if library is not None:
+        give_back_memory()
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        library.mallopt(_M_TOP_PAD, 1 << 28)
+
+
+def give_back_memory() -> None:
+    """Hand to the kernel what was freed and kept: when training has ended, the engine loads the model anew."""
+    gc.collect()
+    library = _glibc()
+    if library is not None:
         library.malloc_trim(0)
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(_M_TOP_PAD, 1 << 28)
+
+
+def _glibc() -> Any:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 class PeakMemory:

@@ -24,7 +24,7 @@ from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
 from heldout.train.loop import Course
-from heldout.train.memory import PeakMemory, keep_freed_memory
+from heldout.train.memory import PeakMemory, give_back_memory, keep_freed_memory
 from heldout.train.method import Trainee
 
 Row = TypeVar("Row")
@@ -114,6 +114,13 @@ class TorchTrainer:
         """See Trainer.train."""
         if catalogue.kind_of(self._folder(base_model)) == catalogue.CHAT:  # a classifier is float32 in any case
             weights.keep_precision(directory, self._precision)
+        adapter = self._train(plan, split, base_model, directory, watch, cache)
+        give_back_memory()
+        return adapter
+
+    def _train(
+        self, plan: TrainPlan, split: Split, base_model: str, directory: Path, watch: Watch, cache: Path | None
+    ) -> Adapter:
         with PeakMemory() as peak:
             trainee = self.build(plan, split, base_model, cache)
             keep_freed_memory()
