@@ -102,6 +102,7 @@ def left(cells: Sequence[Cell], done: Sequence[dict[str, Any]]) -> list[Cell]:
 def run(cell: Cell, directory: Path) -> dict[str, Any]:
     """Every arm of a cell on the same rows."""
     from benchmarks import truth_arms as arms
+
     from heldout.engine.base import ModelRef
 
     rows = rows_for(cell.name, cell.n, cell.seed, cell.truth)

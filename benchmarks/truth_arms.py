@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.common import MODEL, plan_of, trainer
 from benchmarks.truth_traps import Rows, dataset_of, to_jsonl
 
