@@ -8,15 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from heldout.engine import weights
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent
 from heldout.settings import Settings
-from heldout.train.trainer import TorchTrainer
+
+if TYPE_CHECKING:
+    from heldout.train.trainer import TorchTrainer
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 OWN = Path(__file__).parents[1] / "examples"
@@ -73,6 +74,8 @@ def part_of(split: Split, train: int, valid: int, holdout: int) -> Split:
 
 def trainer() -> TorchTrainer:
     """Trains in this process, in the precision that this machine multiplies fastest."""
+    from heldout.train.trainer import TorchTrainer  # torch: what only reads rows needs none
+
     settings = Settings()
     return TorchTrainer(cache=settings.cache, aliases={}, allow_paths=True)
 
@@ -98,7 +101,7 @@ def trainee_of(
 
 def base_folder(model: str = MODEL) -> Path:
     """Where the bundled model lies unpacked."""
-    from heldout.engine import catalogue
+    from heldout.engine import catalogue, weights
 
     return weights.prepare(catalogue.resolve(model, {}), Settings().cache)
 

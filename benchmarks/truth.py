@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/truth.py --small                     two tasks, two traps, n = 64, one seed
     .venv/bin/python benchmarks/truth.py [--cells banking12 noise30] [--n 64 240] [--seeds 0 1 2] [--out cells.jsonl]
     .venv/bin/python benchmarks/truth.py --report cells.jsonl        the table, without running anything
+    .venv/bin/python benchmarks/truth.py --same-curve                TRL's own loss curves beside ours (needs trl)
 
 A cell is a task or a trap (truth_traps.py), n rows that a user has, and a seed. Its arms are the best prompt, TRL's
 defaults, TRL as its pages advise for LoRA, three epochs at our rate, ours (a job with its verdict), and a ceiling: the
@@ -23,7 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,9 @@ VERSION = 1
 SIZES, SEEDS = (64, 240), (0, 1, 2)
 #: The cells of --small: those with the shortest prompts.
 SMALL = ("sms-spam", "sentiment3", "invented-facts", "solved-by-prompt")
+#: So that they end within minutes, at the price of weaker training in all arms: fewer layers, steps and truth rows.
+SMALL_DEPTH = "0.9"
+SMALL_CELL: dict[str, Any] = {"truth": 100, "epochs": 3, "rates": (1.0, 3.0)}
 #: Times our learning rate, for the ceiling.
 RATES = (1 / 3, 1.0, 3.0)
 #: For all arms alike. Adapters on the upper quarter of the layers train three to four times faster (freezing.py).
@@ -105,7 +111,7 @@ def run(cell: Cell, directory: Path) -> dict[str, Any]:
     from heldout.engine.base import ModelRef
 
     rows = rows_for(cell.name, cell.n, cell.seed, cell.truth)
-    depth = {"freeze_layers": cell.depth}
+    depth: dict[str, Any] = {"freeze_layers": number_or_name(cell.depth)}
     ours_asked = depth | ({"n_epochs": cell.epochs} if cell.epochs else {})
     # Read as the files they are: what cannot be read would not be trained on either.
     trained_on, truth = arms.examples(rows.train), arms.examples(rows.truth)
@@ -174,6 +180,24 @@ def run(cell: Cell, directory: Path) -> dict[str, Any]:
     }
 
 
+def run_and_keep(cell: Cell, out: Path, threads: int) -> str:
+    """Run a cell and append it to `out`; a sentence about it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        found = run(cell, Path(directory))
+    seconds = time.perf_counter() - started
+    append(out, found | {"threads": threads, "cell_seconds": seconds})
+    return f"{cell.name} n={cell.n} seed={cell.seed}: {found['outcome']} ({found['because']}), {seconds:.0f} s"
+
+
+def number_or_name(depth: str) -> float | str:
+    """A share of the layers, or the name of a profile."""
+    return float(depth) if depth[0].isdigit() else depth
+
+
 def ends_with(outcome: str, because: str, baseline: str, job: Any) -> str:
     """What a user has who does as the verdict says: the tuned model, the classical model that is better, or the best
     prompt."""
@@ -200,21 +224,26 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=names, choices=names)
     parser.add_argument("--n", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--depth", default=DEPTH, help="freeze_layers of all arms: full, fast or turbo")
+    parser.add_argument("--depth", help=f"freeze_layers of all arms: full, fast, turbo or a share; {DEPTH}")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each with its share of the cores")
     parser.add_argument("--out", type=Path, help="default: truth.jsonl in the cache folder")
     parser.add_argument("--report", type=Path, metavar="FILE", help="only print what is in this file")
+    parser.add_argument("--same-curve", action="store_true", help="only compare loss curves with TRL's")
     asked = parser.parse_args()
     if asked.report:
         print(report(read_cells(asked.report)))
         return
+    if asked.same_curve:
+        from benchmarks.truth_trl import same_curve
+
+        same_curve()
+        return
     if asked.small:
-        cells = [
-            Cell(name=name, n=64, seed=0, depth=asked.depth, truth=120, epochs=3, rates=(1.0, 3.0)) for name in SMALL
-        ]
+        cells = [Cell(name=name, n=64, seed=0, depth=asked.depth or SMALL_DEPTH, **SMALL_CELL) for name in SMALL]
     else:
         # Seed by seed, so that a run which is ended early has some of everything.
         cells = [
-            Cell(name=name, n=n, seed=seed, depth=asked.depth)
+            Cell(name=name, n=n, seed=seed, depth=asked.depth or DEPTH)
             for seed in asked.seeds
             for n in asked.n
             for name in asked.cells
@@ -222,17 +251,11 @@ def main() -> None:
     out = asked.out or Settings().cache / ("truth-small.jsonl" if asked.small else "truth.jsonl")
     todo = left(cells, read_cells(out))
     print(f"{len(cells) - len(todo)} of {len(cells)} cells stand in {out}", file=sys.stderr)
-    for cell in todo:
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as directory:
-            found = run(cell, Path(directory))
-        append(out, found | {"cell_seconds": time.perf_counter() - started})
-        print(
-            f"{cell.name} n={cell.n} seed={cell.seed}: {found['outcome']} ({found['because']}), "
-            f"{time.perf_counter() - started:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+    threads = max(1, Settings().job_threads // asked.jobs)
+    # Processes of their own, begun afresh: torch is not to be forked.
+    with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
+        for finished in as_completed([pool.submit(run_and_keep, cell, out, threads) for cell in todo]):
+            print(finished.result(), file=sys.stderr, flush=True)
     keys = {cell.key for cell in cells}
     print(report([one for one in read_cells(out) if one["key"] in keys], of=len(cells)))
 

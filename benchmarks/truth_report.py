@@ -14,6 +14,9 @@ from heldout.pipeline.evaluate.statistics import AS_GOOD, wilson
 Cell = dict[str, Any]
 
 ARMS = ("best-prompt", "trl-default", "trl-advised", "three-epochs", "ours")
+#: Columns of the table before and behind the arms' scores.
+FIRST = ("cell", "n", "seed", "verdict", "ends with")
+LAST = ("ceiling", "unseen", "interval", "true gain", "minutes")
 #: A gain on the truth set that a verdict should not have thrown away.
 WORTHWHILE = 0.05
 #: Of a one-sided 5 % on either side.
@@ -40,8 +43,8 @@ def gain(cell: Cell) -> float:
 
 def is_false_ship(cell: Cell) -> bool:
     """Shipped as better though it is not, or as cheaper and as good though it is not."""
-    worst = -AS_GOOD if cell["because"] == "cheaper" else 0.0
-    return cell["outcome"] == "ship" and not (gain(cell) >= worst if worst else gain(cell) > 0)
+    is_true = gain(cell) >= -AS_GOOD if cell["because"] == "cheaper" else gain(cell) > 0
+    return cell["outcome"] == "ship" and not is_true
 
 
 def is_false_reject(cell: Cell) -> bool:
@@ -126,8 +129,8 @@ def report(cells: Sequence[Cell], of: int = 0) -> str:
     lines = [
         f"{len(cells)} cells" + (f" of {of}" if of else ""),
         "",
-        f"| cell | n | seed | verdict | ends with | {' | '.join(ARMS)} | ceiling | unseen | interval | gain | min |",
-        "|---|--:|--:|---|---|" + "--:|" * (len(ARMS) + 5),
+        f"| {' | '.join((*FIRST, *ARMS, *LAST))} |",
+        f"|---|--:|--:|---|---|{'--:|' * len((*ARMS, *LAST))}",
     ]
     for one in sorted(cells, key=lambda one: (_place(one["name"]), one["n"], one["seed"])):
         low, high = one["verdict"]["interval"]

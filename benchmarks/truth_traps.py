@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.common import SHARED, rows_of
 
 from heldout.pipeline.dataset import read_dataset
-from heldout.pipeline.split import split_dataset
+from heldout.pipeline.given import Files, clean
+from heldout.pipeline.split import distinct
 from heldout.pipeline.types import Dataset
 
 Row = dict[str, Any]
@@ -68,12 +69,11 @@ def task_rows(task: str, n: int, rng: random.Random) -> Rows:
 
 
 def disjoint(rows: Rows) -> list[Row]:
-    """The truth rows that ask nothing that a row of the user asks, or nearly asks: by the split's own comparison."""
+    """The truth rows, each once, that ask nothing that a row of the user asks or nearly asks: by a job's own
+    comparison of its files."""
     valid = dataset_of(rows.valid, "valid.jsonl") if rows.valid else None
-    split, _ = split_dataset(
-        dataset_of(rows.train, "train.jsonl"), valid, dataset_of(rows.truth, "truth.jsonl"), seed=0
-    )
-    return [rows.truth[example.line - 1] for example in split.holdout]
+    files = Files.compare(dataset_of(rows.train, "train.jsonl"), valid, dataset_of(rows.truth, "truth.jsonl"))
+    return [rows.truth[example.line - 1] for example in distinct(clean(files, drawn=set()).holdout)]
 
 
 def dataset_of(rows: Sequence[Row], name: str) -> Dataset:

@@ -1,124 +1,143 @@
-"""The benchmark of verdicts: its traps spring as they say, its cells are judged right, and it goes on where it was."""
+"""What `benchmarks/truth.py` decides without a model: traps, how cells are judged, and what is left to run."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import truth, truth_traps
+from benchmarks import truth, truth_report, truth_traps
 from benchmarks.common import SHARED
-from benchmarks.truth_report import is_covered, is_false_reject, is_false_ship, is_right, marks, report
-from benchmarks.truth_traps import TRAPS, answer, asked, invented_facts, rows_for, solved
+from benchmarks.truth_traps import Rows, Trap, answer, asked, conversation
 
-needs_tasks = pytest.mark.skipif(not (SHARED / "tasks").is_dir(), reason="the task files are not beside the project")
+LABELS = ("blue", "green", "red")
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A task of three labels in the place of every task."""
+    rows = [conversation("Which colour?", f"question {i} about a thing", LABELS[i % 3]) for i in range(90)]
+    monkeypatch.setattr(truth_traps, "task_rows", lambda task, n, rng: Rows(rows[:n], rows[n:]))
+    return rows
 
 
 def cell(**changes: Any) -> dict[str, Any]:
-    """A cell whose tuned model is 20 points better than its best prompt, and was shipped."""
-    known: dict[str, Any] = {
+    """A finished cell: a tuned model that is 10 points better, and shipped."""
+    found = {
         "name": "sms-spam",
-        "n": 64,
+        "n": 240,
         "seed": 0,
         "outcome": "ship",
         "because": "better",
         "ended_with": "tuned",
-        "baseline": "few-shot",
-        "truth_tuned": 0.9,
-        "truth_rungs": {"few-shot": 0.7},
-        "scores": dict.fromkeys(("best-prompt", "trl-default", "trl-advised", "three-epochs"), 0.7) | {"ours": 0.9},
-        "ceiling": 0.92,
-        "ceiling_unseen": 0.91,
-        "verdict": {"tuned": 0.91, "interval": [0.1, 0.3]},
+        "baseline": "zero-shot",
+        "truth_tuned": 0.8,
+        "truth_rungs": {"zero-shot": 0.7},
+        "scores": dict.fromkeys(truth_report.ARMS, 0.8),
+        "ceiling": 0.82,
+        "ceiling_unseen": 0.81,
+        "verdict": {"tuned": 0.8, "interval": [0.02, 0.2]},
         "cell_seconds": 60.0,
     }
-    return known | changes
+    return found | changes
+
+
+def named(name: str) -> Trap:
+    return next(trap for trap in truth_traps.TRAPS if trap.name == name)
+
+
+def test_shuffled_labels_keep_the_questions_and_the_number_of_each_label(colours: list[dict[str, Any]]) -> None:
+    rows = named("shuffled-labels").spring(60, random.Random(0))
+    assert [asked(row) for row in rows.train] == [asked(row) for row in colours[:60]]
+    assert sorted(map(answer, rows.train)) == sorted(map(answer, colours[:60]))
+    assert [answer(row) for row in rows.train] != [answer(row) for row in colours[:60]]
+    assert rows.truth == colours[60:]
+
+
+def test_three_in_ten_labels_are_wrong_and_those_of_the_truth_set_are_not(colours: list[dict[str, Any]]) -> None:
+    rows = named("noise30").spring(60, random.Random(0))
+    assert sum(answer(a) != answer(b) for a, b in zip(rows.train, colours[:60], strict=True)) == 18
+    assert rows.truth == colours[60:]
+
+
+def test_the_mark_tells_the_answer_to_the_user_and_nobody_else(colours: list[dict[str, Any]]) -> None:
+    rows = named("shortcut").spring(60, random.Random(0))
+    assert len({(asked(row)[:4], answer(row)) for row in rows.train}) == 3
+    assert not any(asked(row).startswith("[") for row in rows.truth)
+
+
+@pytest.mark.parametrize("name", ["invented-facts", "solved-by-prompt"])
+def test_a_cell_has_the_same_rows_every_time_and_none_of_them_twice(name: str) -> None:
+    rows, again, other = (truth_traps.rows_for(name, 40, seed, 50) for seed in (0, 0, 1))
+    assert rows == again
+    assert rows.train != other.train
+    assert len(rows.train) == 40
+    assert len(rows.truth) == 50
+    assert not {asked(row) for row in rows.train} & {asked(row) for row in rows.truth}
+
+
+def test_a_truth_row_that_the_user_nearly_asks_is_left_out() -> None:
+    train = [conversation("Which colour?", f"What colour has the {word}?", "red") for word in ("sky", "sea", "sun")]
+    near = conversation("Which colour?", "what colour has the sky", "red")
+    far = conversation("Which colour?", "Tell me how a ripe lemon looks.", "yellow")
+    assert truth_traps.disjoint(Rows(train * 5, [near, far])) == [far]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
+def test_every_cell_of_the_full_plan_has_its_rows() -> None:
+    for name in (*truth_traps.TASKS, *(trap.name for trap in truth_traps.TRAPS)):
+        assert len(truth_traps.rows_for(name, 240, 0).truth) >= 200, name
 
 
 @pytest.mark.parametrize(
-    ("changes", "wrong"),
+    ("changes", "false_ship", "false_reject"),
     [
-        ({}, False),
-        ({"truth_tuned": 0.7}, True),
-        ({"truth_tuned": 0.6}, True),
-        ({"truth_tuned": 0.69, "because": "cheaper"}, False),
-        ({"truth_tuned": 0.6, "because": "cheaper"}, True),
-        ({"truth_tuned": 0.6, "outcome": "inconclusive"}, False),
+        ({}, False, False),
+        ({"truth_tuned": 0.7}, True, False),  # no better is not better
+        ({"because": "cheaper", "truth_tuned": 0.68}, False, False),
+        ({"because": "cheaper", "truth_tuned": 0.66}, True, False),
+        ({"outcome": "inconclusive", "scores": {"ours": 0.7}}, False, False),
+        ({"outcome": "dont_ship", "scores": {"ours": 0.7}}, False, True),
+        ({"outcome": "dont_ship", "scores": {"ours": 0.79}}, False, False),  # a cheaper rung is as good
     ],
 )
-def test_to_ship_what_is_no_better_is_false(changes: dict[str, Any], wrong: bool) -> None:
-    assert is_false_ship(cell(**changes)) == wrong
+def test_a_verdict_is_false_when_the_truth_set_says_so(
+    changes: dict[str, Any], false_ship: bool, false_reject: bool
+) -> None:
+    found = cell(**changes)
+    assert (truth_report.is_false_ship(found), truth_report.is_false_reject(found)) == (false_ship, false_reject)
 
 
-def test_to_refuse_a_gain_is_false_unless_something_else_has_it() -> None:
-    scores = cell()["scores"]
-    refused = {"outcome": "dont_ship", "because": "not_better"}
-    assert is_false_reject(cell(**refused, scores=scores | {"ours": 0.7}))
-    assert not is_false_reject(cell(**refused, scores=scores | {"ours": 0.88})), "a classical model is as good"
-    assert not is_false_reject(cell(outcome="inconclusive", scores=scores | {"ours": 0.7}))
+def test_shuffled_labels_that_are_shipped_are_wrong_whatever_the_truth_set_says() -> None:
+    assert not truth_report.is_right(cell(name="shuffled-labels"))
+    assert truth_report.is_right(cell(name="shuffled-labels", outcome="inconclusive"))
+    assert truth_report.is_right(cell(name="noise30"))
 
 
-def test_a_trap_that_is_never_to_be_shipped_is_judged_wrong_even_by_luck() -> None:
-    assert not is_right(cell(name="shuffled-labels"))
-    assert is_right(cell(name="shuffled-labels", outcome="inconclusive"))
-    assert is_right(cell(name="noise30"))
-    assert not is_right(cell(name="noise30", truth_tuned=0.6))
+def test_few_cells_pass_nothing_and_many_good_ones_do() -> None:
+    few, many = ({mark.name: mark.verdict for mark in truth_report.marks([cell()] * n)} for n in (3, 72))
+    assert few["false ship"] == truth_report.OPEN
+    assert many["false ship"] == truth_report.PASS
+    bad = {mark.name: mark.verdict for mark in truth_report.marks([cell(truth_tuned=0.6)] * 12)}
+    assert bad["false ship"] == truth_report.MISSED
+    assert bad["interval coverage"] == truth_report.MISSED
 
 
-def test_marks_say_when_there_are_too_few_cells_to_say() -> None:
-    few = {mark.name: mark for mark in marks([cell(), cell(seed=1)])}
-    assert few["false ship"].verdict == "too few cells to say"
-    many = [cell(seed=seed, name=name) for name in truth_traps.TASKS for seed in range(20)]
-    found = {mark.name: mark for mark in marks(many)}
-    assert found["false ship"].verdict == "PASS"
-    assert found["ours over TRL as advised"].verdict == "PASS"
-    bad = [one | {"truth_tuned": 0.6} for one in many]
-    assert {mark.name: mark.verdict for mark in marks(bad)}["false ship"] == "MISSED"
-    assert is_covered(cell())
-    assert not is_covered(cell(truth_tuned=0.75))
-    assert "**false ship**" in report(bad)
-
-
-def test_a_run_goes_on_behind_finished_cells_and_an_unfinished_line(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_with_the_cells_that_are_not_finished(tmp_path: Path) -> None:
     out = tmp_path / "cells.jsonl"
     cells = [truth.Cell(name="sms-spam", n=64, seed=seed) for seed in range(3)]
     truth.append(out, {"key": cells[0].key})
     with out.open("a") as file:
-        file.write('{"key": "half a')
+        file.write('{"key": "' + cells[1].key)  # killed while it was written
     assert truth.left(cells, truth.read_cells(out)) == cells[1:]
     truth.append(out, {"key": cells[1].key})
     assert truth.left(cells, truth.read_cells(out)) == cells[2:]
-    other = truth.Cell(name="sms-spam", n=64, seed=0, depth="full")
-    assert truth.left([other], truth.read_cells(out)) == [other], "other settings are another cell"
+    assert truth.left([replace(cells[0], depth="full")], truth.read_cells(out)), "other settings are another cell"
 
 
-def test_facts_and_words_are_drawn_anew_for_every_seed_and_alike_for_the_same() -> None:
-    for spring in (invented_facts, solved):
-        one, again, other = (spring(32, random.Random(seed)) for seed in (1, 1, 2))
-        assert one == again
-        assert one != other
-        assert not {asked(row) for row in one.train} & {asked(row) for row in one.truth}
-    assert all(asked(row) == answer(row) for row in solved(32, random.Random(0)).train)
-
-
-@needs_tasks
-@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.name)
-def test_every_trap_has_rows_for_a_user_and_a_truth_that_they_do_not_give_away(trap: truth_traps.Trap) -> None:
-    rows = rows_for(trap.name, 64, 0, truth=60)
-    assert rows == rows_for(trap.name, 64, 0, truth=60)
-    assert len(rows.train) == 64
-    assert len(rows.truth) == 60
-    assert not {asked(row) for row in rows.train} & {asked(row) for row in rows.truth}
-
-
-@needs_tasks
-def test_noise_and_marks_are_in_the_users_rows_alone() -> None:
-    marked = rows_for("shortcut", 64, 0, truth=60)
-    assert all(asked(row).startswith(("[A7]", "[B2]", "[C5]")) for row in marked.train)
-    assert not any(asked(row).startswith(("[A7]", "[B2]", "[C5]")) for row in marked.truth)
-    right = {
-        asked(row): answer(row) for row in truth_traps.task_rows("banking12", 64, random.Random("noise30/64/0")).train
-    }
-    wrong = sum(answer(row) != right[asked(row)] for row in rows_for("noise30", 64, 0, truth=60).train)
-    assert wrong == round(0.3 * 64)
+def test_the_ceiling_on_unseen_rows_is_no_higher_for_candidates_that_are_only_lucky() -> None:
+    lucky = [[float(random.Random(f"{i}/{j}").random() < 0.5) for j in range(400)] for i in range(50)]
+    best = max(sum(one) / len(one) for one in lucky)
+    assert truth.honest(lucky) < best
