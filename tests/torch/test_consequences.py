@@ -107,7 +107,7 @@ def test_every_consequence_has_a_light_a_sentence_and_numbers_in_every_form_of_t
     text, page = (chat.folder / "report.md").read_text(), (chat.folder / "report.html").read_text()
     for name, one in chat.consequences.items():
         assert f"| {name} |" in text
-        assert f"<td>{name}</td>" in page
+        assert f"<td class=name>{name}</td>" in page
         assert any(message.startswith(f"Consequences, {name}: ") for message in chat.watch.messages), one
 
 
