@@ -45,7 +45,7 @@ SIZES, SEEDS = (64, 240), (0, 1, 2)
 SMALL = ("sms-spam", "sentiment3", "invented-facts", "solved-by-prompt")
 #: So that they end within minutes, at the price of weaker training in all arms: fewer layers, steps and truth rows.
 SMALL_DEPTH = "0.9"
-SMALL_CELL: dict[str, Any] = {"truth": 100, "epochs": 3, "rates": (1.0, 3.0)}
+SMALL_CELL: dict[str, Any] = {"truth": 60, "epochs": 3, "rates": (1.0,)}
 #: Times our learning rate, for the ceiling.
 RATES = (1 / 3, 1.0, 3.0)
 #: For all arms alike. Adapters on the upper quarter of the layers train three to four times faster (freezing.py).
