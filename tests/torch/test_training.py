@@ -229,7 +229,7 @@ def test_tune_returns_the_verdict_and_the_files(tuned: Tuned) -> None:
     assert len(result.tuned.scores.per_example) == 48
     losses = [point.train_loss for point in result.outcome.adapter.curve]
     assert losses[-1] < losses[0] / 5, "it has learned something"
-    assert {path.name for path in result.adapter.iterdir()} == {ADAPTER, "adapter_config.json"}
+    assert {path.name for path in result.adapter.iterdir()} == {ADAPTER, "adapter_config.json", "README.md"}
     folder = result.report.parent
     assert result.report.name == "report.html"
     assert {"report.html", "report.md", "report.json", "metrics.csv"} <= {path.name for path in folder.iterdir()}
