@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,7 @@ def measured(**changes: Any) -> Measured:
         "cheap": Cheap(),
         "system_tokens": 80.0,
         "target_tokens": 4.0,
+        "labels": 0,
         "timings": timings,
     }
     return Measured(**(values | changes))
@@ -371,14 +373,32 @@ def test_the_tuned_model_is_probed_for_as_long_as_it_is_trained_at_most() -> Non
         stages = add_up([training()] * trainings, one, eval_budget=budget).stages
         return next(((stage.at_most, stage.typical) for stage in stages if "probes" in stage.name), None)
 
-    slow, quick = measured(), measured(tuned=answering(0, 24, 0.1, 100.0, 80.0), reading=0.001)
-    trained = next(stage for stage in add_up([training()], slow).stages if stage.name == "training and validation")
-    assert probes(slow, None) == (trained.at_most, trained.typical)
-    assert probes(slow, 7.0) == (7.0, 7.0)
-    needed = 8 * quick.tuned.seconds_for(40) + 2 * quick.tuned.seconds_for(40) + 2 * 40 * 0.001
-    assert probes(quick, None) == pytest.approx((2 * needed, needed))
-    assert probes(quick, 0.0) == (0.0, 0.0)
-    assert probes(slow, None, trainings=6) is None
+    trained = next(
+        stage for stage in add_up([training()], measured()).stages if stage.name == "training and validation"
+    )
+    assert probes(measured(), 7.0) == (7.0, 7.0)
+    assert probes(measured(), 0.0) == (0.0, 0.0)
+    assert probes(measured(), None, trainings=6) is None
+    # Half of the time for perturbed questions, all of which would take longer.
+    answers = 2 * measured().tuned.seconds_for(40) + 2 * 40 * 0.25
+    assert probes(measured(), None) == pytest.approx(
+        tuple(min(t, t / 2 + answers) for t in (trained.at_most, trained.typical))
+    )
+
+
+def test_probes_that_need_less_than_their_time_end_before_it() -> None:
+    def probes(one: Measured) -> float:
+        return next(
+            stage.typical for stage in add_up([training()], one, eval_budget=1000.0).stages if "probes" in stage.name
+        )
+
+    one = measured(tuned=answering(0, 24, 2.4, 100.0, 80.0), behind_shots=(answering(4, 12, 1.2, 300.0, 280.0),))
+    tuned, four = one.tuned, one.behind_shots[0]
+    needed = 8 * (tuned.seconds_for(40) + four.seconds_for(40)) + 2 * tuned.seconds_for(40) + 2 * 40 * 0.25
+    assert probes(one) == pytest.approx(needed)
+    # 6 labels of 4 tokens each behind 40 prompts, whose own 20 tokens are read once.
+    labelled = replace(one, labels=6)
+    assert probes(labelled) == pytest.approx(needed + 40 * 0.25 * (20 + 6 * 4) / (20 + 4))
 
 
 def test_prompts_are_chosen_twice_for_each_number_of_shots() -> None:
@@ -602,7 +622,6 @@ def test_the_command_refuses_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_longest_advice_fits_on_one_screen(tmp_path: Path) -> None:
-    from dataclasses import replace
 
     from heldout.pipeline.advise.advice import Job
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
 from heldout.pipeline.advise.measure import Measured
-from heldout.pipeline.consequences import fragility, generalisation, memorisation
+from heldout.pipeline.consequences import calibration, fragility, generalisation, memorisation
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
 from heldout.pipeline.plan import TrainPlan, steps_per_epoch
@@ -128,10 +128,10 @@ def add_up(trainings: Sequence[Training], measured: Measured, *, eval_budget: fl
     }
     if len(trainings) == 1:  # by cross-fitting no row is left to probe with
         most, typical = (
-            seconds if eval_budget is None else eval_budget for seconds in pairs["training and validation"]
+            _probes(trainings[0], measured, seconds if eval_budget is None else eval_budget)
+            for seconds in pairs["training and validation"]
         )
-        needed = _probes(trainings[0], measured)
-        pairs["probes of the tuned model"] = (min(most, 2 * needed), min(typical, needed))
+        pairs["probes of the tuned model"] = (most, typical)
     return Duration(
         stages=tuple(Stage(name, most, typical) for name, (most, typical) in pairs.items()),
         trainings=len(trainings),
@@ -156,7 +156,7 @@ def _ladder(one: Training, measured: Measured) -> float:
     shots = measured.behind_shots
     if shots:
         choosing = sum(prompt.seconds_for(min(CHOOSERS, one.valid)) for prompt in shots)
-        seconds += ORDERS * choosing + sum(prompt.seconds_for(one.holdout) for prompt in shots) / len(shots)
+        seconds += ORDERS * choosing + _mean([prompt.seconds_for(one.holdout) for prompt in shots])
     return seconds
 
 
@@ -167,13 +167,32 @@ def _general(measured: Measured) -> float:
     return measured.general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * measured.reading
 
 
-def _probes(one: Training, measured: Measured) -> float:
-    """The tuned model's answers and readings for the consequences; at most as many again by its baseline."""
+def _probes(one: Training, measured: Measured, budget: float) -> float:
+    """Answers and readings for the consequences, until their time is used up. Fragility has half of it, and asks the
+    baseline as well."""
     perturbed = min(fragility.ITEMS, one.holdout)
-    parts = min(generalisation.ITEMS, one.holdout)
-    read = min(memorisation.READ, one.holdout)
-    answers = PERTURBATIONS * measured.tuned.seconds_for(perturbed) + 2 * measured.tuned.seconds_for(parts)
-    return answers + 2 * read * measured.reading
+    both = measured.tuned.seconds_for(perturbed) + _mean(
+        [shot.seconds_for(perturbed) for shot in measured.behind_shots]
+    )
+    again = 2 * measured.tuned.seconds_for(min(generalisation.ITEMS, one.holdout))
+    read = 2 * min(memorisation.READ, one.holdout) * measured.reading
+    return min(budget, min(budget / 2, PERTURBATIONS * both) + again + read + _label_probabilities(one, measured))
+
+
+def _label_probabilities(one: Training, measured: Measured) -> float:
+    """Calibration: a chat model reads every label behind a prompt that it reads once; an encoder says them all."""
+    if not measured.labels:
+        return 0.0
+    if measured.plain is None:
+        return measured.tuned.seconds_for(one.holdout) + measured.tuned.seconds_for(one.valid)
+    prompts = min(one.holdout, calibration.READINGS // measured.labels)
+    own = measured.tuned.prompt_tokens - measured.tuned.shared_tokens
+    more = (measured.labels - 1) * measured.target_tokens / (own + measured.target_tokens)
+    return prompts * measured.reading * (1 + more)
+
+
+def _mean(seconds: Sequence[float]) -> float:
+    return math.fsum(seconds) / len(seconds) if seconds else 0.0
 
 
 def _training(one: Training, measured: Measured) -> float:

@@ -70,6 +70,7 @@ class Measured:
     cheap: Cheap  # measured before
     system_tokens: float  # of a system prompt, on average
     target_tokens: float  # of an answer, on average
+    labels: int  # 0: the answers are none
     timings: Timings
 
 
@@ -129,6 +130,7 @@ def measure(
         cheap=cheap,
         system_tokens=system_tokens,
         target_tokens=statistics.fmean(targets),
+        labels=len({row.target for row in split.train}) if metric.form == "label" else 0,
         timings=timings,
     )
 
