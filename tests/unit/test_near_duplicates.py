@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -235,8 +234,17 @@ def test_natural_rows_have_no_template():
 
 def test_a_row_costs_little_memory():
     made = sentences(3000)
-    tracemalloc.start()
     found = Rows.read([parts(*made).train])
-    kept = sum(getattr(found, name).nbytes for name in ("exact", "prompt", "asked", "system", "answer", "numbers"))
-    tracemalloc.stop()
-    assert (kept + found.bands.nbytes + found.line.nbytes + found.length.nbytes) / len(found) < 200
+    kept = ("exact", "prompt", "asked", "system", "answer", "numbers", "line", "length", "sketch")
+    assert sum(getattr(found, name).nbytes for name in kept) / len(found) < 100
+    assert sum(band.nbytes for band in found.bands) / len(found) == 80
+
+
+def test_bands_of_many_rows_lie_in_a_file_and_say_the_same(monkeypatch):
+    made = parts(*sentences(300))
+    in_memory, near = Rows.read([made.train]), find_near(made.rows)
+    monkeypatch.setattr("heldout.pipeline.checks.rows.IN_MEMORY", 299)
+    monkeypatch.setattr("heldout.pipeline.checks.rows._BATCH_ROWS", 7)
+    in_a_file = Rows.read([made.train])
+    assert [band.tolist() for band in in_a_file.bands] == [band.tolist() for band in in_memory.bands]
+    assert find_near(in_a_file).same.tolist() == near.same.tolist()

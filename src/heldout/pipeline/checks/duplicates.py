@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
 from heldout.engine.labels import user_text
-from heldout.pipeline.checks.near import Near, groups_of
+from heldout.pipeline.checks.near import Near, groups_of, in_groups
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
-from heldout.pipeline.checks.rows import Numbers, Rows
+from heldout.pipeline.checks.rows import Hashes, Numbers, Rows, mix
 from heldout.pipeline.types import Dataset, Example, Finding, Severity
 
 #: Up to this share of extra copies is what any real file has.
@@ -26,19 +27,22 @@ def find_exact_duplicates(parts: Parts) -> Iterator[Finding]:
     """Rows whose messages are all equal, letter for letter (but for Unicode composition and JSON's spelling)."""
     rows = parts.rows
     for part, dataset in enumerate(rows.datasets):
-        groups = [_lines(rows, rows.starts[part] + group) for group in groups_of(rows.exact[rows.of(part)])]
-        if groups:
-            extra = sum(len(lines) - 1 for lines in groups)
-            where = name_some([name_lines(lines) for lines in groups[: _SHOWN + 1]], of=len(groups))
+        here = rows.of(part)
+        copied = in_groups(rows.exact[here])
+        if copied.any():
+            groups = groups_of(rows.exact[here])
+            shown = [name_lines(_lines(rows, rows.starts[part] + group)) for group in islice(groups, _SHOWN + 1)]
+            count = _distinct(rows.exact[here][copied])
+            extra = int(copied.sum()) - count
             yield Finding(
                 code="exact_duplicate",
                 severity=_severity(extra, dataset),
                 message=(
-                    f"{extra} of {len(dataset)} rows repeat another row ({where}). A repeated row weighs more in "
-                    "training; remove the copies unless that is wanted."
+                    f"{extra} of {len(dataset)} rows repeat another row ({name_some(shown, of=count)}). A repeated row "
+                    "weighs more in training; remove the copies unless that is wanted."
                 ),
                 file=dataset.name,
-                lines=_all(groups),
+                lines=_all(rows.line[here][copied]),
             )
 
 
@@ -59,7 +63,7 @@ def find_conflicting_answers(parts: Parts) -> Iterator[Finding]:
                     "one of them at most; keep the right answer, unless several are right."
                 ),
                 file=dataset.name,
-                lines=_all([_lines(rows, rows.starts[part] + group) for group in groups]),
+                lines=_all(rows.line[rows.starts[part] + np.concatenate(groups)]),
                 example=shorten(user_text(rows.example(rows.starts[part] + groups[0][0]).prompt), at_most=200),
             )
 
@@ -69,12 +73,14 @@ def find_near_duplicates(parts: Parts) -> Iterator[Finding]:
     rows, near = parts.rows, parts.near
     for part, dataset in enumerate(rows.datasets):
         first = rows.starts[part] + np.sort(np.unique(rows.exact[rows.of(part)], return_index=True)[1])
-        groups = [first[group] for group in groups_of(near.same[first])]
-        if not groups:
+        similar = first[in_groups(near.same[first])]
+        if not len(similar):
             continue
-        extra = sum(len(group) - 1 for group in groups)
-        equal = sum(len(group) - len(set(rows.key[group].tolist())) for group in groups)
-        where = name_some([name_lines(_lines(rows, group)) for group in groups[: _SHOWN + 1]], of=len(groups))
+        groups = [similar[group] for group in islice(groups_of(near.same[similar]), _SHOWN + 1)]
+        count = _distinct(near.same[similar])
+        extra = len(similar) - count
+        equal = len(similar) - _distinct(mix(near.same[similar].view(np.uint64), rows.key[similar]))
+        where = name_some([name_lines(_lines(rows, group)) for group in groups], of=count)
         but = f", {equal} of them in all but case, punctuation and white space" if equal else ""
         yield Finding(
             code="near_duplicate",
@@ -85,7 +91,7 @@ def find_near_duplicates(parts: Parts) -> Iterator[Finding]:
                 f"({where}). {_VARIANTS_LEARNED if part == 0 else _VARIANTS_SCORED}{_given_up(near)}"
             ),
             file=dataset.name,
-            lines=_all([_lines(rows, group) for group in groups]),
+            lines=_all(rows.line[similar]),
             example=_side_by_side(rows, groups[0][:2]),
         )
 
@@ -111,7 +117,7 @@ def find_near_conflicts(parts: Parts) -> Iterator[Finding]:
                     "are: keep both. Where it does not, one answer is wrong: correct it."
                 ),
                 file=dataset.name,
-                lines=_all([_lines(rows, pair) for pair in here]),
+                lines=_all(rows.line[np.asarray(here).ravel()]),
                 example=_side_by_side(rows, here[0]),
             )
 
@@ -133,8 +139,12 @@ def _lines(rows: Rows, which: Iterable[int]) -> list[int]:
     return [int(rows.line[row]) for row in which]
 
 
-def _all(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(sorted({line for group in groups for line in group}))
+def _all(lines: Numbers) -> tuple[int, ...]:
+    return tuple(np.unique(lines).tolist())
+
+
+def _distinct(values: Numbers | Hashes) -> int:
+    return len(np.unique(values))
 
 
 def _side_by_side(rows: Rows, which: Iterable[int]) -> str:

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from heldout.pipeline.checks.rows import Hashes, Numbers, Rows, asked_text, grams, jaccard, mix, plain, system_text
 
@@ -64,8 +65,8 @@ def find_near(rows: Rows) -> Near:
     # Rows that are equal after normalising are one text here.
     _, first, text = np.unique(mix(rows.key, rows.answer), return_index=True, return_inverse=True)
     search = _Search(rows, first, labels=rows.labels())
-    for band in range(len(rows.bands)):
-        for bucket in _buckets(np.asarray(rows.bands[band])[first]):
+    for band in rows.bands:
+        for bucket in _buckets(band[first]):
             search.compare_all(bucket)
     return Near(
         same=search.same.roots()[text],
@@ -85,6 +86,12 @@ def groups_of(numbers: Numbers | Hashes) -> Iterator[Numbers]:
     starts, sizes = starts[sizes > 1], sizes[sizes > 1]
     for which in np.argsort(order[starts], kind="stable").tolist():
         yield order[starts[which] : starts[which] + sizes[which]]
+
+
+def in_groups(numbers: Numbers | Hashes) -> npt.NDArray[np.bool_]:
+    """Whether another position has the same number."""
+    _, which, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return counts[which] > 1
 
 
 def _buckets(values: np.ndarray) -> Iterator[list[int]]:

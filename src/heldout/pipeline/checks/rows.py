@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import IO, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ BANDS, PER_BAND = 20, 4
 MAX_CHARACTERS = 50_000
 #: Texts that are looked at in full (templates, shortcuts, shift): at most this many, evenly over the file.
 SAMPLE, SAMPLE_CHARACTERS = 20_000, 4_000
-#: Above this, the bands lie in a temporary file.
+#: With more rows, the bands lie in a temporary file.
 IN_MEMORY = 500_000
 _BATCH_ROWS, _BATCH_CHARACTERS = 4_096, 500_000
 
@@ -141,6 +141,33 @@ class Sampled(NamedTuple):
     answer: str
 
 
+class Bands:
+    """BANDS numbers of each row, read band by band. Of many rows they lie in a file, and not mapped into memory: pages
+    of a map are kept for as long as there is room, and count as ours."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._memory = np.empty((BANDS, n), np.uint32) if n <= IN_MEMORY else None
+        self._file = None if n <= IN_MEMORY else tempfile.TemporaryFile()  # noqa: SIM115 - gone with this object
+
+    def write(self, start: int, numbers: npt.NDArray[np.uint32]) -> None:
+        """Those of some rows (BANDS x rows), from row `start`."""
+        if self._memory is not None:
+            self._memory[:, start : start + numbers.shape[1]] = numbers
+            return
+        for band, some in enumerate(numbers):
+            self._seek(band, start).write(some.tobytes())
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.uint32]]:
+        for band in range(BANDS):
+            yield np.fromfile(self._seek(band, 0), np.uint32, self._n) if self._memory is None else self._memory[band]
+
+    def _seek(self, band: int, row: int) -> IO[bytes]:
+        assert self._file is not None
+        self._file.seek(4 * (band * self._n + row))
+        return self._file
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """All rows of the given files, numbered through in their order.
@@ -159,7 +186,7 @@ class Rows:
     answer: Hashes  # canonical
     numbers: Hashes  # the numbers in the asked text; 0 where there are none
     length: Numbers  # of the asked text
-    bands: npt.NDArray[np.uint32]  # BANDS x rows
+    bands: Bands  # BANDS x rows
     sketch: Hashes  # of two texts with similarity s, about (1 + s) / 2 of the 64 bits are equal
     #: For each answer before the last that a conversation teaches: its row, and the prompt before it.
     shown_by: Numbers
@@ -220,7 +247,7 @@ class _Reader:
         self.line, self.length, self.shown_by = array("q"), array("q"), array("q")
         self.exact, self.prompt, self.asked, self.system = (array("Q") for _ in range(4))
         self.answer, self.numbers, self.shown_prompt, self.shown_key = (array("Q") for _ in range(4))
-        self.bands = _room(n)
+        self.bands = Bands(n)
         self.sketch = np.empty(n, np.uint64)
         self.waiting: list[str] = []
         self.characters = 0
@@ -290,7 +317,8 @@ class _Reader:
     def _sign(self) -> None:
         if self.waiting:
             end = self.signed + len(self.waiting)
-            self.bands[:, self.signed : end], self.sketch[self.signed : end] = sign(self.waiting)
+            bands, self.sketch[self.signed : end] = sign(self.waiting)
+            self.bands.write(self.signed, bands)
             self.signed, self.waiting, self.characters = end, [], 0
 
 
@@ -348,13 +376,6 @@ def _hash_messages(messages: Sequence[Message]) -> int:
         text = unicodedata.normalize("NFC", message["content"])
         parts.append(f"{message['role']}:{len(text)}:{text};")  # the length keeps "a" + "bc" apart from "ab" + "c"
     return hash64("".join(parts))
-
-
-def _room(n: int) -> npt.NDArray[np.uint32]:
-    if n <= IN_MEMORY:
-        return np.empty((BANDS, n), np.uint32)
-    with tempfile.TemporaryFile() as out:  # gone when nobody maps it any more
-        return np.memmap(out, np.uint32, "w+", shape=(BANDS, n))
 
 
 def _hashes(values: array[int]) -> Hashes:
