@@ -357,7 +357,8 @@ def training(**changes: Any) -> Training:
 
 
 def test_a_job_is_the_sum_of_its_stages() -> None:
-    found = {stage.name: stage for stage in add_up([training()], measured()).stages}
+    found = {stage.name: stage for stage in add_up([training()], measured(), checked=9.0).stages}
+    assert found["checks"].typical == 9.0
     assert found["loading the model"].at_most == 8.0
     # 30 steps, 6 validations and one of the average, 7 checkpoints, 8 proofs twice.
     assert found["training and validation"].at_most == pytest.approx(3 + 60 + 7 * 2.0 + 7 * 0.5 + 16 * 0.25)
@@ -396,9 +397,10 @@ def test_probes_that_need_less_than_their_time_end_before_it() -> None:
     tuned, four = one.tuned, one.behind_shots[0]
     needed = 8 * (tuned.seconds_for(40) + four.seconds_for(40)) + 2 * tuned.seconds_for(40) + 2 * 40 * 0.25
     assert probes(one) == pytest.approx(needed)
-    # 6 labels of 4 tokens each behind 40 prompts, whose own 20 tokens are read once.
+    # 6 labels of 4 tokens each behind 40 prompts, whose own 20 tokens are read once: two passes read the weights. Four
+    # conversations in one pass read them once.
     labelled = replace(one, labels=6)
-    assert probes(labelled) == pytest.approx(needed + 40 * 0.25 * (20 + 6 * 4) / (20 + 4))
+    assert probes(labelled) == pytest.approx(needed + 40 * 0.25 * (20 + 6 * 4 + 2 * 12) / (20 + 4 + 12 / 4))
 
 
 def test_prompts_are_chosen_twice_for_each_number_of_shots() -> None:

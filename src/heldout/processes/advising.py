@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,7 @@ def advise(
 
     Raises UserError when no row can be read, or for an unknown model; its message says what to do.
     """
+    began = time.perf_counter()
     settings, watch = settings or read_settings(), watch or Silent()
     asked = Hyperparameters.parse(hyperparameters)
     request = Request(
@@ -95,13 +97,15 @@ def advise(
         facts = tools.trainer.facts(model)
         parts = replace(parts, model=model_tools(model, facts, tools.trainer, tools.engine))
         refuse_errors(request, tuple(find_too_long(parts)))
+        checked = time.perf_counter() - began
         if task.kind == "labels":
             encoder = frozen_encoder(model, facts)
             embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
             cheap = measure_cheap(parts.train, embed, watch, seed=seed)
         with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
             rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap)
-        job, prompted = _job(rehearsal, model, _prices(settings), settings.eval_budget), _prompted(rehearsal.measured)
+        job = _job(rehearsal, model, _prices(settings), checked, settings.eval_budget)
+        prompted = _prompted(rehearsal.measured)
         tools.engine.close()
     prompts = len(group_by_prompt(parts.train.examples))
     return Advice(
@@ -162,10 +166,10 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, c
     return Rehearsal(splits=splits, plans=plans, measured=measured)
 
 
-def _job(rehearsal: Rehearsal, model: str, prices: Prices, eval_budget: float | None) -> Job:
+def _job(rehearsal: Rehearsal, model: str, prices: Prices, checked: float, eval_budget: float | None) -> Job:
     measured, plans = rehearsal.measured, rehearsal.plans
     trainings = [training_of(*one) for one in zip(plans, rehearsal.splits, strict=True)]
-    duration = add_up(trainings, measured, eval_budget=eval_budget)
+    duration = add_up(trainings, measured, checked=checked, eval_budget=eval_budget)
     tokens = count_tokens(measured, plans[0].n_epochs)
     return Job(
         base_model=model,

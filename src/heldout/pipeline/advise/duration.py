@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
-from heldout.pipeline.advise.measure import Measured
+from heldout.pipeline.advise.measure import READ, READING_WEIGHTS, Measured
 from heldout.pipeline.consequences import calibration, fragility, generalisation, memorisation
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
@@ -110,13 +110,17 @@ def training_of(plan: TrainPlan, split: Split) -> Training:
     )
 
 
-def add_up(trainings: Sequence[Training], measured: Measured, *, eval_budget: float | None = None) -> Duration:
+def add_up(
+    trainings: Sequence[Training], measured: Measured, *, checked: float = 0.0, eval_budget: float | None = None
+) -> Duration:
     """The job that consists of these trainings: the last one is the model that is served.
 
     Args:
+        checked: seconds that reading and checking the files took, and loading the code of models.
         eval_budget: seconds for probes of the tuned model; None: as long as its training takes.
     """
     pairs = {
+        "checks": (checked,) * 2,
         "loading the model": (_loading(trainings, measured),) * 2,
         "cheap rungs and prompts": (measured.cheap.seconds + sum(_ladder(one, measured) for one in trainings),) * 2,
         "training and validation": (
@@ -187,8 +191,9 @@ def _label_probabilities(one: Training, measured: Measured) -> float:
         return measured.tuned.seconds_for(one.holdout) + measured.tuned.seconds_for(one.valid)
     prompts = min(one.holdout, calibration.READINGS // measured.labels)
     own = measured.tuned.prompt_tokens - measured.tuned.shared_tokens
-    more = (measured.labels - 1) * measured.target_tokens / (own + measured.target_tokens)
-    return prompts * measured.reading * (1 + more)
+    together = own + measured.labels * measured.target_tokens + 2 * READING_WEIGHTS  # the prompt, then its labels
+    alone = own + measured.target_tokens + READING_WEIGHTS / READ  # as it was measured: so many in one pass
+    return prompts * measured.reading * together / alone
 
 
 def _mean(seconds: Sequence[float]) -> float:
