@@ -475,6 +475,12 @@ def _told_on_stderr() -> Any:
         except Exception as error:  # noqa: BLE001 - told, with its trace, and exit code 1
             import traceback
 
+            from heldout import disk
+            from heldout.settings import read_settings
+
+            if disk.is_full(error):
+                print(f"failed: {disk.failure(error, read_settings())}", file=sys.stderr)
+                sys.exit(FAILED)
             traceback.print_exc()
             print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
             sys.exit(FAILED)

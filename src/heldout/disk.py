@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from heldout.errors import UserError
+from heldout.pipeline.spool import roomy_folder
 from heldout.settings import Settings
 
 CODE = "disk_full"
@@ -52,6 +53,18 @@ def refusal(error: BaseException, settings: Settings) -> str:
         f"The disk is full: the server could not write to {place}. {_size(usage.free)} of {_size(usage.total)} are "
         "free there. Nothing of this request was kept; what was there before is as it was. Free some space or give "
         "the data directory a larger disk, then send the request again."
+    )
+
+
+def failure(error: BaseException, settings: Settings) -> str:
+    """What a command says that could not write. Where the error does not say: the fullest of its places."""
+    big = Path(roomy_folder() or tempfile.gettempdir())
+    place = _place(error) or _fullest([Path(tempfile.gettempdir()), big, settings.cache, Path.cwd()])
+    usage = shutil.disk_usage(place)
+    return (
+        f"The disk is full: this command could not write to {place}. {_size(usage.free)} of {_size(usage.total)} are "
+        "free there. Free some space, or let TMPDIR (for temporary files) or --out name a folder on a larger disk, "
+        "then run it again."
     )
 
 

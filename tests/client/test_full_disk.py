@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -190,3 +192,20 @@ def test_an_upload_that_does_not_fit_is_refused_with_the_sentence_and_leaves_not
         assert list(small.iterdir()) == [filler]
     filler.unlink()
     assert live.client.files.content(live.upload(b"y" * (1 << 20 | 1)).id).content.startswith(b"yy")
+
+
+def test_a_command_without_room_for_its_temporary_files_says_so(
+    disk: Callable[[str, int], Path], tmp_path: Path
+) -> None:
+    small = disk("tmp", 2_000_000)
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as out:
+        for number in range(1_100):
+            turns = [{"role": "user", "content": f"{number} {'x' * 65_000}"}, {"role": "assistant", "content": "yes"}]
+            out.write(json.dumps({"messages": turns}) + "\n")
+    asked = [sys.executable, "-m", "heldout", "check", str(rows)]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(small)})
+    assert done.returncode == 1
+    assert f"failed: The disk is full: this command could not write to {small}. " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(small.iterdir()) == []

@@ -91,7 +91,7 @@ class ExampleStore:
 
     def _spool(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="heldout-", dir=_folder())  # noqa: SIM115 - SpooledExamples owns it
+            self._file = tempfile.TemporaryFile(prefix="heldout-", dir=roomy_folder())  # noqa: SIM115 - SpooledExamples owns it
         for example in self._kept:
             self._buffer += self._encode(example)
             self._ends.append(self._written + len(self._buffer))
@@ -107,7 +107,7 @@ class ExampleStore:
         self._buffer.clear()
 
 
-def _folder() -> str | None:
+def roomy_folder() -> str | None:
     """Where big temporary files belong. /tmp is memory on many machines, and memory is what is short."""
     folder, big = tempfile.gettempdir(), Path("/var/tmp")
     return str(big) if folder == "/tmp" and os.access(big, os.W_OK | os.X_OK) else None

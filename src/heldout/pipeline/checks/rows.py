@@ -26,6 +26,7 @@ import numpy.typing as npt
 from heldout.engine.base import Message
 from heldout.engine.labels import user_text
 from heldout.pipeline.checks.groups import MIN_EXAMPLES_PER_LABEL, are_labels, fold
+from heldout.pipeline.spool import roomy_folder
 from heldout.pipeline.types import Dataset, Example
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
@@ -148,7 +149,7 @@ class Bands:
     def __init__(self, n: int) -> None:
         self._n = n
         self._memory = np.empty((BANDS, n), np.uint32) if n <= IN_MEMORY else None
-        self._file = None if n <= IN_MEMORY else tempfile.TemporaryFile()  # noqa: SIM115 - gone with this object
+        self._file = None if n <= IN_MEMORY else tempfile.TemporaryFile(dir=roomy_folder())  # noqa: SIM115 - gone with this object
 
     def write(self, start: int, numbers: npt.NDArray[np.uint32]) -> None:
         """Those of some rows (BANDS x rows), from row `start`."""
