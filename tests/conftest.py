@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from heldout.pipeline.request import Source
 
 # Before torch is loaded: tiny models gain nothing from threads, and the processes that some tests start
 # would wait for each other's.
@@ -46,6 +51,13 @@ def colour_files(folder: Path) -> dict[str, Path]:
     return {
         part: write_rows(folder / f"{part}.jsonl", [colour_row(i) for i in numbers]) for part, numbers in parts.items()
     }
+
+
+def sources_of(files: dict[str, Path]) -> dict[str, Source]:
+    """The files as a job reads them."""
+    from heldout.pipeline.request import Source
+
+    return {part: Source(name=path.name, open=partial(path.open, "rb")) for part, path in files.items()}
 
 
 @pytest.fixture

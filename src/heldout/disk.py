@@ -37,22 +37,20 @@ def sentence(error: BaseException | None, settings: Settings, job_id: str) -> st
     """What a job says: what was full, where, and what to do. Where the error does not say: the fullest of a
     job's places."""
     place = _place(error) or _fullest([settings.work(job_id), settings.cache, *_places(settings)])
-    usage = shutil.disk_usage(place)
     return (
         f"The disk is full: the job could not write to {place}. Now that its unfinished files are removed, "
-        f"{_size(usage.free)} of {_size(usage.total)} are free there. Uploaded files, checkpoints and other jobs "
-        "are as they were. Free some space or give the data directory a larger disk, then create the job again."
+        f"{_free(place)} there. Uploaded files, checkpoints and other jobs are as they were. Free some space or give "
+        "the data directory a larger disk, then create the job again."
     )
 
 
 def refusal(error: BaseException, settings: Settings) -> str:
     """What a request is told that could not be stored."""
     place = _place(error) or _fullest(_places(settings))
-    usage = shutil.disk_usage(place)
     return (
-        f"The disk is full: the server could not write to {place}. {_size(usage.free)} of {_size(usage.total)} are "
-        "free there. Nothing of this request was kept; what was there before is as it was. Free some space or give "
-        "the data directory a larger disk, then send the request again."
+        f"The disk is full: the server could not write to {place}. {_free(place)} there. Nothing of this request was "
+        "kept; what was there before is as it was. Free some space or give the data directory a larger disk, then send "
+        "the request again."
     )
 
 
@@ -60,11 +58,9 @@ def failure(error: BaseException, settings: Settings) -> str:
     """What a command says that could not write. Where the error does not say: the fullest of its places."""
     big = Path(roomy_folder() or tempfile.gettempdir())
     place = _place(error) or _fullest([Path(tempfile.gettempdir()), big, settings.cache, Path.cwd()])
-    usage = shutil.disk_usage(place)
     return (
-        f"The disk is full: this command could not write to {place}. {_size(usage.free)} of {_size(usage.total)} are "
-        "free there. Free some space, or let TMPDIR (for temporary files) or --out name a folder on a larger disk, "
-        "then run it again."
+        f"The disk is full: this command could not write to {place}. {_free(place)} there. Free some space, "
+        "or let TMPDIR (for temporary files) or --out name a folder on a larger disk, then run it again."
     )
 
 
@@ -98,6 +94,11 @@ def _fullest(places: list[Path]) -> Path:
 def _existing(path: Path) -> Path:
     """The path, if a folder, or the nearest folder above it that there is."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _free(place: Path) -> str:
+    usage = shutil.disk_usage(place)
+    return f"{_size(usage.free)} of {_size(usage.total)} are free"
 
 
 def _size(count: int) -> str:

@@ -12,14 +12,14 @@ import torch
 
 from heldout.pipeline.augment.copies import robust_copies
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.request import Request, Source, Tools
+from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.run import run_job
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 from heldout.train import loop, sft
 from heldout.train.trainer import TorchTrainer
-from tests.conftest import colour_files
+from tests.conftest import colour_files, sources_of
 from tests.torch.cases import make_family
 from tests.torch.conftest import (
     LEARNING,
@@ -186,10 +186,7 @@ class NotingTrainer(TorchTrainer):
 
 def test_in_a_whole_job_only_train_is_augmented(tiny_model: Path, engine, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     files = colour_files(tmp_path)
-    sources = {
-        part: Source(name=path.name, open=lambda path=path: path.open("rb"))  # type: ignore[misc]
-        for part, path in files.items()
-    }
+    sources = sources_of(files)
     trainer, watch = NotingTrainer(), Recording()
     outcome = run_job(
         Request(

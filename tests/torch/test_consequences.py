@@ -15,10 +15,10 @@ from heldout.pipeline.consequences import CONSEQUENCES
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.request import Request, Source, Tools
+from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.run import run_job
 from heldout.train.trainer import TorchTrainer
-from tests.conftest import colour_files
+from tests.conftest import colour_files, sources_of
 from tests.torch.conftest import TOOLS, Recording
 from tests.torch.encoders import make_tiny_encoder
 
@@ -68,10 +68,7 @@ def run(
     files = colour_files(folder)
     change(files["holdout"])
     engine, watch = NotingEngine(), Recording()
-    source = {
-        part: Source(name=path.name, open=lambda path=path: path.open("rb"))  # type: ignore[misc]
-        for part, path in files.items()
-    }
+    source = sources_of(files)
     (folder / "out").mkdir()
     outcome = run_job(
         Request(

@@ -18,13 +18,13 @@ from heldout.pipeline.general_prompts import HELD_BACK, REPLAYED
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.request import Request, Source, Tools
+from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.run import run_job
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Watch
 from heldout.train.trainer import TorchTrainer
-from tests.conftest import colour_row, write_rows
+from tests.conftest import colour_row, sources_of, write_rows
 from tests.torch.conftest import LEARNING, TOOLS, Recording
 
 ROWS = {"train": range(40), "valid": range(1000, 1012), "holdout": range(2000, 2032)}
@@ -116,10 +116,7 @@ def run(model: Path, folder: Path, *, ratio: float | None, watch: Recording | No
     """A job on the files beside `folder`; a killed one goes on."""
     folder.mkdir(exist_ok=True)
     trainer, engine, watch = NotingTrainer(), NotingEngine(), watch or Recording()
-    parts = {
-        part: Source(name=f"{part}.jsonl", open=lambda path=folder.parent / f"{part}.jsonl": path.open("rb"))  # type: ignore[misc]
-        for part in ROWS
-    }
+    parts = sources_of({part: folder.parent / f"{part}.jsonl" for part in ROWS})
     outcome = run_job(
         Request(
             base_model=str(model),

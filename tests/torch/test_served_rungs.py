@@ -18,12 +18,12 @@ from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import score_model, with_shots
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung, classical_rung, frozen_rung
-from heldout.pipeline.request import Request, Source, Tools
+from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.run import run_job
 from heldout.pipeline.served_rungs import serve_frozen_encoder, serve_shots, serve_word_counts
 from heldout.pipeline.watch import Silent
 from heldout.train.trainer import TorchTrainer
-from tests.conftest import colour_files
+from tests.conftest import colour_files, sources_of
 from tests.torch.conftest import TOOLS, Recording, examples
 from tests.torch.encoders import make_tiny_encoder
 from tests.unit.conftest import example, split_of
@@ -119,10 +119,7 @@ def test_a_job_that_asks_for_it_judges_and_serves_an_encoder_tuned_beside_the_ch
     for module in (encoder_rung, catalogue):
         monkeypatch.setattr(module, "bundled_encoder", lambda: encoder)
     files, engine, watch = colour_files(tmp_path), LocalEngine(**TOOLS), Recording()
-    source = {
-        part: Source(name=path.name, open=lambda path=path: path.open("rb"))  # type: ignore[misc]
-        for part, path in files.items()
-    }
+    source = sources_of(files)
     outcome = run_job(
         Request(
             base_model=str(tiny_model),

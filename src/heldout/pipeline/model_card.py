@@ -18,7 +18,7 @@ from heldout.pipeline.kept import write_whole
 from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung
 from heldout.pipeline.layout import markdown_code, markdown_table
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.report import AGAIN, FILE_COLUMNS, LIGHTS, by_light, ended, file_rows, plan_rows
+from heldout.pipeline.report import LIGHTS, again, by_light, ended, plan_rows
 from heldout.pipeline.served_rungs import ServedRung
 
 FILE = "README.md"
@@ -171,13 +171,7 @@ def _text(outcome: Outcome, model: _Model) -> str:
             "## How to use it",
             "",
             *_use(model),
-            f"## {AGAIN}",
-            "",
-            *markdown_code(outcome.reproduction.shown, "sh"),
-            "",
-            *markdown_table(FILE_COLUMNS, file_rows(outcome), ("bytes",)),
-            "",
-            markdown_text(outcome.reproduction.sentence),
+            *again(outcome),
         ]
     )
 

@@ -108,13 +108,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         *markdown_table(PLAN_COLUMNS, plan_rows(outcome), ("value",)),
         "",
-        f"## {AGAIN}",
-        "",
-        *markdown_code(outcome.reproduction.shown, "sh"),
-        "",
-        *markdown_table(FILE_COLUMNS, file_rows(outcome), ("bytes",)),
-        "",
-        markdown_text(outcome.reproduction.sentence),
+        *again(outcome),
         "",
         "## Findings in the data",
         "",
@@ -176,6 +170,19 @@ def plan_rows(outcome: Outcome) -> list[list[str]]:
         *rows,
         ["metric", outcome.tuned.scores.metric, origin("metric"), why],
         ["tuned_encoder", _value(bool(outcome.asked.tuned_encoder)), origin("tuned_encoder"), rung],
+    ]
+
+
+def again(outcome: Outcome) -> list[str]:
+    """How to run the job again, as lines of a page of text."""
+    return [
+        f"## {AGAIN}",
+        "",
+        *markdown_code(outcome.reproduction.shown, "sh"),
+        "",
+        *markdown_table(FILE_COLUMNS, file_rows(outcome), ("bytes",)),
+        "",
+        markdown_text(outcome.reproduction.sentence),
     ]
 
 

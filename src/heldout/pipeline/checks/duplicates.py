@@ -28,12 +28,10 @@ def find_exact_duplicates(parts: Parts) -> Iterator[Finding]:
     rows = parts.rows
     for part, dataset in enumerate(rows.datasets):
         here = rows.of(part)
-        copied = in_groups(rows.exact[here])
-        if copied.any():
-            groups = groups_of(rows.exact[here])
-            shown = [name_lines(_lines(rows, rows.starts[part] + group)) for group in islice(groups, _SHOWN + 1)]
-            count = _distinct(rows.exact[here][copied])
-            extra = int(copied.sum()) - count
+        copied, count, groups = _repeated(np.arange(here.start, here.stop), rows.exact[here])
+        if count:
+            extra = len(copied) - count
+            shown = [name_lines(_lines(rows, group)) for group in groups]
             yield Finding(
                 code="exact_duplicate",
                 severity=_severity(extra, dataset),
@@ -42,7 +40,7 @@ def find_exact_duplicates(parts: Parts) -> Iterator[Finding]:
                     "weighs more in training; remove the copies unless that is wanted."
                 ),
                 file=dataset.name,
-                lines=_all(rows.line[here][copied]),
+                lines=_all(rows.line[copied]),
             )
 
 
@@ -73,11 +71,9 @@ def find_near_duplicates(parts: Parts) -> Iterator[Finding]:
     rows, near = parts.rows, parts.near
     for part, dataset in enumerate(rows.datasets):
         first = rows.starts[part] + np.sort(np.unique(rows.exact[rows.of(part)], return_index=True)[1])
-        similar = first[in_groups(near.same[first])]
-        if not len(similar):
+        similar, count, groups = _repeated(first, near.same[first])
+        if not count:
             continue
-        groups = [similar[group] for group in islice(groups_of(near.same[similar]), _SHOWN + 1)]
-        count = _distinct(near.same[similar])
         extra = len(similar) - count
         equal = len(similar) - _distinct(mix(near.same[similar].view(np.uint64), rows.key[similar]))
         where = name_some([name_lines(_lines(rows, group)) for group in groups], of=count)
@@ -145,6 +141,13 @@ def _all(lines: Numbers) -> tuple[int, ...]:
 
 def _distinct(values: Numbers | Hashes) -> int:
     return len(np.unique(values))
+
+
+def _repeated(rows: Numbers, values: Numbers | Hashes) -> tuple[Numbers, int, list[Numbers]]:
+    """The rows whose value another one has; how many groups of equal values they are; and the first of these groups."""
+    again = in_groups(values)
+    rows, values = rows[again], values[again]
+    return rows, _distinct(values), [rows[group] for group in islice(groups_of(values), _SHOWN + 1)]
 
 
 def _side_by_side(rows: Rows, which: Iterable[int]) -> str:
