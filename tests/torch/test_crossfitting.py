@@ -11,6 +11,7 @@ import pytest
 
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.engine.local import LocalEngine
+from heldout.pipeline.fold_length import SHARES
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.plan import TrainPlan
@@ -65,7 +66,7 @@ class NotingEngine(LocalEngine):
         progress: Progress | None = None,
     ) -> list[Reply]:
         if model.adapter:
-            folder = Path(model.adapter).parent.name
+            folder = next(part for part in Path(model.adapter).parts if part in FOLDERS)
             self.asked += [(folder, str(messages[-1]["content"])) for messages in conversations]
         return super().chat(model, conversations, sampling, progress)
 
@@ -139,6 +140,15 @@ def test_every_row_is_answered_once_by_a_model_that_never_saw_it(done: Done) -> 
         assert seen == set(questions) - answered
 
 
+def test_every_fold_trains_to_the_end_and_is_answered_by_a_model_of_the_chosen_length(done: Done) -> None:
+    crossfit = done.outcome.crossfit
+    assert crossfit is not None
+    for fold, (_, _, plan, _) in zip(crossfit.folds, done.trainer.given, strict=False):
+        assert fold.last_step == plan.total_steps
+        assert fold.best_step in plan.kept_steps
+        assert len(plan.kept_steps) == len(SHARES)
+
+
 def test_the_rungs_are_judged_on_the_same_rows(done: Done) -> None:
     rungs = {one.name: one for one in done.outcome.rungs}
     assert [name for name in rungs if name != "frozen-encoder"] == [
@@ -156,20 +166,19 @@ def test_the_rungs_are_judged_on_the_same_rows(done: Done) -> None:
 def test_the_served_model_learns_from_all_rows_for_as_long_as_the_folds_needed(done: Done) -> None:
     _, split, plan, _ = done.trainer.given[-1]
     assert (len(split.train), split.valid, split.holdout) == (ROWS, (), ())
-    crossfit = done.outcome.crossfit
-    assert crossfit is not None
-    median = sorted(fold.best_epoch for fold in crossfit.folds)[2]
-    assert plan.total_steps == round(5 * median)
+    assert plan.total_steps == 10, "two epochs, as in the folds"
+    assert plan.end_share in SHARES
+    assert plan.reasons["end_share"].startswith(f"{plan.end_share:.0%} of the planned steps")
     adapter = done.outcome.adapter
     assert adapter.directory.name == "adapter"
-    assert (adapter.best_step, adapter.last_step) == (plan.total_steps, plan.total_steps)
+    assert (adapter.best_step, adapter.last_step) == (plan.end_step, plan.end_step)
     assert done.outcome.plan == plan
     assert any("gives the trainer's log-probabilities on 8 answers" in text for text in done.watch.messages)
 
 
 def test_steps_and_checkpoints_are_told_of_the_served_model_only(done: Done) -> None:
     steps = [what for kind, what in done.watch.story if kind == "metrics"]
-    assert steps == list(range(1, done.outcome.plan.total_steps + 1))
+    assert steps == list(range(1, done.outcome.plan.end_step + 1))
     assert [what for kind, what in done.watch.story if kind == "checkpoint"] == [5, 10][: len(steps) // 5]
     begins = next(i for i, (kind, _) in enumerate(done.watch.story) if kind == "metrics")
     last_fold = max(i for i, (_, what) in enumerate(done.watch.story) if str(what).startswith("fold 5 of 5"))
@@ -195,6 +204,7 @@ def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, r
             "fold.json",
             "ladder.json",
             "precision.json",
+            "trained.json",
         ]
     report = json.loads((root / "out" / "report.json").read_text())
     assert faults(report) == []
@@ -213,11 +223,16 @@ def test_a_job_killed_again_and_again_repeats_no_finished_fold_and_ends_the_same
     tiny_model: Path, root: Path, done: Done
 ) -> None:
     folder = root / "killed"
-    for stage in ("fold 4 of 5: zero-shot prompt", "fold 2 of 5: train", "fold 3 of 5: tuned model", "train"):
+    for stage, trained, finished in (
+        ("fold 4 of 5: zero-shot prompt", 0, 0),
+        ("fold 2 of 5: train", 1, 0),
+        ("fold 3 of 5: tuned model", 5, 2),
+        ("train", 5, 5),
+    ):
         with pytest.raises(KeyboardInterrupt):
             run(tiny_model, folder, Killing(stage))
-        finished = [name for name in FOLDERS if (folder / name / "fold.json").exists()]
-        assert finished == {"fold 4": [], "fold 2": FOLDERS[:1], "fold 3": FOLDERS[:2], "train": FOLDERS}[stage[:6]]
+        for record, count in (("trained.json", trained), ("fold.json", finished)):
+            assert [name for name in FOLDERS if (folder / name / record).exists()] == FOLDERS[:count]
     again = run(tiny_model, folder, watch := Killing())
     assert [name for name, _, _, _ in again.trainer.given] == ["killed"], "the folds are read, not trained"
     assert again.engine.asked == []

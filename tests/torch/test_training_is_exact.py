@@ -213,13 +213,13 @@ def test_the_head_gives_the_cross_entropy_of_full_logits(smoothing: float, chunk
     wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     (wanted_gradient,) = torch.autograd.grad((wanted * outer).sum(), hidden)
     loss, nll, right, tempered = head.losses(
-        hidden, weight, targets, smoothing=smoothing, temperatures=(0.5, 1.0, 3.0), chunk=chunk
+        hidden, weight, targets, smoothing=smoothing, temperatures=(3.0, *TEMPERATURES), chunk=chunk
     )
     (gradient,) = torch.autograd.grad((loss * outer).sum(), hidden)
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
     torch.testing.assert_close(gradient, wanted_gradient)
-    for row, temperature in zip(tempered, (0.5, 1.0, 3.0), strict=True):
+    for row, temperature in zip(tempered, (3.0, *TEMPERATURES), strict=True):
         torch.testing.assert_close(row, F.cross_entropy(logits / temperature, targets, reduction="none"))
     assert right.tolist() == (logits.argmax(dim=-1) == targets).tolist()
     assert 5 <= right.sum() < 25

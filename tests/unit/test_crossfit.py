@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heldout.errors import InvalidValue
-from heldout.pipeline import crossfit
+from heldout.errors import InvalidTrainingFile, InvalidValue
+from heldout.pipeline import crossfit, fold_records
 from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers
+from heldout.pipeline.fold_length import TrainedFold, choose_length, final_plan, fold_plan, trained_fold
 from heldout.pipeline.folds import split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.selection import Candidate, Selection
-from heldout.pipeline.training import Adapter, CurvePoint, ModelFacts
+from heldout.pipeline.training import Adapter, CurvePoint, KeptModel, ModelFacts
 from heldout.pipeline.types import Dataset, Split
 from heldout.pipeline.watch import Silent
 from tests.unit.conftest import labelled, right, rung, split_of
@@ -35,15 +38,15 @@ def scored(*answers: str) -> Scores:
     return replace(score_answers(METRIC, SPLIT.holdout, given), prompt_tokens=3.5, cut=1)
 
 
-def fold(number: int = 1, *, best_epoch: float = 1.5, learning_rate: float = 1e-3) -> Fold:
+def fold(number: int = 1) -> Fold:
     return Fold(
         number=number,
         train=40,
         valid=10,
         best_step=6,
-        best_epoch=best_epoch,
+        best_epoch=1.5,
         last_step=9,
-        learning_rate=learning_rate,
+        learning_rate=1e-3,
         valid_loss=0.25,
         stopped="all 9 steps taken",
         seconds=2.5,
@@ -53,9 +56,9 @@ def fold(number: int = 1, *, best_epoch: float = 1.5, learning_rate: float = 1e-
 
 def test_what_a_fold_found_is_read_back_as_it_was(tmp_path: Path) -> None:
     directory = tmp_path / "fold-1"
-    assert crossfit.read_fold(directory, SPLIT, METRIC) is None
-    crossfit.write_fold(directory, SPLIT, fold())
-    assert crossfit.read_fold(directory, SPLIT, METRIC) == fold()
+    assert fold_records.read_fold(directory, SPLIT, METRIC) is None
+    fold_records.write_fold(directory, SPLIT, fold())
+    assert fold_records.read_fold(directory, SPLIT, METRIC) == fold()
     assert [path.name for path in directory.iterdir()] == ["fold.json"]
 
 
@@ -64,36 +67,36 @@ def test_a_ladder_is_read_back_as_it_was(tmp_path: Path) -> None:
         Rung(name="constant", kind="constant", description="always 'red'", scores=scored(*["red"] * 12)),
         Rung(name="few-shot-4", kind="prompt", description="4 shots", scores=scored()),
     )
-    assert crossfit.read_ladder(tmp_path, SPLIT, METRIC) is None
-    crossfit.write_ladder(tmp_path, SPLIT, rungs)
-    assert crossfit.read_ladder(tmp_path, SPLIT, METRIC) == rungs
+    assert fold_records.read_ladder(tmp_path, SPLIT, METRIC) is None
+    fold_records.write_ladder(tmp_path, SPLIT, rungs)
+    assert fold_records.read_ladder(tmp_path, SPLIT, METRIC) == rungs
 
 
 def test_a_record_about_other_rows_is_refused_with_what_to_delete(tmp_path: Path) -> None:
-    crossfit.write_fold(tmp_path, SPLIT, fold())
-    crossfit.write_ladder(tmp_path, SPLIT, ())
+    fold_records.write_fold(tmp_path, SPLIT, fold())
+    fold_records.write_ladder(tmp_path, SPLIT, ())
     other = replace(SPLIT, holdout=SPLIT.holdout[1:])
-    for read in (crossfit.read_fold, crossfit.read_ladder):
+    for read in (fold_records.read_fold, fold_records.read_ladder):
         with pytest.raises(InvalidValue, match=f"other data.*delete the folder {tmp_path}"):
             read(tmp_path, other, METRIC)
     record = json.loads((tmp_path / "fold.json").read_text())
     (tmp_path / "fold.json").write_text(json.dumps({**record, "version": 0}))
     with pytest.raises(InvalidValue, match="another version"):
-        crossfit.read_fold(tmp_path, SPLIT, METRIC)
+        fold_records.read_fold(tmp_path, SPLIT, METRIC)
 
 
 def test_a_record_that_was_being_written_is_no_record(tmp_path: Path) -> None:
-    crossfit.write_fold(tmp_path, SPLIT, fold())
+    fold_records.write_fold(tmp_path, SPLIT, fold())
     whole = (tmp_path / "fold.json").read_bytes()
     (tmp_path / "fold.json").unlink()
     (tmp_path / "fold.writing").write_bytes(whole[:100])
-    assert crossfit.read_fold(tmp_path, SPLIT, METRIC) is None
-    crossfit.write_fold(tmp_path, SPLIT, fold())
-    assert crossfit.read_fold(tmp_path, SPLIT, METRIC) == fold()
+    assert fold_records.read_fold(tmp_path, SPLIT, METRIC) is None
+    fold_records.write_fold(tmp_path, SPLIT, fold())
+    assert fold_records.read_fold(tmp_path, SPLIT, METRIC) == fold()
 
 
 def test_the_models_of_a_finished_fold_are_deleted_and_its_record_stays(tmp_path: Path) -> None:
-    crossfit.write_fold(tmp_path, SPLIT, fold())
+    fold_records.write_fold(tmp_path, SPLIT, fold())
     for name in ("checkpoints/step-000003", "adapter"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_model.safetensors").write_text("weights")
@@ -189,62 +192,142 @@ def whole(n: int, valid: int = 0) -> Split:
     return split_into_folds(files[0], files[1], seed=0)[0].whole
 
 
-@pytest.mark.parametrize(
-    ("best", "steps", "n_epochs"),
-    [
-        ([1.0, 3.0, 2.5, 2.0, 9.0], 25, 3),  # 80 rows, batch 8: 10 steps an epoch
-        ([1.0, 1.0, 1.0, 1.0, 1.0], 10, 1),
-        ([0.1, 0.1, 0.02, 0.02, 0.02], 1, 1),
-    ],
-)
-def test_the_model_to_serve_trains_as_long_as_the_median_fold_needed(
-    best: list[float], steps: int, n_epochs: int
-) -> None:
-    folds = [fold(number, best_epoch=epoch) for number, epoch in enumerate(best, start=1)]
-    plan = crossfit.final_plan(Hyperparameters(n_epochs=9), whole(80), FACTS, folds, seed=4)
-    assert (plan.total_steps, plan.n_epochs, plan.early_stopping, plan.seed) == (steps, n_epochs, False, 4)
-    assert plan.warmup_steps <= steps
-    assert "the median of the folds' best" in plan.reasons["total_steps"]
+def model(step: int, *losses: float, directory: Path = Path("kept")) -> KeptModel:
+    return KeptModel(step=step, directory=directory / f"step-{step:06d}", losses=losses)
+
+
+def trained(
+    number: int = 1, *, losses: Sequence[Sequence[float]] = (), lines: Sequence[int] = (), rate: float = 1e-3
+) -> TrainedFold:
+    """A fold that kept a model for each list of `losses`, one loss for each of `lines`; by default just one model."""
+    models = tuple(model(5 * (at + 1), *some) for at, some in enumerate(losses or [()]))
+    return TrainedFold(
+        number=number,
+        train=40,
+        valid=len(lines),
+        steps_per_epoch=5,
+        last_step=20,
+        learning_rate=rate,
+        stopped="all 20 steps taken",
+        seconds=2.5,
+        models=models,
+        valid_losses=(0.5,) * len(models),
+        valid_lines=tuple(lines),
+    )
+
+
+def test_what_a_training_found_is_read_back_as_it_was(tmp_path: Path) -> None:
+    assert fold_records.read_trained(tmp_path, SPLIT) is None
+    one = trained(losses=[[0.5, 0.25]] * 4, lines=[3, 4])
+    one = replace(one, models=tuple(model(each.step, *each.losses, directory=tmp_path / "kept") for each in one.models))
+    fold_records.write_trained(tmp_path, SPLIT, one)
+    assert fold_records.read_trained(tmp_path, SPLIT) == one
+    assert one.folders(tmp_path) == {"kept"}
+
+
+def test_the_validation_rows_of_all_folds_together_choose_how_long_to_train() -> None:
+    # Each fold by itself would choose another of its models; their mean is lowest for the third.
+    curves = ([0.2, 0.9, 0.6, 0.9], [0.9, 0.4, 0.5, 0.9], [0.9, 0.9, 0.5, 0.4])
+    folds = [
+        trained(number, losses=[[loss] for loss in curve], lines=[number])
+        for number, curve in enumerate(curves, start=1)
+    ]
+    length = choose_length(folds)
+    assert (length.chosen, length.share, length.rows) == (2, 0.75, 3)
+    assert length.losses == pytest.approx((2.0 / 3, 2.2 / 3, 1.6 / 3, 2.2 / 3))
+    assert length.sentence.startswith("75% of the planned steps: there the calibrated loss of the 3 validation rows")
+
+
+def test_rows_that_a_fold_answers_do_not_choose_its_model() -> None:
+    folds = [trained(1, losses=[[0.5, 0.5], [0.4, 0.4], [0.6, 0.6], [0.6, 0.6]], lines=[1, 2])]
+    folds.append(trained(2, losses=[[0.9], [0.9], [0.9], [0.1]], lines=[3]))
+    assert choose_length(folds).chosen == 3
+    assert choose_length(folds, but={3}).chosen == 1
+
+
+def test_a_loss_that_is_no_number_chooses_nothing() -> None:
+    broken = [[0.9], [0.8], [math.nan], [math.inf]]
+    assert choose_length([trained(losses=broken, lines=[1])]).chosen == 1
+    with pytest.raises(InvalidTrainingFile, match="no validation loss is a number"):
+        choose_length([trained(losses=[[math.nan]] * 4, lines=[1])])
+
+
+def test_a_fold_trains_to_the_end_and_keeps_models_on_the_way() -> None:
+    asked = Hyperparameters(n_epochs=4)
+    plan = fold_plan(make_plan(asked, SPLIT, FACTS, seed=0), whole(80))
+    assert (plan.total_steps, plan.end_step, plan.kept_steps) == (20, 20, (5, 10, 15, 20))
+    assert not plan.early_stopping
+    assert "those of one are too few" in plan.reasons["early_stopping"]
+    off = fold_plan(make_plan(replace(asked, early_stopping=False), SPLIT, FACTS, seed=0), whole(80))
+    assert (off.kept_steps, off.reasons["early_stopping"]) == ((20,), "set in the request")
+
+
+def test_the_model_to_serve_ends_after_the_share_of_the_schedule_that_the_folds_chose() -> None:
+    asked = Hyperparameters()
+    folds = [trained(losses=[[0.5], [0.1], [0.6], [0.6]], lines=[1])] * 5
+    planned = fold_plan(make_plan(asked, SPLIT, FACTS, seed=4), whole(80))
+    plan = final_plan(asked, whole(80), FACTS, planned, folds, choose_length(folds), seed=4)
+    assert planned.n_epochs == 12
+    assert (plan.n_epochs, plan.total_steps, plan.end_step) == (12, 120, 60), "80 rows, batch 8: 10 steps an epoch"
+    assert (plan.early_stopping, plan.kept_steps, plan.seed) == (False, (), 4)
+    assert plan.reasons["end_share"].startswith("50% of the planned steps")
     assert "nothing is left to choose by" in plan.reasons["early_stopping"]
+
+
+def test_without_early_stopping_the_model_to_serve_takes_all_steps() -> None:
+    asked = Hyperparameters(n_epochs=3, early_stopping=False)
+    folds = [trained(losses=[[0.5]], lines=[1])] * 5
+    planned = fold_plan(make_plan(asked, SPLIT, FACTS, seed=0), whole(80))
+    plan = final_plan(asked, whole(80), FACTS, planned, folds, choose_length(folds), seed=0)
+    assert (plan.end_step, plan.reasons["end_share"]) == (30, "all planned steps, as early stopping is off")
 
 
 def test_the_model_to_serve_trains_at_the_rate_that_the_folds_ended_with() -> None:
     asked = Hyperparameters(learning_rate=3e-3, lr_search="light")
-    folds = [fold(learning_rate=rate) for rate in (1e-3, 1e-2, 1e-3, 3e-3, 1e-3)]
-    plan = crossfit.final_plan(asked, whole(80), FACTS, folds, seed=0)
+    planned = make_plan(asked, SPLIT, FACTS, seed=0)
+
+    def served(*rates: float) -> TrainPlan:
+        folds = [trained(losses=[[0.5]] * 4, lines=[1], rate=rate) for rate in rates]
+        return final_plan(asked, whole(80), FACTS, planned, folds, choose_length(folds), seed=0)
+
+    plan = served(1e-3, 1e-2, 1e-3, 3e-3, 1e-3)
     assert (plan.learning_rate, plan.lr_search) == (1e-3, "off")
     assert "0.003 was planned" in plan.reasons["learning_rate"]
-    same = crossfit.final_plan(asked, whole(80), FACTS, [fold(learning_rate=3e-3)] * 5, seed=0)
-    assert same.reasons["learning_rate"] == "set in the request"
+    assert served(3e-3).reasons["learning_rate"] == "set in the request"
 
 
 def test_with_a_validation_file_the_model_to_serve_is_stopped_by_it_as_the_folds_were() -> None:
     asked = Hyperparameters(n_epochs=9)
     split = whole(80, valid=20)
-    plan = crossfit.final_plan(asked, split, FACTS, [fold(best_epoch=1.0)] * 5, seed=0)
+    planned = make_plan(asked, SPLIT, FACTS, seed=0)
+    assert fold_plan(planned, split) == planned
+    folds = [trained()] * 5
+    plan = final_plan(asked, split, FACTS, planned, folds, choose_length(folds), seed=0)
     assert plan == make_plan(asked, split, FACTS, seed=0)
     assert (plan.n_epochs, plan.early_stopping) == (9, True)
 
 
+def point(step: int, valid_loss: float) -> CurvePoint:
+    return CurvePoint(
+        step=step,
+        train_loss=0.5,
+        train_accuracy=0.5,
+        valid_loss=valid_loss,
+        valid_calibrated_loss=valid_loss / 2,
+        valid_accuracy=0.5,
+    )
+
+
 def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
-    kept = Candidate(kind="best_loss", step=15, valid_loss=0.75, scores=())
-    plan = make_plan(Hyperparameters(batch_size=8), SPLIT, FACTS, seed=0)
+    best = Candidate(kind="best_loss", step=5, valid_loss=0.75, scores=())
+    plan = fold_plan(make_plan(Hyperparameters(batch_size=8, n_epochs=4), SPLIT, FACTS, seed=0), whole(80))
     adapter = Adapter(
         plan=plan,
         directory=Path("adapter"),
-        checkpoint=Path("step-000015"),
-        best_step=15,
+        checkpoint=Path("step-000005"),
+        best_step=5,
         last_step=20,
-        curve=(
-            CurvePoint(
-                step=15,
-                train_loss=0.5,
-                train_accuracy=0.5,
-                valid_loss=0.75,
-                valid_calibrated_loss=0.5,
-                valid_accuracy=0.5,
-            ),
-        ),
+        curve=tuple(point(step, 0.5 + step / 100) for step in (5, 10, 15, 20)),
         trained_tokens=1,
         trained_parameters=1,
         examples_per_second=1.0,
@@ -253,14 +336,21 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
         precision="float32",
         learning_rate=5e-4,
         stopped="stopped",
-        selection=Selection(chosen=kept, reason="the lowest", candidates=(kept,)),
+        selection=Selection(chosen=best, reason="the lowest", candidates=(best,)),
         proofs=(),
+        kept=tuple(model(step, 0.25) for step in (5, 10, 15, 20)),
     )
-    made = crossfit.make_fold(2, SPLIT, plan, adapter, scored())
+    found = trained_fold(2, SPLIT, plan, whole(80), adapter)
+    assert found.valid_lines == tuple(row.line for row in SPLIT.valid)
+    assert [one.step for one in found.models] == [5, 10, 15, 20]
+    made = crossfit.make_fold(found, 2, scored())
     assert made.best_epoch == 3.0, "five steps an epoch of 40 rows"
-    assert (made.number, made.train, made.valid, made.valid_loss) == (2, 40, 10, 0.75)
+    assert (made.number, made.train, made.valid, made.valid_loss) == (2, 40, 10, 0.65)
     assert made.learning_rate == 5e-4
     assert made.as_dict()["holdout"] == 12
+    by_file = trained_fold(2, SPLIT, replace(plan, kept_shares=()), whole(80, valid=10), replace(adapter, kept=()))
+    assert [(one.step, one.directory) for one in by_file.models] == [(5, Path("adapter"))]
+    assert by_file.valid_lines == ()
 
 
 def test_the_report_says_what_was_measured() -> None:

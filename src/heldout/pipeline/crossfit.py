@@ -6,29 +6,17 @@ those of one holdout. Then a sixth model learns from all rows, for as long as th
 
 from __future__ import annotations
 
-import math
 import shutil
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heldout.errors import InvalidValue
-from heldout.pipeline.evaluate.answers import Metric
-from heldout.pipeline.evaluate.scores import Scores, score_answers
+from heldout.pipeline.evaluate.scores import Scores
 from heldout.pipeline.evaluate.statistics import mean_interval
-from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.kept import read_record, write_record
+from heldout.pipeline.fold_length import TrainedFold
 from heldout.pipeline.ladder import Rung
-from heldout.pipeline.plan import TrainPlan, make_plan, steps_per_epoch
-from heldout.pipeline.training import Adapter, ModelFacts
-from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch, Within
-
-LADDER, FOLD = "ladder.json", "fold.json"
-#: Changes when the records on disk do; a job of another version is not taken up.
-VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +82,27 @@ class FoldWatch(Within):
         super().__init__(watch, f"fold {number} of {count}")
 
 
-def make_fold(number: int, split: Split, plan: TrainPlan, adapter: Adapter, scores: Scores) -> Fold:
-    """What a fold found."""
+def make_fold(trained: TrainedFold, chosen: int, scores: Scores) -> Fold:
+    """What a fold found, answered by the chosen one of its models."""
+    step = trained.models[chosen].step
     return Fold(
-        number=number,
-        train=len(split.train),
-        valid=len(split.valid),
-        best_step=adapter.best_step,
-        best_epoch=adapter.best_step / _steps_per_epoch(plan, split),
-        last_step=adapter.last_step,
-        learning_rate=adapter.learning_rate,
-        valid_loss=next((point.valid_loss for point in adapter.curve if point.step == adapter.best_step), None),
-        stopped=adapter.stopped,
-        seconds=adapter.seconds,
+        number=trained.number,
+        train=trained.train,
+        valid=trained.valid,
+        best_step=step,
+        best_epoch=step / trained.steps_per_epoch,
+        last_step=trained.last_step,
+        learning_rate=trained.learning_rate,
+        valid_loss=trained.valid_losses[chosen],
+        stopped=trained.stopped,
+        seconds=trained.seconds,
         scores=scores,
     )
 
 
-def discard_models(directory: Path) -> None:
-    """Delete a finished fold's checkpoints and adapter; what it found stays."""
-    for folder in [one for one in directory.iterdir() if one.is_dir()]:
+def discard_models(directory: Path, *, but: Collection[str] = ()) -> None:
+    """Delete a fold's checkpoints and adapters, except in these folders; what it found stays."""
+    for folder in [one for one in directory.iterdir() if one.is_dir() and one.name not in but]:
         shutil.rmtree(folder)
 
 
@@ -175,90 +164,6 @@ def pool(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def final_plan(
-    asked: Hyperparameters, whole: Split, facts: ModelFacts, folds: Sequence[Fold], *, seed: int
-) -> TrainPlan:
-    """The plan of the model that is served, trained on all rows.
-
-    With a validation file of the user's it is trained as the folds were, stopped by that file. Without one
-    nothing is left to stop by: it takes as many epochs as the folds' best checkpoints did, in the median, at
-    the median of the rates that the folds ended with.
-    """
-    if whole.valid:
-        return make_plan(asked, whole, facts, seed=seed)
-    epochs = statistics.median(fold.best_epoch for fold in folds)
-    n_epochs = max(1, math.ceil(epochs))
-    plan = make_plan(replace(asked, n_epochs=n_epochs, lr_search="off"), whole, facts, seed=seed)
-    rate = statistics.median(fold.learning_rate for fold in folds)
-    steps = max(1, round(epochs * _steps_per_epoch(plan, whole)))
-    best = ", ".join(f"{fold.best_epoch:.2g}" for fold in folds)
-    why = f"the median of the folds' best ({best}) is {epochs:.2g} epochs"
-    nothing = "nothing is left to choose by: all rows are trained on"
-    return replace(
-        plan,
-        total_steps=steps,
-        warmup_steps=min(plan.warmup_steps, steps),
-        learning_rate=rate,
-        early_stopping=False,
-        reasons={
-            **plan.reasons,
-            "n_epochs": f"{why}, begun ones counted",
-            "total_steps": f"{why}, of {_steps_per_epoch(plan, whole)} steps each",
-            "early_stopping": f"{nothing}; the folds found out when to stop",
-            "lr_search": nothing,
-            "learning_rate": (
-                plan.reasons["learning_rate"]
-                if rate == plan.learning_rate
-                else f"the median of the rates that the folds ended with; {plan.learning_rate:g} was planned"
-            ),
-        },
-    )
-
-
-def read_ladder(directory: Path, split: Split, metric: Metric) -> tuple[Rung, ...] | None:
-    """The rungs that were scored on the fold's holdout before, or None. Raises InvalidValue when the record
-    is about other rows."""
-    record = _read(directory / LADDER, split)
-    if record is None:
-        return None
-    return tuple(
-        Rung(
-            name=one["name"],
-            kind=one["kind"],
-            description=one["description"],
-            scores=_restored(one["answers"], metric, split.holdout),
-        )
-        for one in record["rungs"]
-    )
-
-
-def write_ladder(directory: Path, split: Split, rungs: Sequence[Rung]) -> None:
-    """Keep what the rungs answered."""
-    stored = [
-        {"name": rung.name, "kind": rung.kind, "description": rung.description, "answers": _stored(rung.scores)}
-        for rung in rungs
-    ]
-    _write(directory / LADDER, split, {"rungs": stored})
-
-
-def read_fold(directory: Path, split: Split, metric: Metric) -> Fold | None:
-    """A fold that was finished before, or None. Raises InvalidValue when the record is about other rows."""
-    record = _read(directory / FOLD, split)
-    if record is None:
-        return None
-    return Fold(**record["fold"], scores=_restored(record["answers"], metric, split.holdout))
-
-
-def write_fold(directory: Path, split: Split, fold: Fold) -> None:
-    """Keep what a fold found."""
-    facts = {one.name: getattr(fold, one.name) for one in fields(fold) if one.name != "scores"}
-    _write(directory / FOLD, split, {"fold": facts, "answers": _stored(fold.scores)})
-
-
-def _steps_per_epoch(plan: TrainPlan, split: Split) -> int:
-    return steps_per_epoch(len(split.train), plan.batch_size, plan.replay_ratio)
-
-
 def _pooled_name(rung: Rung) -> str:
     return "few-shot" if rung.name.startswith("few-shot-") else rung.name
 
@@ -273,45 +178,3 @@ def _pooled_description(name: str, parts: Sequence[Rung]) -> str:
         "the base model with solved examples, chosen anew in every fold from its training rows, by its validation "
         f"rows ({chosen} examples)"
     )
-
-
-def _stored(scores: Scores) -> dict[str, Any]:
-    # Answers, not scores: they are scored again as they are read.
-    return {
-        "texts": scores.answers,
-        "prompt_tokens": scores.prompt_tokens,
-        "cut": scores.cut,
-        "milliseconds": scores.milliseconds,
-    }
-
-
-def _restored(stored: dict[str, Any], metric: Metric, examples: Sequence[Example]) -> Scores:
-    scores = score_answers(metric, examples, stored["texts"])
-    return replace(
-        scores,
-        prompt_tokens=stored["prompt_tokens"],
-        cut=stored["cut"],
-        milliseconds=stored["milliseconds"],
-    )
-
-
-def _write(path: Path, split: Split, content: dict[str, Any]) -> None:
-    """Write a record that says which rows it is about."""
-    write_record(path, {"version": VERSION, "lines": _lines(split), **content})
-
-
-def _read(path: Path, split: Split) -> dict[str, Any] | None:
-    """The record, or None when there is none. Raises InvalidValue when it is about other rows."""
-    record = read_record(path)
-    if record is None:
-        return None
-    if (record["version"], record["lines"]) != (VERSION, _lines(split)):
-        raise InvalidValue(
-            f"{path} was written by a job with other data, another seed or another version of Heldout; delete "
-            f"the folder {path.parent} to have this fold done again"
-        )
-    return record
-
-
-def _lines(split: Split) -> list[int]:
-    return [row.line for row in split.holdout]

@@ -8,7 +8,7 @@ from typing import Any
 
 from heldout.errors import InvalidValue
 from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
-from heldout.pipeline.plan import Choice, asked_or, augmentation, batch_within, ema_decay, eval_every, stopping
+from heldout.pipeline.plan import Choice, asked_or, augmentation, batch_within, ema_decay, eval_every, steps, stopping
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
 
@@ -42,7 +42,7 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
     return {
         "n_epochs": epochs,
         "batch_size": batch,
-        "total_steps": Choice(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
+        **steps(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
         "eval_every": eval_every(steps_per_epoch, n, len(split.valid)),
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(256, "padded tokens: few, so that short texts are not padded to long ones"),

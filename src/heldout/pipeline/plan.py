@@ -41,7 +41,9 @@ class TrainPlan:
     lr_search: str  # "off", or "light": three rates, of which learning_rate is the middle one
     warmup_ratio: float  # share of total_steps that was asked for; warmup_steps is what is taken
     warmup_steps: int
-    total_steps: int
+    total_steps: int  # of the schedule: here the learning rate reaches 0
+    end_share: float  # of total_steps: training ends here at the latest; 1, unless folds have found that less is better
+    kept_shares: tuple[float, ...]  # of total_steps: where models are kept beside the best, for folds to compare
     eval_every: int  # steps between validations
     lora_r: int
     lora_alpha: float
@@ -69,10 +71,23 @@ class TrainPlan:
     seed: int
     reasons: dict[str, str]
 
+    @property
+    def end_step(self) -> int:
+        """The last step, if nothing ends training before."""
+        return self._step_at(self.end_share)
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """The steps of kept_shares; with few steps some are the same."""
+        return tuple(map(self._step_at, self.kept_shares))
+
+    def _step_at(self, share: float) -> int:
+        return max(1, math.ceil(share * self.total_steps))
+
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """{name: {"value", "reason"}}, as it goes into the report and on the wire."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reasons"}
-        values["target_modules"] = list(self.target_modules)
+        values |= {"target_modules": list(self.target_modules), "kept_shares": list(self.kept_shares)}
         return {name: {"value": value, "reason": self.reasons.get(name, "")} for name, value in values.items()}
 
 
@@ -113,7 +128,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
     return {
         "n_epochs": epochs,
         "batch_size": batch,
-        "total_steps": Choice(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
+        **steps(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
         "eval_every": eval_every(an_epoch, n, n_valid),
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(MICRO_TOKENS, "fits in memory"),
@@ -225,6 +240,15 @@ def replay_rows(ratio: float, n: int) -> int:
 def steps_per_epoch(n: int, batch_size: int, replay_ratio: float) -> int:
     """Steps of one pass over n training examples and the general ones that are added to them."""
     return math.ceil((n + replay_rows(replay_ratio, n)) / batch_size)
+
+
+def steps(total: int, why: str) -> dict[str, Choice]:
+    """How many steps there are, and that nobody looks for another end: the same for every kind of model."""
+    return {
+        "total_steps": Choice(total, why),
+        "end_share": Choice(1.0, "all steps of the schedule"),
+        "kept_shares": Choice((), "none: only folds are compared"),
+    }
 
 
 def stopping(asked: Hyperparameters) -> dict[str, Choice]:

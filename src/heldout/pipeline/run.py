@@ -11,7 +11,7 @@ from pathlib import Path
 
 from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
-from heldout.pipeline import crossfit, ladder, report
+from heldout.pipeline import crossfit, fold_records, ladder, report
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.advise.rungs import measure_cheap
 from heldout.pipeline.augment.copies import Augmented, robust_copies
@@ -27,6 +27,7 @@ from heldout.pipeline.evaluate.clusters import find_clusters
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.evaluate.graders.read import grader_metric, read_grader
 from heldout.pipeline.evaluate.scores import Scores, score_model
+from heldout.pipeline.fold_length import TrainedFold, choose_length, final_plan, fold_plan, trained_fold
 from heldout.pipeline.folds import Folds, is_small, split_into_folds
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
 from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung, with_clusters
@@ -155,7 +156,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
         name="tuned",
         kind="tuned",
         description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
-        scores=score_tuned(adapter, split, metric, request.base_model, max_tokens, tools),
+        scores=score_tuned(adapter.directory, split, metric, request.base_model, max_tokens, tools),
     )
     return Made(
         split=split,
@@ -180,9 +181,10 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     # In the end all rows are trained on: what is wrong with one of them is told before anything is spent.
     whole = make_plan(request.hyperparameters, folds.splits[0], facts, seed=request.seed)
     tools.trainer.fit(whole, folds.whole, base_model=request.base_model, directory=request.directory)
+    planned = [make_plan(request.hyperparameters, split, facts, seed=request.seed) for split in folds.splits]
     plans = [
-        within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
-        for split in folds.splits
+        within_memory(fold_plan(plan, folds.whole), split, request, tools)
+        for plan, split in zip(planned, folds.splits, strict=True)
     ]
     tools.watch.planned(plans[0])  # the others differ by a row or two
     answered = tuple(row for split in folds.splits for row in split.holdout)
@@ -192,11 +194,13 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
 
-    fitted = fit_folds(folds, plans, metric, request, tools)
+    trained = train_folds(folds, plans, request, tools)
+    fitted = ask_folds(folds, trained, metric, request, tools)
     tuned = with_clusters([crossfit.pool_tuned(fitted)], clusters)[0]
     tell_rungs([tuned], "the rows, out of fold", tools.watch)
 
-    plan = crossfit.final_plan(request.hyperparameters, folds.whole, facts, fitted, seed=request.seed)
+    length = choose_length(trained)
+    plan = final_plan(request.hyperparameters, folds.whole, facts, plans[0], trained, length, seed=request.seed)
     plan = within_memory(plan, folds.whole, request, tools)
     tools.watch.message(f"The model to serve is trained on all {len(folds.whole.train)} rows")
     tools.watch.planned(plan)
@@ -294,45 +298,63 @@ def climb_folds(folds: Folds, metric: Metric, request: Request, facts: ModelFact
     ladders = []
     for number, split in enumerate(folds.splits, start=1):
         directory = request.directory / f"fold-{number}"
-        rungs = crossfit.read_ladder(directory, split, metric)
+        rungs = fold_records.read_ladder(directory, split, metric)
         if rungs is None:
             max_tokens = answer_room(tools.engine, request.base_model, split)
             in_fold = replace(tools, watch=FoldWatch(tools.watch, number, len(folds.splits)))
             rungs = climb(split, metric, request, facts, in_fold, max_tokens=max_tokens)
-            crossfit.write_ladder(directory, split, rungs)
+            fold_records.write_ladder(directory, split, rungs)
         ladders.append(rungs)
     return crossfit.pool_rungs(ladders, tools.watch)
 
 
-def fit_folds(
-    folds: Folds, plans: Sequence[TrainPlan], metric: Metric, request: Request, tools: Tools
-) -> tuple[Fold, ...]:
-    """Train a model in every fold and let it answer the rows it never saw. What a fold found is on disk before
-    its model is deleted, so a job that is taken up repeats no finished fold."""
-    fitted = []
+def train_folds(folds: Folds, plans: Sequence[TrainPlan], request: Request, tools: Tools) -> tuple[TrainedFold, ...]:
+    """Train in every fold, and keep the models that may answer. What a training found is on disk before anything of
+    it is deleted, so a job that is taken up repeats no finished one."""
+    found = []
     for number, (split, plan) in enumerate(zip(folds.splits, plans, strict=True), start=1):
         directory = request.directory / f"fold-{number}"
-        watch = FoldWatch(tools.watch, number, len(folds.splits))
-        in_fold = replace(tools, watch=watch)
-        fold = crossfit.read_fold(directory, split, metric)
-        if fold is None:
-            watch.message(
+        in_fold = replace(tools, watch=FoldWatch(tools.watch, number, len(folds.splits)))
+        trained = fold_records.read_trained(directory, split)
+        if trained is None:
+            in_fold.watch.message(
                 f"{len(split.train)} rows to train on, {len(split.valid)} to stop by, {len(split.holdout)} to answer"
             )
             adapter = train(plan, split, request, in_fold, directory=directory)
+            trained = trained_fold(number, split, plan, folds.whole, adapter)
+            fold_records.write_trained(directory, split, trained)
+            in_fold.watch.kept()
+        crossfit.discard_models(directory, but=trained.folders(directory))
+        found.append(trained)
+    return tuple(found)
+
+
+def ask_folds(
+    folds: Folds, trained: Sequence[TrainedFold], metric: Metric, request: Request, tools: Tools
+) -> tuple[Fold, ...]:
+    """Let the models of the folds answer the rows that they never saw. Which of a fold's models does is chosen
+    without the rows that it answers."""
+    answered = []
+    for split, one in zip(folds.splits, trained, strict=True):
+        directory = request.directory / f"fold-{one.number}"
+        in_fold = replace(tools, watch=FoldWatch(tools.watch, one.number, len(folds.splits)))
+        fold = fold_records.read_fold(directory, split, metric)
+        if fold is None:
+            chosen = choose_length(trained, but={row.line for row in split.holdout}).chosen
+            adapter = one.models[chosen].directory
             max_tokens = answer_room(tools.engine, request.base_model, split)
             scores = score_tuned(adapter, split, metric, request.base_model, max_tokens, in_fold)
-            fold = crossfit.make_fold(number, split, plan, adapter, scores)
-            crossfit.write_fold(directory, split, fold)
-            watch.kept()
+            fold = crossfit.make_fold(one, chosen, scores)
+            fold_records.write_fold(directory, split, fold)
+            in_fold.watch.kept()
         crossfit.discard_models(directory)
-        watch.message(
+        in_fold.watch.message(
             f"the best step was {fold.best_step} ({fold.best_epoch:.2g} epochs); {fold.scores.mean:.1%} "
             f"{metric.name} on {len(split.holdout)} rows it never saw",
             data=fold.as_dict(),
         )
-        fitted.append(fold)
-    return tuple(fitted)
+        answered.append(fold)
+    return tuple(answered)
 
 
 def activations(request: Request) -> Path:
@@ -429,13 +451,11 @@ def prove_serving(adapter: Adapter, base_model: str, tools: Tools) -> None:
     )
 
 
-def score_tuned(
-    adapter: Adapter, split: Split, metric: Metric, base_model: str, max_tokens: int, tools: Tools
-) -> Scores:
+def score_tuned(adapter: Path, split: Split, metric: Metric, base_model: str, max_tokens: int, tools: Tools) -> Scores:
     """The tuned model on the holdout: the one look."""
     return score_model(
         tools.engine,
-        ModelRef(base_model=base_model, adapter=str(adapter.directory)),
+        ModelRef(base_model=base_model, adapter=str(adapter)),
         split.holdout,
         metric,
         max_tokens=max_tokens,

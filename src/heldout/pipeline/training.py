@@ -59,6 +59,15 @@ class Proof:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptModel:
+    """An adapter from before the end of training, with what validation said of it."""
+
+    step: int
+    directory: Path  # in the standard PEFT layout
+    losses: tuple[float, ...]  # calibrated, nats, of each validation example
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A trained adapter in the standard PEFT layout: the best checkpoint, not the last."""
 
@@ -78,6 +87,7 @@ class Adapter:
     stopped: str  # why training ended, in words
     selection: Selection  # which checkpoint was taken, and why
     proofs: tuple[Proof, ...]
+    kept: tuple[KeptModel, ...] = ()  # of the plan's kept_steps, in their order
 
 
 @dataclass(frozen=True, kw_only=True)

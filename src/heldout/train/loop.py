@@ -39,6 +39,7 @@ class Course:
     stopped: str = ""
     curve: list[CurvePoint] = field(default_factory=list)
     answered: dict[int, list[bool]] = field(default_factory=dict)  # step -> valid examples that were all right
+    kept: dict[int, list[float]] = field(default_factory=dict)  # kept step -> calibrated losses of valid examples
 
     @staticmethod
     def of(plan: TrainPlan, examples: int) -> Course:
@@ -60,6 +61,7 @@ class Course:
             "stopped": self.stopped,
             "curve": [point.as_dict() for point in self.curve],
             "answered": {str(step): right for step, right in self.answered.items()},
+            "kept": {str(step): losses for step, losses in self.kept.items()},
             "stopping": self.stopping.state(),
             "guard": self.guard.state(),
         }
@@ -70,6 +72,7 @@ class Course:
             setattr(self, name, state[name])
         self.curve = [CurvePoint(**point) for point in state["curve"]]
         self.answered = {int(step): right for step, right in state["answered"].items()}
+        self.kept = {int(step): losses for step, losses in state["kept"].items()}
         self.stopping.restore(state["stopping"])
         self.guard.restore(state["guard"])
 
@@ -115,7 +118,7 @@ def run(
     course = Course.of(plan, len(train))
     _resume(checkpoints, trainee, optimizer, average, course, watch)
     started = time.monotonic() - course.seconds
-    while course.step < plan.total_steps and not course.stopped:
+    while course.step < plan.end_step and not course.stopped:
         step, clock = course.step + 1, time.perf_counter()
         rows = batch(plan, train, copies, step)
         found = gradients(trainee, rows, step)
@@ -137,8 +140,8 @@ def run(
         point = _note(course, plan, found, seen)
         course.seconds = time.monotonic() - started
         try:
-            watch.metrics(point, plan.total_steps)
-            watch.progress("train", step, plan.total_steps)
+            watch.metrics(point, plan.end_step)
+            watch.progress("train", step, plan.end_step)
         except JobPaused:
             _save(checkpoints, trainee, optimizer, average, course)
             raise JobPaused(step) from None
@@ -149,10 +152,10 @@ def run(
     if course.stopping.best_step == 0:
         raise _diverged(plan, f"no validation loss was a number until step {course.step}")
     course.stopped = course.stopped or (
-        f"all {plan.total_steps} steps taken; "
+        f"all {plan.end_step} steps taken; "
         f"the lowest calibrated validation loss is that of step {course.stopping.best_step}"
         if valid
-        else f"all {plan.total_steps} steps taken; there are no validation examples, so the last step is kept"
+        else f"all {plan.end_step} steps taken; there are no validation examples, so the last step is kept"
     )
     course.seconds = time.monotonic() - started
     return course
@@ -193,9 +196,10 @@ def learning_rate(plan: TrainPlan, step: int, peak: float) -> float:
 
 
 def is_due(plan: TrainPlan, n: int, step: int) -> bool:
-    """True when valid is looked at after this step: several times an epoch, at its end, and at the very end."""
+    """True when valid is looked at after this step: several times an epoch, at its end, where a checkpoint is to be
+    kept, and at the very end."""
     within = step % math.ceil(n / plan.batch_size)
-    return within % plan.eval_every == 0 or step == plan.total_steps
+    return within % plan.eval_every == 0 or step == plan.end_step or step in plan.kept_steps
 
 
 def gradients(trainee: Trainee[Row], rows: Sequence[Row], step: int) -> Step:
@@ -266,6 +270,8 @@ def _note(course: Course, plan: TrainPlan, found: Step, seen: Validation | None)
     course.curve.append(point)
     if seen:
         course.answered[course.step] = seen.right
+        if course.step in plan.kept_steps:
+            course.kept[course.step] = seen.calibrated
         score = sum(seen.right) / len(seen.right) if seen.right else None
         course.stopping.update(course.step, seen.calibrated, score)
         if plan.early_stopping:
@@ -284,7 +290,7 @@ def _save(
 def _prune(root: Path, course: Course) -> None:
     # The one before stays until this one has proven readable: at the next save. A restart may need the first.
     newest = checkpoint.steps(root)[-2:]
-    checkpoint.prune(root, {0, *course.stopping.keep(), *newest})
+    checkpoint.prune(root, {0, *course.stopping.keep(), *course.kept, *newest})
 
 
 def _resume(

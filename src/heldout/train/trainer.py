@@ -19,7 +19,7 @@ from heldout.errors import InvalidState, InvalidTrainingFile
 from heldout.pipeline import encoder_memory, memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
-from heldout.pipeline.training import Adapter, ModelFacts, Proof, Timings
+from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Proof, Timings
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
@@ -164,6 +164,7 @@ class TorchTrainer:
             stopped=course.stopped,
             selection=selection,
             proofs=tuple(proofs),
+            kept=_kept(plan, course, directory),
         )
 
     def time_steps(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, seconds: float) -> Timings:
@@ -234,6 +235,20 @@ def choose(
     if damaged:
         selection = replace(selection, reason=f"of the checkpoints that can be read, {selection.reason}")
     return selection, folders[selection.chosen.kind]
+
+
+def _kept(plan: TrainPlan, course: Course, directory: Path) -> tuple[KeptModel, ...]:
+    """The checkpoints that the plan wants beside the best, published. Raises InvalidState for a damaged one."""
+    return tuple(
+        KeptModel(
+            step=step,
+            directory=checkpoint.publish(
+                checkpoint.read(directory / "checkpoints", step)[0], directory / "kept" / f"step-{step:06d}"
+            ),
+            losses=tuple(course.kept[step]),
+        )
+        for step in dict.fromkeys(plan.kept_steps)
+    )
 
 
 def _sound(checkpoints: Path, course: Course, wanted: set[int], watch: Watch) -> tuple[dict[int, Path], list[str]]:
