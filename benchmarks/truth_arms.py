@@ -69,7 +69,7 @@ THREE_EPOCHS = {"n_epochs": 3, "early_stopping": False}
 #: Tokens of an answer, where nothing is generated.
 ROOM = 256
 #: Looks at the truth set in one training for the ceiling, at most.
-LOOKS = 6
+LOOKS = 3
 
 
 class Forced:

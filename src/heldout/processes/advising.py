@@ -21,6 +21,7 @@ from heldout.pipeline.checks import ModelTools, Parts
 from heldout.pipeline.checks.groups import group_by_prompt
 from heldout.pipeline.checks.length import find_too_long
 from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.fold_length import fold_plan
 from heldout.pipeline.folds import is_small, split_into_folds
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors
@@ -136,16 +137,18 @@ class Rehearsal:
 def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, cheap: Cheap) -> Rehearsal:
     """Split and plan as pipeline/run.py does, and measure the parts of the first of its trainings."""
 
-    def plan(split: Split, asked: Hyperparameters) -> TrainPlan:
+    def plan(split: Split, asked: Hyperparameters, whole: Split | None = None) -> TrainPlan:
         made = make_plan(asked, split, facts, seed=request.seed)
+        made = fold_plan(made, whole) if whole else made
         return tools.trainer.fit(made, split, base_model=request.base_model, directory=request.directory)
 
     asked = request.hyperparameters
     if parts.holdout is None and is_small(parts.train):
         folds, _ = split_into_folds(parts.train, parts.valid, seed=request.seed)
-        plans = [plan(split, asked) for split in folds.splits]
         splits = [*folds.splits, folds.whole]
-        plans.append(plan(folds.whole, replace(asked, n_epochs=plans[0].n_epochs, lr_search="off")))
+        plans = [plan(split, asked, folds.whole) for split in folds.splits]
+        # Of the model to serve at most: the folds may find that a share of its steps is enough.
+        plans.append(plan(folds.whole, replace(asked, n_epochs=plans[0].n_epochs, lr_search="off"), folds.whole))
     else:
         split, _ = split_dataset(parts.train, parts.valid, parts.holdout, seed=request.seed)
         splits, plans = [split], [plan(split, asked)]
