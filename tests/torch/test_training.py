@@ -24,7 +24,7 @@ from heldout.engine.weights import load_tokenizer
 from heldout.errors import InvalidTrainingFile, InvalidValue
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.request import Tools
-from heldout.pipeline.run import prove_serving
+from heldout.pipeline.stages import prove_serving
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent

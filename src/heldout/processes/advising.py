@@ -27,8 +27,8 @@ from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.request import Request, Tools
-from heldout.pipeline.run import answer_room
 from heldout.pipeline.split import part_sizes, split_dataset
+from heldout.pipeline.stages import answer_room
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent, Watch
@@ -135,7 +135,7 @@ class Rehearsal:
 
 
 def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, cheap: Cheap) -> Rehearsal:
-    """Split and plan as pipeline/run.py does, and measure the parts of the first of its trainings."""
+    """Split and plan as a job does, and measure the parts of the first of its trainings."""
 
     def plan(split: Split, asked: Hyperparameters, whole: Split | None = None) -> TrainPlan:
         made = make_plan(asked, split, facts, seed=request.seed)

@@ -1,4 +1,4 @@
-"""From the measured parts to the whole job: every stage of pipeline/run.py, counted and multiplied."""
+"""From the measured parts to the whole job: every stage of a job, counted and multiplied."""
 
 from __future__ import annotations
 
