@@ -11,7 +11,6 @@ from rich.table import Table
 from heldout.pipeline.advise.advice import Advice, Job, Unmeasured
 from heldout.pipeline.advise.costs import Costs, Tokens
 from heldout.pipeline.advise.duration import Duration
-from heldout.pipeline.advise.recommend import Proof
 from heldout.pipeline.advise.task import WORDS
 
 WIDTH = 80
@@ -55,22 +54,13 @@ def lines(advice: Advice) -> Iterator[tuple[str, str]]:
         low, high = one.interval
         yield heading, f"{one.score:6.1%}  {one.name} prompt ({low:.0%} to {high:.0%} of {one.rows})"
         heading = ""
-    yield "It can show", _proof(advice.proof)
+    yield "It can show", advice.proof.sentence
     more = advice.more_data
     yield "More data?", f"Not estimated: {more.why}." if isinstance(more, Unmeasured) else more.sentence
     if isinstance(advice.job, Unmeasured):
         yield "A job", f"not measured: {advice.job.why}"
     else:
         yield from _job(advice.job)
-
-
-def _proof(proof: Proof) -> str:
-    how = "rows, out of fold" if proof.crossfit else "rows of the holdout"
-    told = [
-        f"{100 * found:.1f} points if they disagree on {share:.0%}" if found is not None else f"none if on {share:.0%}"
-        for share, found in proof.detectable
-    ]
-    return f"with {proof.rows} {how}, these differences of two models or larger ones: {'; '.join(told)}"
 
 
 def _job(job: Job) -> Iterator[tuple[str, str]]:

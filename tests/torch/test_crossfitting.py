@@ -191,6 +191,8 @@ def test_the_story_tells_the_cost_in_advance_and_what_was_measured_at_the_end(do
     assert told.startswith("Cross-fitting: 40 distinct prompts are too few for a holdout of their own")
     assert "6 trainings instead of 1" in told
     assert "Give a holdout file" in told
+    shown = next(text for text in messages if text.startswith("The verdict can find, in 80 of 100 cases, with 40 rows"))
+    assert messages.index(shown) < messages.index(next(text for text in messages if "rows to train on" in text))
     assert any(text.startswith("fold 2 of 5: the best step was ") for text in messages)
     trained = next(i for i, text in enumerate(messages) if text.startswith("The model to serve is trained on all"))
     assert any("out-of-fold answers of 5 models" in text for text in messages[trained:])

@@ -26,6 +26,7 @@ from heldout.pipeline.stages import (
     prove_serving,
     score_tuned,
     tell_rungs,
+    tell_what_it_can_show,
     train,
     within_memory,
 )
@@ -52,6 +53,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tools.watch.planned(plans[0])  # the others differ by a row or two
     answered = tuple(row for split in folds.splits for row in split.holdout)
     clusters = find_clusters(answered)
+    tell_what_it_can_show(clusters, tools.watch, crossfit=True)
     if request.hyperparameters.tuned_encoder:
         tools.watch.message(f"The rung {TUNED_ENCODER} is left out: cross-fitting would train five", level="warn")
     rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)

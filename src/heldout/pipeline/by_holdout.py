@@ -18,6 +18,7 @@ from heldout.pipeline.stages import (
     prove_serving,
     score_tuned,
     tell_rungs,
+    tell_what_it_can_show,
     train,
     with_tuned_encoder,
     within_memory,
@@ -40,6 +41,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     plan = within_memory(make_plan(request.hyperparameters, split, facts, seed=request.seed), split, request, tools)
     tools.watch.planned(plan)
     clusters = find_clusters(split.holdout)
+    tell_what_it_can_show(clusters, tools.watch, crossfit=False)
     rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
     rungs = with_clusters(with_tuned_encoder(rungs, split, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the holdout", tools.watch)

@@ -10,6 +10,7 @@ from pathlib import Path
 from heldout.engine import catalogue
 from heldout.engine.base import Engine, ModelRef
 from heldout.pipeline import ladder
+from heldout.pipeline.advise.recommend import what_it_proves
 from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.checks import Parts
@@ -188,6 +189,12 @@ def score_tuned(adapter: Path, split: Split, metric: Metric, base_model: str, ma
         max_tokens=max_tokens,
         progress=lambda done, total: tools.watch.progress("tuned model", done, total),
     )
+
+
+def tell_what_it_can_show(clusters: Sequence[int], watch: Watch, *, crossfit: bool) -> None:
+    """Before anything is trained: which differences so many rows are enough to find."""
+    proof = what_it_proves(len(set(clusters)), crossfit=crossfit)
+    watch.message(f"The verdict can find, in 80 of 100 cases, {proof.sentence}", data=proof.as_dict())
 
 
 def tell_rungs(rungs: Sequence[Rung], where: str, watch: Watch) -> None:

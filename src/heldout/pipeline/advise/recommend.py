@@ -28,6 +28,18 @@ class Proof:
     crossfit: bool
     detectable: tuple[tuple[float, float | None], ...]  # (share of disagreements, smallest difference found)
 
+    @property
+    def sentence(self) -> str:
+        """In words, to be read behind "can be shown"."""
+        how = "rows, out of fold" if self.crossfit else "rows of the holdout"
+        told = [
+            f"{100 * found:.1f} points if they disagree on {share:.0%}"
+            if found is not None
+            else f"none if on {share:.0%}"
+            for share, found in self.detectable
+        ]
+        return f"with {self.rows} {how}, these differences of two models or larger ones: {'; '.join(told)}"
+
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the JSON document."""
         return {
