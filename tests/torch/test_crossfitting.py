@@ -11,6 +11,7 @@ import pytest
 
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.engine.local import LocalEngine
+from heldout.pipeline.evaluate.scores import turns_of
 from heldout.pipeline.fold_length import SHARES
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
@@ -161,6 +162,20 @@ def test_the_rungs_are_judged_on_the_same_rows(done: Done) -> None:
     # The word in the text is the label: a right score says that answers and rows are in the same order.
     assert rungs["tfidf-logistic"].scores.mean == 1.0
     assert done.outcome.verdict.numbers["n_holdout"] == ROWS
+
+
+def test_the_cheaper_rungs_can_be_asked_too(done: Done) -> None:
+    served = {one.rung: one for one in done.outcome.served_rungs}
+    assert served.keys() >= {"tfidf-logistic", "few-shot"}
+    model = ModelRef(base_model=served["few-shot"].base_model, adapter=str(served["few-shot"].directory))
+    rung = next(one for one in done.outcome.rungs if one.name == "few-shot")
+    asked = [{"role": "user", "content": "item 7 red"}]
+    engine = LocalEngine(**TOOLS)
+    served_reply, with_shots_sent = (
+        engine.chat(ref, [prompt], Sampling(max_tokens=8))[0].text
+        for ref, prompt in ((model, asked), (ModelRef(base_model=model.base_model), [*turns_of(rung.shots), *asked]))
+    )
+    assert served_reply == with_shots_sent
 
 
 def test_the_served_model_learns_from_all_rows_for_as_long_as_the_folds_needed(done: Done) -> None:

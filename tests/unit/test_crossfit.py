@@ -65,7 +65,7 @@ def test_what_a_fold_found_is_read_back_as_it_was(tmp_path: Path) -> None:
 def test_a_ladder_is_read_back_as_it_was(tmp_path: Path) -> None:
     rungs = (
         Rung(name="constant", kind="constant", description="always 'red'", scores=scored(*["red"] * 12)),
-        Rung(name="few-shot-4", kind="prompt", description="4 shots", scores=scored()),
+        Rung(name="few-shot-4", kind="prompt", description="4 shots", scores=scored(), shots=SPLIT.train[3:7]),
     )
     assert fold_records.read_ladder(tmp_path, SPLIT, METRIC) is None
     fold_records.write_ladder(tmp_path, SPLIT, rungs)
@@ -121,9 +121,11 @@ def test_the_ladders_of_folds_become_one_ladder() -> None:
         [
             rung("constant", right(4, 1), kind="constant", description=f"always {answer}"),
             rung("zero-shot", right(4, 2), description="the prompt as it is"),
-            rung(f"few-shot-{shots}", right(4, 3), description=f"{shots} shots"),
+            replace(
+                rung(f"few-shot-{shots}", right(4, score), description=f"{shots} shots"), shots=SPLIT.train[:shots]
+            ),
         ]
-        for answer, shots in (("red", 4), ("blue", 8))
+        for answer, shots, score in (("red", 4, 4), ("blue", 8, 2))
     ]
     pooled = crossfit.pool_rungs(ladders, Silent())
     assert [(one.name, one.kind, one.scores.mean) for one in pooled] == [
@@ -135,6 +137,8 @@ def test_the_ladders_of_folds_become_one_ladder() -> None:
     assert pooled[0].description == "always the commonest training answer of the fold"
     assert pooled[1].description == "the prompt as it is"
     assert "(4, 8 examples)" in pooled[2].description
+    assert pooled[2].shots == SPLIT.train[:4], "served is the prompt that was best in its fold"
+    assert "those of lines 1, 2, 3, 4, the best in their fold" in pooled[2].description
 
 
 class Telling(Silent):

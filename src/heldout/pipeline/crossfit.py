@@ -109,8 +109,9 @@ def discard_models(directory: Path, *, but: Collection[str] = ()) -> None:
 def pool_rungs(ladders: Sequence[Sequence[Rung]], watch: Watch) -> tuple[Rung, ...]:
     """The rungs of all folds as one ladder over all rows, in the folds' order.
 
-    A few-shot prompt is chosen anew in every fold, so that the pooled rung is called few-shot. A rung that
-    one fold does not have (its prompts do not fit, say) is left out: it did not answer all rows.
+    A few-shot prompt is chosen anew in every fold, so that the pooled rung is called few-shot; the one to be served is
+    that of the fold in which it scored highest. A rung that one fold does not have (its prompts do not fit, say) is
+    left out: it did not answer all rows.
     """
     pooled = []
     for name in dict.fromkeys(_pooled_name(rung) for ladder in ladders for rung in ladder):
@@ -128,6 +129,7 @@ def pool_rungs(ladders: Sequence[Sequence[Rung]], watch: Watch) -> tuple[Rung, .
                 kind=parts[0].kind,
                 description=_pooled_description(name, parts),
                 scores=pool([rung.scores for rung in parts]),
+                shots=_best(parts).shots,
             )
         )
     return tuple(pooled)
@@ -168,13 +170,18 @@ def _pooled_name(rung: Rung) -> str:
     return "few-shot" if rung.name.startswith("few-shot-") else rung.name
 
 
+def _best(parts: Sequence[Rung]) -> Rung:
+    return max(parts, key=lambda rung: rung.scores.mean)
+
+
 def _pooled_description(name: str, parts: Sequence[Rung]) -> str:
     if len({rung.description for rung in parts}) == 1:
         return parts[0].description
     if name == "constant":
         return "always the commonest training answer of the fold"
     chosen = ", ".join(rung.name.removeprefix("few-shot-") for rung in parts)
+    lines = ", ".join(str(shot.line) for shot in _best(parts).shots)
     return (
         "the base model with solved examples, chosen anew in every fold from its training rows, by its validation "
-        f"rows ({chosen} examples)"
+        f"rows ({chosen} examples); to be asked as a model: those of lines {lines}, the best in their fold"
     )

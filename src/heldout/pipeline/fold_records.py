@@ -28,12 +28,14 @@ def read_ladder(directory: Path, split: Split, metric: Metric) -> tuple[Rung, ..
     record = _read(directory / LADDER, split)
     if record is None:
         return None
+    train = {row.line: row for row in split.train}
     return tuple(
         Rung(
             name=one["name"],
             kind=one["kind"],
             description=one["description"],
             scores=_restored(one["answers"], metric, split.holdout),
+            shots=tuple(train[line] for line in one["shots"]),
         )
         for one in record["rungs"]
     )
@@ -42,7 +44,13 @@ def read_ladder(directory: Path, split: Split, metric: Metric) -> tuple[Rung, ..
 def write_ladder(directory: Path, split: Split, rungs: Sequence[Rung]) -> None:
     """Keep what the rungs answered."""
     stored = [
-        {"name": rung.name, "kind": rung.kind, "description": rung.description, "answers": _stored(rung.scores)}
+        {
+            "name": rung.name,
+            "kind": rung.kind,
+            "description": rung.description,
+            "shots": [shot.line for shot in rung.shots],
+            "answers": _stored(rung.scores),
+        }
         for rung in rungs
     ]
     _write(directory / LADDER, split, {"rungs": stored})

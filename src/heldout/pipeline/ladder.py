@@ -44,7 +44,7 @@ class Rung:
     kind: str
     description: str
     scores: Scores
-    shots: tuple[Example, ...] = ()  # that the prompt shows; empty by cross-fitting, where every fold has its own
+    shots: tuple[Example, ...] = ()  # that the prompt shows; by cross-fitting those of the best of the folds' prompts
 
     @property
     def costs(self) -> tuple[str, str]:
