@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 #: The interpreter with torch, transformers and what a job imports besides, measured.
 RUNTIME = 450 << 20
+#: What oneDNN compiles for bfloat16 products, measured (train/rounding.py).
+COMPILED = 150 << 20
 #: Logits of so many predictions exist at once (train/head.py), so many times over.
 HEAD_ROWS, HEAD_COPIES = 256, 2
 #: What freed and allocated blocks leave unused between them.
@@ -90,6 +92,7 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
         adapter=sizes.trained * 4 * 4,
         training=step + logits + _dropout_pool(plan, shapes, packed),
         evaluation=max(validating, answering),
+        runtime=RUNTIME + (COMPILED if number == 2 else 0),
     )
 
 
@@ -141,14 +144,15 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
         hidden  # its input
         + 2 * (hidden + sizes.ranks)  # both normed inputs with the inner values beside them
         + hidden  # the residual stream after attention
-        + q
-        + 2 * kv  # q, k and v in the groups' order
         + q  # attention's result
         + 2 * wide  # gate and up
-    ) + (scores if scores <= KEPT_SCORES else 0)
-    working = packed * (6 * wide + 6 * hidden + 3 * q) + 3 * min(scores, KEPT_SCORES)
-    held = packed * hidden * layers + kept if checkpointing else kept * layers
-    return (held + working) * shapes.number
+    )
+    # q, k and v in the groups' order, and the weights; in float32 whatever the rest is in (train/attention.py).
+    attention = packed * (q + 2 * kv) + (scores if scores <= KEPT_SCORES else 0)
+    a_layer = kept * shapes.number + attention * 4
+    working = packed * (6 * wide + 6 * hidden) * shapes.number + (3 * packed * q + 3 * min(scores, KEPT_SCORES)) * 4
+    held = packed * hidden * layers * shapes.number + a_layer if checkpointing else a_layer * layers
+    return held + working
 
 
 def _passing(shapes: Shapes, sizes: Sizes, tokens: int) -> int:

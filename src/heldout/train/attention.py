@@ -175,37 +175,43 @@ def attend(
     Args:
         q: [L, H, d]; k, v: [L, K, d].
 
+    The products are in float32 whatever the inputs are in: they are small, and a processor's bfloat16 products cost
+    memory for every new shape (train/rounding.py).
+
     Returns:
-        [L, H, d], and one Kept for each group of the layout.
+        [L, H, d], and one Kept for each group of the layout. L may count rows behind the layout's last token; nobody
+        looks at them, and theirs are 0.
     """
     length, heads, width = q.shape
     kv_heads = k.shape[1]
-    out = q.new_empty(length, heads, width)
-    kept = []
+    out = _zero_behind(q.new_empty(length, heads, width), layout)
+    kept: list[Kept] = []
+    shared: dict[int, Kept] = {}  # a segment above others is a group by itself, and comes before them
     for group in layout.groups:
-        q_own = _queries(q, group, kv_heads)
-        k_own, v_own = _keys(k, group), _keys(v, group)
-        scores = q.new_empty(kv_heads, group.rows, q_own.shape[2], group.columns + group.slots)
+        q_own = _queries(q, group, kv_heads).float()
+        k_own, v_own = _keys(k, group).float(), _keys(v, group).float()
+        scores = q_own.new_empty(kv_heads, group.rows, q_own.shape[2], group.columns + group.slots)
         if len(group.hidden):
             scores[..., : group.columns] = 0  # what no segment fills is hidden below; it must not be NaN
         for one in group.above:
             flat = q_own[:, one.first : one.last].reshape(kv_heads, -1, width)
             part = scores[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
-            part.copy_(torch.bmm(flat, _stretch(k, one).transpose(1, 2)).view(part.shape))
+            part.copy_(torch.bmm(flat, shared[one.start].k[:, 0].transpose(1, 2)).view(part.shape))
         own = scores[..., group.columns :]
         own.copy_(torch.matmul(q_own, k_own.transpose(2, 3)))
         by_slot = own.view(kv_heads, group.rows, group.slots, -1, group.slots)
         by_slot.masked_fill_(_future(group.slots, q.device)[:, None, :], -math.inf)
         if len(group.hidden):
             scores[..., : group.columns].masked_fill_(group.hidden, -math.inf)
-        weights = torch.softmax(scores.mul_(scale), dim=-1, dtype=torch.float32).to(q.dtype)
+        weights = torch.softmax(scores.mul_(scale), dim=-1)
         result = torch.matmul(weights[..., group.columns :], v_own)
         for one in group.above:
             part = weights[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
-            product = torch.bmm(part.reshape(kv_heads, -1, part.shape[-1]), _stretch(v, one))
+            product = torch.bmm(part.reshape(kv_heads, -1, part.shape[-1]), shared[one.start].v[:, 0])
             result[:, one.first : one.last] += product.view(kv_heads, one.last - one.first, -1, width)
         _put(out, result, group)
         kept.append(Kept(q_own, k_own, v_own, weights))
+        shared[group.start] = kept[-1]
     return out, kept
 
 
@@ -218,9 +224,11 @@ def attend_backward(
     shared = {group.start: one for group, one in zip(layout.groups, kept, strict=True)}
     # Every position is some group's own once and is written there; what is added to it comes from groups
     # further down the tree, which come later.
-    d_q, d_k, d_v = (grad.new_empty(len(grad), heads, width) for heads in (grad.shape[1], kv_heads, kv_heads))
+    d_q, d_k, d_v = (
+        _zero_behind(grad.new_empty(len(grad), heads, width), layout) for heads in (grad.shape[1], kv_heads, kv_heads)
+    )
     for group, (q_own, k_own, v_own, weights) in zip(layout.groups, kept, strict=True):
-        g_own = _queries(grad, group, kv_heads)
+        g_own = _queries(grad, group, kv_heads).float()
         d_weights = torch.empty_like(weights)
         d_weights[..., group.columns :] = torch.matmul(g_own, v_own.transpose(2, 3))
         if len(group.hidden):
@@ -278,7 +286,8 @@ def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layou
         causal = torch.ones(len(one), len(keys), dtype=torch.bool).tril_(len(keys) - len(one))
         attended = F.scaled_dot_product_attention(queries, repeat(keys), repeat(values), attn_mask=causal, scale=scale)
         pieces.append(attended[0].transpose(0, 1))
-    return torch.cat(pieces)
+    behind = len(q) - layout.segments[-1].end
+    return torch.cat([*pieces, q.new_zeros(behind, heads, q.shape[2])])
 
 
 def keeps_scores(q: torch.Tensor, layout: Layout) -> bool:
@@ -360,7 +369,7 @@ def _taken(x: torch.Tensor, group: Group) -> torch.Tensor:
 def _put(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
     """Write [K, B, S x g, d] to the group's positions of `out` [L, K x g, d], padding dropped."""
     kv_heads = x.shape[0]
-    flat = x.reshape(kv_heads, group.rows * group.slots, -1)
+    flat = x.reshape(kv_heads, group.rows * group.slots, -1).to(out.dtype)
     target = out.view(out.shape[0], kv_heads, -1)
     if group.rows == 1:
         target[group.start : group.start + group.slots] = flat.transpose(0, 1)
@@ -370,9 +379,10 @@ def _put(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
     target.index_copy_(0, group.packed, flat.transpose(0, 1))
 
 
-def _stretch(x: torch.Tensor, one: Above) -> torch.Tensor:
-    """[L, K, d] -> [K, n, d]: the keys or values of a segment above."""
-    return x[one.start : one.end].transpose(0, 1)
+def _zero_behind(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`x` with 0 in the rows behind the layout's last token."""
+    x[layout.segments[-1].end :] = 0
+    return x
 
 
 def _future(n: int, device: torch.device) -> torch.Tensor:

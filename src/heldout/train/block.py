@@ -23,6 +23,7 @@ from peft.tuners.lora import Linear
 
 from heldout.train.attention import Kept, Layout, attend, attend_anew, attend_backward, keeps_scores
 from heldout.train.dropout import Dropout
+from heldout.train.rounding import padded
 
 
 class Adapter(NamedTuple):
@@ -147,7 +148,8 @@ class Block:
         rows: torch.Tensor | None = None,
         checkpoint: bool = False,
     ) -> torch.Tensor:
-        """[L, hidden] -> [L, hidden], or [R, hidden] when only these rows are wanted.
+        """[L, hidden] -> [L, hidden], or [R, hidden] when only these rows are wanted (and rows of zeros behind them,
+        see train/rounding.py).
 
         Args:
             angles: cosines and sines of the packed positions, [L, d] each.
@@ -224,10 +226,10 @@ def _forward(
         attended, scores = attend(q, k, v, layout, block.scale)
     else:
         attended = attend_anew(q, k, v, layout, block.scale)
-    residual = x if rows is None else x[rows]
-    o = _room(x, len(residual), block.o)
     attended = attended.reshape(len(x), -1)
-    o[:, : block.o.inputs] = attended if rows is None else attended[rows]
+    residual, attended = (one if rows is None else padded(one[rows]) for one in (x, attended))
+    o = _room(x, len(residual), block.o)
+    o[:, : block.o.inputs] = attended
     h = _project(block.o, o, _mask(dropout, block, 1, o), onto=residual)
     b = _room(x, len(h), block.gate_up)
     r2 = _norm(h, block.norms[1], block.eps, out=b[:, : block.gate_up.inputs])
@@ -278,8 +280,8 @@ def _backward(
     d_o, of_o = _project_backward(block.o, d_h, kept.o, None, _mask(dropout, block, 1, kept.o))
     assert d_o is not None
     if rows is not None:
-        d_o = d_o.new_zeros(len(x), d_o.shape[1]).index_copy_(0, rows, d_o)
-        d_h = d_h.new_zeros(x.shape).index_copy_(0, rows, d_h)
+        d_o = d_o.new_zeros(len(x), d_o.shape[1]).index_copy_(0, rows, d_o[: len(rows)])
+        d_h = d_h.new_zeros(x.shape).index_copy_(0, rows, d_h[: len(rows)])
     d_qkv = _attention_backward(block, d_o, kept, layout)
     rotated = d_qkv[:, : (block.heads + block.kv_heads) * block.width]
     _rotate(rotated.view(len(x), -1, block.width), angles[0], -angles[1])

@@ -19,6 +19,7 @@ from heldout.train.attention import Layout
 from heldout.train.block import Block
 from heldout.train.dropout import Dropout
 from heldout.train.packing import Pack
+from heldout.train.rounding import padded
 
 #: Architectures whose layers train/block.py computes as one operation.
 FUSED = ("llama", "mistral", "qwen2")
@@ -99,12 +100,14 @@ class Body:
             return x
         angles = self._inner.rotary_emb(x[None], layout.position_ids)
         if self._blocks:
-            flat = (angles[0][0], angles[1][0])
+            length = len(x)
+            x, flat = padded(x), (padded(angles[0][0]), padded(angles[1][0]))
             for block in self._blocks[first:last]:
                 # After the last attention only the positions that predict something are of interest.
                 chosen = rows if block is self._blocks[-1] else None
                 x = block(x, layout, flat, self.dropout, rows=chosen, checkpoint=self.checkpoint)
-            return x
+                length = length if chosen is None else len(chosen)
+            return x[:length]
         for layer in self._inner.layers[first:last]:
             x = layer(
                 x[None],

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from heldout.train.rounding import padded
+
 #: Predictions whose logits exist at the same time; bounds the memory of the output head.
 CHUNK = 256
 #: Rows of logits that a processor works on at a time, so that they stay in its cache.
@@ -37,7 +39,8 @@ class _Loss(torch.autograd.Function):
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             aims = targets[part]
-            logits = torch.mm(hidden[part], weight.t()).float()
+            room = torch.mm(padded(hidden[part]), weight.t()).float()
+            logits, behind = room[: len(aims)], room[len(aims) :]
             right[part] = logits.argmax(dim=-1) == aims
             aimed = logits.gather(1, aims[:, None])[:, 0]
             mean = logits.mean(dim=-1) if smoothing else aimed
@@ -56,7 +59,8 @@ class _Loss(torch.autograd.Function):
                 if smoothing:
                     probabilities.sub_(smoothing / logits.shape[1])
                 probabilities[torch.arange(len(aims), device=aims.device), aims] -= 1 - smoothing
-                gradient[part] = probabilities.to(hidden.dtype) @ weight
+                behind.zero_()
+                gradient[part] = (room.to(hidden.dtype) @ weight)[: len(aims)]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(plain, right, tempered)
         return loss, plain, right, tempered
