@@ -72,12 +72,12 @@ def part_of(split: Split, train: int, valid: int, holdout: int) -> Split:
     )
 
 
-def trainer() -> TorchTrainer:
-    """Trains in this process, in the precision that this machine multiplies fastest."""
+def trainer(precision: str = "auto") -> TorchTrainer:
+    """Trains in this process; in the precision that this machine multiplies fastest, unless one is named."""
     from heldout.train.trainer import TorchTrainer  # torch: what only reads rows needs none
 
     settings = Settings()
-    return TorchTrainer(cache=settings.cache, aliases={}, allow_paths=True)
+    return TorchTrainer(cache=settings.cache, aliases={}, allow_paths=True, precision=precision)
 
 
 def plan_of(split: Split, seed: int, model: str = MODEL, **asked: Any) -> TrainPlan:

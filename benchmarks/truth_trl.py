@@ -43,7 +43,7 @@ def our_losses(plan: TrainPlan, rows: Sequence[Row], directory: Path) -> list[fl
     """The loss of each step in our loop."""
     examples = arms.examples(rows)
     split = Split(train=examples, valid=(), holdout=(), seed=plan.seed, groups=len(examples))
-    trainee: Any = trainer().build(plan, split, MODEL, None)
+    trainee: Any = trainer("float32").build(plan, split, MODEL, None)
     course = loop.run(plan, trainee, trainee.rows(examples, "train"), [], checkpoints=directory, watch=Silent())
     return [point.train_loss for point in course.curve]
 
