@@ -210,6 +210,7 @@ def test_the_story_tells_the_cost_in_advance_and_what_was_measured_at_the_end(do
     assert messages.index(shown) < messages.index(next(text for text in messages if "rows to train on" in text))
     assert any(text.startswith("fold 2 of 5: the best step was ") for text in messages)
     trained = next(i for i, text in enumerate(messages) if text.startswith("The model to serve is trained on all"))
+    assert any(text.startswith("How long to train: ") for text in messages[:trained])
     assert any("out-of-fold answers of 5 models" in text for text in messages[trained:])
     assert messages[-1].startswith("Verdict: ")
 

@@ -36,7 +36,7 @@ def found(trainee: ChatTrainee, folder: Path, rate: float, watch: Recording | No
     return search.learning_rate(plan, trainee, train_rows, valid, directory=folder, watch=watch or Recording())
 
 
-@pytest.mark.parametrize(("middle", "wanted"), [(1e-5, 3e-5), (0.3, 0.1)], ids=["all too low", "all too high"])
+@pytest.mark.parametrize(("middle", "wanted"), [(1e-5, 3e-5), (0.1, 0.1 / 3)], ids=["all too low", "all too high"])
 def test_of_rates_on_one_side_the_sane_one_wins(tiny_model: Path, tmp_path: Path, middle: float, wanted: float) -> None:
     watch = Recording()
     plan = found(trainee_of(tiny_model), tmp_path, middle, watch)

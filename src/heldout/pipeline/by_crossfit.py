@@ -65,6 +65,8 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tell_rungs([tuned], "the rows, out of fold", tools.watch)
 
     length = choose_length(trained)
+    if not folds.whole.valid:
+        tools.watch.message(f"How long to train: {length.sentence}", data=length.as_dict())
     plan = final_plan(request.hyperparameters, folds.whole, facts, plans[0], trained, length, seed=request.seed)
     plan = within_memory(plan, folds.whole, request, tools)
     tools.watch.message(f"The model to serve is trained on all {len(folds.whole.train)} rows")

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.hyperparameters import Hyperparameters
@@ -56,6 +57,10 @@ class Length:
     def share(self) -> float:
         """Of the steps that were planned."""
         return SHARES[self.chosen] if self.losses else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the event has it."""
+        return {"share": self.share, "losses": list(self.losses), "rows": self.rows}
 
     @property
     def sentence(self) -> str:
