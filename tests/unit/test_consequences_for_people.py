@@ -12,6 +12,7 @@ import pytest
 
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling, TokenChoice
 from heldout.pipeline.consequences import bias, calibration, hallucination
+from heldout.pipeline.consequences.base import Budget
 from heldout.pipeline.consequences.unanswerable import FICTITIOUS, OUT_OF_SCOPE
 from heldout.pipeline.types import Example
 from tests.unit.conftest import example
@@ -313,6 +314,20 @@ def test_a_chat_model_reads_every_label_behind_every_prompt() -> None:
     assert found.numbers["brier"] == pytest.approx(0.7 * 2 * 0.1**2 + 0.3 * 2 * 0.9**2)
     assert found.numbers["temperature"] is None
     assert found.status == "warn"
+
+
+def test_when_the_time_for_probes_is_used_up_no_more_labels_are_read_and_what_was_read_counts() -> None:
+    now = [0.0]
+
+    def slow(messages: Sequence[Message]) -> float:
+        now[0] += 1.0
+        return sure_of_a(messages)
+
+    known = subject(Speaking(lambda messages: "a", loss=slow), rows(100, 0.7), rows(300, 0.7))
+    found = calibration.measure(replace(known, budget=Budget(100.0, clock=lambda: now[0])))
+    assert found.numbers["n"] == 60, "two labels behind 30 prompts take 60 s"
+    assert "the time for probes (100 s) was used up" in found.sentence
+    assert found.sentence.endswith("300 would have been read")
 
 
 def test_where_there_are_too_many_labels_to_read_a_chat_model_is_not_measured() -> None:

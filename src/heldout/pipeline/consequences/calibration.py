@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from heldout.engine.base import Message, Reply
@@ -75,24 +76,39 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
     held = read_labels(subject, rows, labels)
     if all(one.right is None for one in held):
         return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
-    return judge(held, None)
+    found = judge(held, None)
+    if len(held) == len(rows):
+        return found
+    return replace(found, sentence=f"{found.sentence}; {subject.budget.sentence}: {len(rows)} would have been read")
 
 
 def read_labels(subject: Subject, rows: Sequence[Example], labels: Sequence[str]) -> list[Said]:
-    """How likely the tuned chat model finds each label behind each prompt, as a share of them all."""
-    conversations: list[list[Message]] = [
-        [*row.prompt, {"role": "assistant", "content": label}] for row in rows for label in labels
-    ]
-    found = subject.engine.log_probs(
-        subject.model,
-        conversations,
-        lambda done, total: subject.watch.progress("consequences: likelihood of labels", done, total),
-    )
-    of_rows = (found[start : start + len(labels)] for start in range(0, len(found), len(labels)))
-    return [
-        cool(Said(tuple(log_probs), _right(labels, row, subject)), 1.0)  # at 1, only made to add up to 1
-        for log_probs, row in zip(of_rows, rows, strict=True)
-    ]
+    """How likely the tuned chat model finds each label behind each prompt, as a share of them all.
+
+    FEWEST prompts or a few more at a time, each lot from all over the rows, until the time for probes is used up.
+    """
+    held: dict[int, Said] = {}  # by the row's place
+    lots = max(1, len(rows) // FEWEST)
+    for number in range(lots):
+        lot = range(number, len(rows), lots)
+        if held and subject.budget.used_up:
+            break
+        read = len(held) * len(labels)
+        conversations: list[list[Message]] = [
+            [*rows[at].prompt, {"role": "assistant", "content": label}] for at in lot for label in labels
+        ]
+        found = subject.engine.log_probs(
+            subject.model,
+            conversations,
+            lambda done, _, read=read: subject.watch.progress(  # type: ignore[misc]
+                "consequences: likelihood of labels", read + done, len(rows) * len(labels)
+            ),
+        )
+        of_rows = (found[start : start + len(labels)] for start in range(0, len(found), len(labels)))
+        for at, log_probs in zip(lot, of_rows, strict=True):
+            # At 1, only made to add up to 1.
+            held[at] = cool(Said(tuple(log_probs), _right(labels, rows[at], subject)), 1.0)
+    return [held[at] for at in sorted(held)]
 
 
 def judge(held: Sequence[Said], temperature: float | None) -> Consequence:
