@@ -30,8 +30,9 @@ from heldout.pipeline.watch import Watch
 from heldout.settings import DEFAULT_MODEL
 
 #: Largest difference of an answer's log-probability (nats per token of the answer, relative to its size)
-#: between the trainer and the serving path; two ways of adding up the same fp32 products differ by 1e-4.
-SERVING_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
+#: between the trainer and the serving path; two ways of adding up the same fp32 products differ by 1e-4. A bfloat16
+#: logit of 20 is one of numbers that lie 0.125 apart: 0.16 was seen of a sound model. A wrong adapter is nats apart.
+SERVING_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
