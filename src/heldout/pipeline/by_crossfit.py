@@ -43,9 +43,8 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tell_folds(folds, metric, tools.watch)
 
     # In the end all rows are trained on: what is wrong with one of them is told before anything is spent.
-    whole = make_plan(request.hyperparameters, folds.splits[0], facts, seed=request.seed)
-    tools.trainer.fit(whole, folds.whole, base_model=request.base_model, directory=request.directory)
     planned = [make_plan(request.hyperparameters, split, facts, seed=request.seed) for split in folds.splits]
+    tools.trainer.fit(planned[0], folds.whole, base_model=request.base_model, directory=request.directory)
     plans = [
         within_memory(fold_plan(plan, folds.whole), split, request, tools)
         for plan, split in zip(planned, folds.splits, strict=True)
