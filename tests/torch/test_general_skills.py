@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from heldout.engine import generate, weights
+from heldout.engine import cache, weights
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.general_prompts import HELD_BACK, REPLAYED
@@ -97,7 +97,7 @@ def shouted(i: int) -> dict[str, object]:
 def talker(tiny_model: Path, trained: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base model that ends its turns: what the adapter has learned is in its weights."""
     folder = tmp_path_factory.mktemp("models") / "talker"
-    model = weights.load_model(tiny_model, torch.float32, generate.IMPLEMENTATION)
+    model = weights.load_model(tiny_model, torch.float32, cache.IMPLEMENTATION)
     merged = PeftModel.from_pretrained(model, str(trained.directory)).merge_and_unload()
     merged.save_pretrained(folder)
     weights.load_tokenizer(tiny_model).save_pretrained(folder)
@@ -180,7 +180,7 @@ def test_replay_keeps_more_of_what_the_base_model_could_do(mixed: Done, plain: D
     assert without
     assert with_
     assert without.change < -0.5
-    assert with_.change > without.change / 2
+    assert with_.change > 0.75 * without.change
     assert (without.replay_ratio, with_.replay_ratio) == (0.0, 0.5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from heldout.engine import generate
+from heldout.engine import cache, generate, likelihood, sharing
 from heldout.engine.base import Message, ModelRef, Piece, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import ChatTemplate
@@ -62,9 +63,10 @@ def plain(tiny_model: Path, trained: Adapter) -> dict[str | None, Any]:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are read a few tokens at a time, two rows at once."""
-    monkeypatch.setattr(generate, "CHUNK", 7)
-    monkeypatch.setattr(generate, "BATCH_ROWS", 2)
+    """Prompts are read a few tokens at a time, two rows at once, or one."""
+    monkeypatch.setattr(cache, "TOKENS", 9)
+    monkeypatch.setattr(cache, "CHUNK", 7)
+    monkeypatch.setattr(sharing, "BATCH_ROWS", 2)
 
 
 def expected(model: Any, template: ChatTemplate, messages: list[Message], max_tokens: int = 24) -> tuple[str, str]:
@@ -103,6 +105,92 @@ def test_greedy_answers_are_those_of_transformers(
     # The prompts are longer than a chunk now, and more than a batch.
     request.getfixturevalue("small_steps")
     check(engine, model, conversations, wanted)
+
+
+@pytest.mark.parametrize("steps", ["small", "large"])
+def test_what_answers_are_expected_to_be_changes_no_answer(
+    engine: LocalEngine, base: ModelRef, tuned: ModelRef, steps: str, request: pytest.FixtureRequest
+) -> None:
+    if steps == "small":
+        request.getfixturevalue("small_steps")
+    for model in (tuned, base):
+        for conversations in (TASK, MIXED):
+            plain = engine.chat(model, conversations, GREEDY)
+            said = tuple(reply.text for reply in plain)
+            beginnings = tuple(text[: len(text) // 2] + " and then something else" for text in said)
+            for expected in (
+                said,
+                said[:1],
+                beginnings,
+                ("nobody says this",),
+                ("",),
+                (said[0] * 9,),
+                (*said, *beginnings),
+            ):
+                assert engine.chat(model, conversations, replace(GREEDY, expected=expected)) == plain
+                short = replace(GREEDY, max_tokens=3, expected=expected)
+                assert engine.chat(model, conversations, short) == engine.chat(
+                    model, conversations, Sampling(max_tokens=3)
+                )
+
+
+def test_expected_answers_are_read_in_fewer_passes(
+    engine: LocalEngine, tuned: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [0]
+    read = cache.read
+
+    def counted(*given: Any) -> Any:
+        passes[0] += 1
+        return read(*given)
+
+    monkeypatch.setattr(cache, "read", counted)
+
+    def count(expected: tuple[str, ...]) -> int:
+        passes[0] = 0
+        engine.chat(tuned, TASK, replace(GREEDY, expected=expected))
+        return passes[0]
+
+    said = [reply.text for reply in engine.chat(tuned, TASK, GREEDY)]
+    one_by_one = count(())
+    assert one_by_one > 5
+    assert count((said[0],)) < one_by_one
+    assert count(tuple(said)) < one_by_one, "what all begin with, and each as soon as it can only be that one"
+    assert count(("nobody says this",)) == one_by_one
+
+
+def test_a_warm_answer_is_drawn_as_if_nothing_was_expected(engine: LocalEngine, base: ModelRef) -> None:
+    warm = Sampling(max_tokens=24, temperature=1.0, seed=3)
+    plain = engine.chat(base, TASK, warm)
+    assert engine.chat(base, TASK, replace(warm, expected=tuple(reply.text for reply in plain))) == plain
+
+
+def test_prompts_with_several_long_beginnings_read_each_beginning_once(
+    engine: LocalEngine, tuned: ModelRef, plain: dict[str | None, Any], template: ChatTemplate
+) -> None:
+    systems = ["Name the colour. " * 20, "Name the colour, please. " * 20]
+    conversations: list[list[Message]] = [
+        [{"role": "system", "content": systems[i % 2]}, TASK[i % len(TASK)][-1]] for i in range(12)
+    ]
+    conversations.insert(3, MIXED[0])
+    prompts = [template.prompt(one) for one in conversations]
+    found = sharing.families(prompts)
+    assert sorted(len(one.members) for one in found) == [1, 6, 6]
+    assert sorted(i for one in found for i in one.members) == list(range(13))
+    assert min(one.shared for one in found if len(one.members) == 6) > 100
+    wanted = [expected(plain[tuned.adapter], template, one) for one in conversations]
+    check(engine, tuned, conversations, wanted)
+
+
+def test_families_keep_a_token_of_every_prompt_and_leave_small_ones_together() -> None:
+    assert sharing.families([]) == []
+    assert sharing.families([[1, 2, 3]]) == [(0, [0])]
+    assert sharing.families([[1, 2, 3]] * 3) == [(2, [0, 1, 2])]
+    assert sharing.families([[1, 2], [1, 2, 3, 4], [1, 2, 3, 5]]) == [(1, [0, 1, 2])]
+    long = [[7] * 600 + [i] for i in range(2)]
+    assert sharing.families([[7, 1], *long, [9]]) == [(600, [1, 2]), (0, [0, 3])]
+    nested = [[7] * 600 + [8] * 600 + [i] for i in range(3)]
+    assert sharing.families([*long, *nested]) == [(1200, [2, 3, 4]), (600, [0, 1])]
 
 
 def test_the_trained_model_ends_its_turns_and_the_base_model_does_not(
@@ -254,6 +342,7 @@ def test_log_probabilities_are_those_of_a_plain_computation(
     adapter: bool,
     steps: str,
     request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if steps == "small":
         request.getfixturevalue("small_steps")
@@ -268,6 +357,8 @@ def test_log_probabilities_are_those_of_a_plain_computation(
     assert engine.log_probs(model, conversations[-4:]) == pytest.approx(wanted[-4:], rel=1e-4), "one prompt"
     assert engine.log_probs(model, conversations[:1]) == pytest.approx(wanted[:1], rel=1e-4)
     assert engine.log_probs(model, []) == []
+    monkeypatch.setattr(likelihood, "LARGE", 40)  # the answers to one prompt are several trees now
+    assert engine.log_probs(model, conversations) == pytest.approx(wanted, rel=1e-4)
 
 
 def log_prob(model: Any, template: ChatTemplate, messages: list[Message]) -> float:

@@ -1,32 +1,21 @@
-"""Many conversations at once: the common prompt prefix is computed once, each row keeps its own cache.
+"""Many conversations at once: what prompts begin with is computed once, each row keeps its own cache, and what answers
+are expected to say is read ahead.
 
-Rows are padded on the left, between the shared prefix and their own tokens; padding is never looked at.
-The cache is written by the attention function itself, so nothing is copied while an answer grows.
+A greedy answer is the same however it comes about: a guess is kept as far as the model says the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
 
+from heldout.engine import cache
 from heldout.engine.base import Sampling
-from heldout.engine.template import common_prefix
-
-IMPLEMENTATION = "heldout_decode"
-
-#: Own tokens of all rows of one batch, prompt and answer, at most. Bounds the cache's memory.
-BATCH_TOKENS = 4096
-BATCH_ROWS = 48
-#: Queries computed at once; bounds the score matrix of a long prompt.
-CHUNK = 512
-
-
-#: What several rows start with: {layer: (keys, values)}, each [kv_heads, tokens, d].
-Prefix: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]
+from heldout.engine.cache import Prefix, Rows
+from heldout.engine.expected import AHEAD, Expected
+from heldout.engine.sharing import batches, families
 
 
 class Answer(NamedTuple):
@@ -36,166 +25,30 @@ class Answer(NamedTuple):
     ended: bool
 
 
-class Rows:
-    """The keys and values of one batch: a shared prefix and B rows of their own.
+class _Open:
+    """An answer that grows."""
 
-    Sizes: B rows, P prefix tokens, W slots for each row's own tokens.
-    """
-
-    def __init__(self, rows: int, slots: int, pads: torch.Tensor | None = None) -> None:
-        self.slots = slots
-        self.used = 0
-        self.pads = torch.zeros(rows, dtype=torch.long) if pads is None else pads  # [B]
-        self.prefix: Prefix = {}
-        self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> [B, kv_heads, W, d] twice
+    def __init__(self, place: int, prompt: Sequence[int], limit: int) -> None:
+        self.place = place  # in what was asked
+        self.limit = limit
+        self.unread: Sequence[int] = prompt  # of the prompt and the answer, what the model has not read
+        self.tokens: list[int] = []
+        self.ended = False
 
     @property
-    def prefix_length(self) -> int:
-        return length_of(self.prefix)
+    def done(self) -> bool:
+        """Whether nothing more is said."""
+        return self.ended or len(self.tokens) >= self.limit
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, kv_heads, n, d] at this layer; all own keys and values so far."""
-        if layer not in self.own:
-            rows, heads, _, width = key.shape
-            empty = key.new_zeros(rows, heads, self.slots, width)
-            self.own[layer] = (empty, torch.zeros_like(empty))
-        end = self.used + key.shape[2]
-        keys, values = self.own[layer]
-        keys[:, :, self.used : end] = key
-        values[:, :, self.used : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def mask(self, queries: int) -> torch.Tensor:
-        """[B, 1, n, used + n]: True where a query of the next n slots may look at an own slot.
-
-        A padded query looks at itself, so that no softmax is over nothing.
-        """
-        slots = torch.arange(self.used + queries, device=self.pads.device)
-        query = slots[self.used :]
-        causal = slots[None, :] <= query[:, None]
-        real = slots[None, None, :] >= self.pads[:, None, None]
-        return ((causal & real) | (slots[None, :] == query[:, None]))[:, None]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop all other rows."""
-        self.pads = self.pads[rows]
-        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
-
-    def as_prefix(self) -> Prefix:
-        """This batch's single row as the prefix of another batch."""
-        return {layer: (k[0, :, : self.used], v[0, :, : self.used]) for layer, (k, v) in self.own.items()}
-
-
-def decode_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    rows: Rows | None = None,
-    mask: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of n new tokens of every row over the shared prefix and the row's own past.
-
-    Args:
-        query: [B, heads, n, d]; key, value: [B, kv_heads, n, d].
-    """
-    if rows is None or mask is None:
-        raise ValueError("this model does not hand extra arguments to its attention")
-    batch, heads, n, width = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    keys, values = rows.write(layer, key, value)
-    if sliding_window is not None and rows.prefix_length + keys.shape[2] > sliding_window:
-        raise ValueError(f"conversations longer than the sliding window of {sliding_window} are not supported")
-    scale = scaling if scaling is not None else width**-0.5
-    # Heads that share keys become further queries of one product: nothing is repeated.
-    q = query.reshape(batch, kv_heads, group * n, width) * scale
-    scores = torch.matmul(q, keys.transpose(2, 3)).view(batch, kv_heads, group, n, -1)
-    scores = scores.masked_fill(~mask[:, :, None], -math.inf)
-    p = rows.prefix_length
-    if p:
-        prefix_keys, prefix_values = rows.prefix[layer]
-        folded = q.transpose(0, 1).reshape(kv_heads, batch * group * n, width)
-        shared = torch.bmm(folded, prefix_keys.transpose(1, 2))
-        shared = shared.view(kv_heads, batch, group, n, p).transpose(0, 1)
-        scores = torch.cat([shared, scores], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    own = weights[..., p:].reshape(batch, kv_heads, group * n, -1)
-    out = torch.matmul(own, values)
-    if p:
-        folded = weights[..., :p].transpose(0, 1).reshape(kv_heads, batch * group * n, p)
-        out = out + torch.bmm(folded, prefix_values).view(kv_heads, batch, group * n, width).transpose(0, 1)
-    return out.reshape(batch, heads, n, width).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(IMPLEMENTATION, decode_attention)
-
-
-def forward(model: Any, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Hidden states [B, n, hidden] of the next n tokens of every row; the rows' caches grow by n."""
-    n = ids.shape[1]
-    slots = torch.arange(rows.used, rows.used + n, device=ids.device)
-    positions = (rows.prefix_length + slots[None] - rows.pads[:, None]).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=ids, position_ids=positions, use_cache=False, rows=rows, mask=rows.mask(n)
-    ).last_hidden_state
-    rows.used += n
-    return hidden
-
-
-def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> Prefix:
-    """The cache of what all prompts start with. At least one token of each prompt stays its own."""
-    length = min(common_prefix(prompts), min(map(len, prompts)) - 1)
-    if length <= 0 or len(prompts) == 1:
-        return {}
-    return with_prefix(model, {}, prompts[0][:length])
-
-
-def with_prefix(model: Any, prefix: Prefix, more: Sequence[int]) -> Prefix:
-    """The cache of a prefix and these tokens after it."""
-    if not more:
-        return prefix
-    rows, chunks = read_rows(model, prefix, [more], room=0)
-    for _ in chunks:
-        pass  # what they predict is not asked for
-    own = rows.as_prefix()
-    if not prefix:
-        return own
-    return {
-        layer: (torch.cat([k, own[layer][0]], 1), torch.cat([v, own[layer][1]], 1)) for layer, (k, v) in prefix.items()
-    }
-
-
-def length_of(prefix: Prefix) -> int:
-    """How many tokens."""
-    return next(iter(prefix.values()))[0].shape[1] if prefix else 0
-
-
-def read_rows(
-    model: Any, prefix: Prefix, own: Sequence[Sequence[int]], room: int
-) -> tuple[Rows, Iterator[torch.Tensor]]:
-    """Rows of the tokens that follow the prefix, with room for more; and their hidden states [B, n, hidden], some
-    places after others: each is read when it is asked for."""
-    longest = max(map(len, own))
-    pads = torch.tensor([longest - len(row) for row in own], device=_device(model))
-    rows = Rows(len(own), longest + room, pads)
-    rows.prefix = prefix
-    padded = ids_of(model, [[0] * (longest - len(row)) + list(row) for row in own])
-    chunk = max(1, CHUNK // len(own)) if longest > CHUNK else longest
-    return rows, (forward(model, padded[:, start : start + chunk], rows) for start in range(0, longest, chunk))
-
-
-def start_rows(model: Any, prefix: Prefix, prompts: Sequence[Sequence[int]], room: int) -> tuple[Rows, torch.Tensor]:
-    """Read the prompts; the rows, and the hidden state [B, hidden] that predicts each next token."""
-    rows, chunks = read_rows(model, prefix, [prompt[length_of(prefix) :] for prompt in prompts], room)
-    for hidden in chunks:
-        last = hidden[:, -1]
-    return rows, last
+    def hear(self, said: Sequence[int], stop_ids: frozenset[int]) -> None:
+        """Take what the model said, as far as the answer goes."""
+        self.unread = said[-1:]
+        for token in said:
+            if self.done:
+                return
+            self.ended = token in stop_ids
+            if not self.ended:
+                self.tokens.append(token)
 
 
 def generate(
@@ -205,70 +58,85 @@ def generate(
     sampling: Sampling,
     stop_ids: frozenset[int],
     progress: Callable[[int, int], None] | None = None,
+    expected: Expected | None = None,
 ) -> list[Answer]:
     """An answer to each prompt, in order.
 
     Args:
         limits: the most new tokens for each prompt, at least 1.
-        progress: called with (answers done, all of them) after every token of a batch; a batch that is
+        progress: called with (answers done, all of them) after every pass of a batch; a batch that is
             half way counts half.
+        expected: what greedy answers are likely to be, to be read ahead.
     """
     tell = progress or (lambda done, total: None)
     tell(0, len(prompts))
-    prefix = shared_prefix(model, prompts)
-    skip = length_of(prefix)
     generator = _generator(model, sampling)
+    if expected is None or sampling.temperature > 0:
+        expected = Expected()
     answers: dict[int, Answer] = {}
-    for batch in batches([len(p) - skip + limit for p, limit in zip(prompts, limits, strict=True)]):
-        before = len(answers)
-        batch_answers = _generate_batch(
-            model,
-            prefix,
-            [prompts[i] for i in batch],
-            [limits[i] for i in batch],
-            lambda hidden: pick(model.get_output_embeddings()(hidden), sampling, generator),
-            stop_ids,
-            lambda done, before=before: tell(before + done, len(prompts)),  # type: ignore[misc]
-        )
-        answers.update(zip(batch, batch_answers, strict=True))
+    for shared, members in families(prompts):
+        prefix = cache.prefix_of(model, prompts[members[0]][:shared])
+        for batch in batches([len(prompts[i]) - shared + limits[i] for i in members]):
+            rows = [_Open(members[i], prompts[members[i]][shared:], limits[members[i]]) for i in batch]
+            before = len(answers)
+            _answer(
+                model,
+                prefix,
+                rows,
+                lambda hidden: pick(model.get_output_embeddings()(hidden), sampling, generator),
+                stop_ids,
+                expected,
+                lambda done, before=before: tell(before + done, len(prompts)),  # type: ignore[misc]
+            )
+            answers.update((row.place, Answer(row.tokens, row.ended)) for row in rows)
     tell(len(prompts), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
 
-def _generate_batch(
+def _answer(
     model: Any,
     prefix: Prefix,
-    prompts: list[Sequence[int]],
-    limits: list[int],
+    answers: Sequence[_Open],
     choose: Callable[[torch.Tensor], torch.Tensor],
     stop_ids: frozenset[int],
+    expected: Expected,
     tell: Callable[[int], None],
-) -> list[Answer]:
-    rows, hidden = start_rows(model, prefix, prompts, max(limits))
-    indices = list(range(len(prompts)))  # indices[r] is the prompt of cache row r
-    answers = [Answer([], False) for _ in prompts]
-    open_ = set(indices)
-    for step in range(1, max(limits) + 1):
-        tokens = choose(hidden)
-        for index, token in zip(indices, tokens.tolist(), strict=True):
-            if index in open_:
-                if token in stop_ids:
-                    answers[index] = Answer(answers[index].tokens, True)
-                else:
-                    answers[index].tokens.append(token)
-                if token in stop_ids or step >= limits[index]:
-                    open_.remove(index)
-        if not open_:
-            break
-        tell(max(len(prompts) - len(open_), len(prompts) * step // max(limits)))
+) -> None:
+    """Let one batch of answers grow to their ends."""
+    longest, limit = max(len(one.unread) for one in answers), max(one.limit for one in answers)
+    rows = Rows(model, len(answers), longest + limit + min(limit, 1 + AHEAD), prefix)
+    unread = cache.read_but_the_last(model, rows, [one.unread for one in answers])
+    for one, left in zip(answers, unread, strict=True):
+        one.unread = left
+    carried = list(answers)  # carried[r] is the answer of cache row r
+    while not all(one.done for one in carried):
+        # What the answer says so far decides what is guessed; behind a guess that is right one token more is known.
+        guesses = [[] if one.done else expected.after(one.tokens, one.limit - len(one.tokens) - 1) for one in carried]
+        asked = [len(one.unread) - 1 for one in carried]  # the place whose next token is asked for
+        read = cache.read(model, rows, [[*one.unread, *guess] for one, guess in zip(carried, guesses, strict=True)])
+        states = [hidden[place:] for hidden, place in zip(read, asked, strict=True)]
+        said = choose(torch.cat(states)).split([len(some) for some in states])
+        kept = []
+        for one, guess, words in zip(carried, guesses, map(torch.Tensor.tolist, said), strict=True):
+            right = next((i for i, token in enumerate(guess) if token != words[i]), len(guess))
+            kept.append(0 if one.done else len(one.unread) + right)
+            one.hear(words[: right + 1], stop_ids)
+        rows.count(kept)
+        tell(_done(answers))
         # Finished rows are carried along until enough of them are worth the copy.
-        if len(open_) <= 0.75 * len(indices):
-            keep = [row for row, index in enumerate(indices) if index in open_]
-            chosen = torch.tensor(keep, device=tokens.device)
-            rows.keep(chosen)
-            tokens, indices = tokens[chosen], [indices[row] for row in keep]
-        hidden = forward(model, tokens[:, None], rows)[:, -1]
-    return answers
+        open_ = [r for r, one in enumerate(carried) if not one.done]
+        if open_ and len(open_) <= 0.75 * len(carried):
+            rows.keep(open_)
+            carried = [carried[r] for r in open_]
+
+
+def _done(answers: Sequence[_Open]) -> int:
+    """Of a batch, the answers that are done; or as many as the open ones are surely on their way."""
+    open_ = [one for one in answers if not one.done]
+    if not open_:
+        return len(answers)
+    share = min(len(one.tokens) for one in open_) / max(one.limit for one in answers)
+    return max(len(answers) - len(open_), int(len(answers) * share))
 
 
 def generate_stream(
@@ -280,17 +148,19 @@ def generate_stream(
     one from another thread.
     """
     generator = _generator(model, sampling)
+    rows = Rows(model, 1, len(prompt) + limit, {})
     with torch.no_grad():
-        rows, hidden = start_rows(model, {}, [prompt], limit)
+        [unread] = cache.read_but_the_last(model, rows, [prompt])
     for _ in range(limit):
         with torch.no_grad():
-            token = pick(model.get_output_embeddings()(hidden), sampling, generator)
-        if int(token) in stop_ids:
+            [hidden] = cache.read(model, rows, [unread])
+            rows.count([len(unread)])
+            token = int(pick(model.get_output_embeddings()(hidden[-1:]), sampling, generator))
+        if token in stop_ids:
             yield None
             return
-        yield int(token)
-        with torch.no_grad():
-            hidden = forward(model, token[:, None], rows)[:, -1]
+        yield token
+        unread = [token]
 
 
 def pick(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> torch.Tensor:
@@ -308,28 +178,7 @@ def pick(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | 
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, so little padding is computed."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (lengths[batch[0]] * (len(batch) + 1) > BATCH_TOKENS or len(batch) >= BATCH_ROWS):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def _generator(model: Any, sampling: Sampling) -> torch.Generator | None:
     if sampling.temperature <= 0 or sampling.seed is None:
         return None
-    return torch.Generator(device=_device(model)).manual_seed(sampling.seed)
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
-def ids_of(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The tokens [B, n] on the model's device."""
-    return torch.tensor([list(row) for row in rows], dtype=torch.long, device=_device(model))
+    return torch.Generator(device=cache.device_of(model)).manual_seed(sampling.seed)

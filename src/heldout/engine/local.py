@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from heldout.engine import catalogue, generate, likelihood, rungs, weights
+from heldout.engine import cache, catalogue, generate, likelihood, rungs, weights
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
 from heldout.engine.encoder import LoadedEncoder
+from heldout.engine.expected import Expected
 from heldout.engine.template import ChatTemplate
 from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 
@@ -26,7 +27,7 @@ class Loaded:
     """One base model in memory with the adapters on top of it."""
 
     def __init__(self, folder: Path, precision: torch.dtype) -> None:
-        self.model = weights.load_model(folder, precision, generate.IMPLEMENTATION)
+        self.model = weights.load_model(folder, precision, cache.IMPLEMENTATION)
         self.template = ChatTemplate(weights.load_tokenizer(folder), _end_ids(self.model))
         self.context = weights.context_of(self.model.config.to_dict())
         self._peft: PeftModel | None = None
@@ -103,8 +104,11 @@ class LocalEngine:
             loaded = self._base(model.base_model)
             prompts = [loaded.template.prompt(messages) for messages in conversations]
             limits = [_room(prompt, sampling, loaded.context) for prompt in prompts]
+            expected = Expected(loaded.template.answers(sampling.expected))
             with loaded.using(model.adapter) as network:
-                answers = generate.generate(network, prompts, limits, sampling, loaded.template.stop_ids, progress)
+                answers = generate.generate(
+                    network, prompts, limits, sampling, loaded.template.stop_ids, progress, expected
+                )
         return [
             _reply(loaded.template, prompt, new, ended, sampling.stop)
             for prompt, (new, ended) in zip(prompts, answers, strict=True)

@@ -69,6 +69,10 @@ class ChatTemplate:
                 raise InvalidValue(f"message {index}: the tokenizer does not give back the answer it was given")
         return Tokens(tuple(ids), tuple(supervised))
 
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of answers, each without the end of its turn."""
+        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -143,6 +143,7 @@ def few_shot_rungs(
                 metric,
                 max_tokens=max_tokens,
                 shots=shots,
+                learned=split.train,
                 progress=lambda done, total: watch.progress(stage, done, total),
             )
         except ContextLengthExceeded as error:

@@ -26,7 +26,7 @@ SLACK = 1.05
 #: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
 KEPT_SCORES = 1 << 22
 #: Packed tokens of a validation (fewer with small micro-batches); cached tokens and rows of an evaluated
-#: batch (engine/generate.py).
+#: batch (engine/sharing.py).
 VALID_TOKENS, CACHED_TOKENS, CACHED_ROWS = 4096, 4096, 48
 #: A micro-batch is not cut below this many packed tokens: each costs a pass over all weights.
 SMALLEST = 64

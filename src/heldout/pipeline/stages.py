@@ -188,6 +188,7 @@ def score_tuned(adapter: Path, split: Split, metric: Metric, base_model: str, ma
         split.holdout,
         metric,
         max_tokens=max_tokens,
+        learned=split.train,
         progress=lambda done, total: tools.watch.progress("tuned model", done, total),
     )
 

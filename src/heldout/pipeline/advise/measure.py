@@ -26,7 +26,7 @@ from heldout.pipeline.watch import Watch
 #: Rows that are answered as they are, and behind shots.
 ANSWERED, BEHIND_SHOTS = 24, 12
 #: Work of answering, in tokens computed: a step that adds a token to every row of a batch first reads all weights,
-#: which takes as long as computing about so many tokens; so many rows are a batch (engine/generate.py).
+#: which takes as long as computing about so many tokens; so many rows are a batch (engine/sharing.py).
 READING_WEIGHTS, BATCH = 12, 48
 #: Conversations whose log-probability is read, and general prompts that are answered.
 READ, ASKED = 4, 8

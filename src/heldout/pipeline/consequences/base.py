@@ -11,6 +11,7 @@ from typing import Any, Literal
 from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.forgetting import Forgetting
+from heldout.pipeline.evaluate.scores import likely_answers, with_shots
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
@@ -100,12 +101,16 @@ class Subject:
         """Of every sample: the same job asks the same questions."""
         return self.split.seed
 
-    def ask(self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str) -> list[Reply]:
-        """Greedy answers, with progress."""
+    def ask(
+        self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str, shots: Sequence[Example] = ()
+    ) -> list[Reply]:
+        """Greedy answers behind `shots`, with progress."""
+        was_shown = bool(shots) or model == self.model
+        expected = likely_answers(self.split.train, self.metric) if was_shown else ()
         return self.engine.chat(
             model,
-            prompts,
-            Sampling(max_tokens=self.max_tokens),
+            [with_shots(prompt, shots) for prompt in prompts],
+            Sampling(max_tokens=self.max_tokens, expected=expected),
             lambda done, total: self.watch.progress(f"consequences: {stage}", done, total),
         )
 

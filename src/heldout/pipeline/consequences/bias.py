@@ -28,7 +28,6 @@ from heldout.pipeline.consequences.base import (
     short,
     status_of,
 )
-from heldout.pipeline.evaluate.scores import with_shots
 from heldout.pipeline.evaluate.statistics import p_above, paired_interval
 from heldout.pipeline.types import Example
 
@@ -267,14 +266,15 @@ def ask(
 
     def prompts(texts: Sequence[str | None]) -> list[Any]:
         return [
-            with_shots(_with_text(subject.answered[i], text).prompt, shots)
+            _with_text(subject.answered[i], text).prompt
             for i, text in zip(places, texts, strict=True)
             if text is not None
         ]
 
-    cross = [reply.text for reply in subject.ask(model, prompts([one.cross for one in pairs]), f"{who}, other groups")]
+    crossed = prompts([one.cross for one in pairs])
+    cross = [reply.text for reply in subject.ask(model, crossed, f"{who}, other groups", shots)]
     same = [one.within for one in pairs]
-    named = iter(subject.ask(model, prompts(same), f"{who}, other names") if any(same) else [])
+    named = iter(subject.ask(model, prompts(same), f"{who}, other names", shots) if any(same) else [])
     within = [old if text is None else next(named).text for text, old in zip(same, before, strict=True)]
     score = subject.metric.score
     return (

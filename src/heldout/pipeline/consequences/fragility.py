@@ -21,7 +21,6 @@ from heldout.pipeline.consequences.base import (
     status_of,
 )
 from heldout.pipeline.consequences.perturbations import Perturbation, allowed, perturbed
-from heldout.pipeline.evaluate.scores import with_shots
 from heldout.pipeline.evaluate.statistics import p_above, paired_interval
 from heldout.pipeline.types import Example
 
@@ -116,8 +115,8 @@ def ask_all(
         changed = [perturbed(example, one, subject.seed) for example in examples]
         places = [i for i, example in enumerate(examples) if changed[i].messages != example.messages]
         try:
-            prompts = [with_shots(changed[i].prompt, shots) for i in places]
-            replies = subject.ask(model, prompts, f"{who}, {one.name}") if prompts else []
+            prompts = [changed[i].prompt for i in places]
+            replies = subject.ask(model, prompts, f"{who}, {one.name}", shots) if prompts else []
         except (ContextLengthExceeded, InvalidValue) as error:
             left_out[one.name] = str(error)  # or a chat template takes no conversation without a system prompt
             continue

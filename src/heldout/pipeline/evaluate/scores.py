@@ -83,9 +83,11 @@ def score_model(
     *,
     max_tokens: int,
     shots: Sequence[Example] = (),
+    learned: Sequence[Example] = (),
     progress: Progress | None = None,
 ) -> Scores:
-    """Let a model answer every example greedily, after `shots` if there are any, and score it."""
+    """Let a model answer every example greedily, after `shots` if there are any, and score it. Where it was shown
+    answers, those of `learned` are what it is likely to say."""
     prompts = [with_shots(example.prompt, shots) for example in examples]
     started = time.perf_counter()
 
@@ -96,9 +98,15 @@ def score_model(
         if progress:
             progress(done, total)
 
-    replies = engine.chat(model, prompts, Sampling(max_tokens=max_tokens), clocked)
+    sampling = Sampling(max_tokens=max_tokens, expected=likely_answers(learned, metric))
+    replies = engine.chat(model, prompts, sampling, clocked)
     seconds = time.perf_counter() - started
     return score_answers(metric, examples, [reply.text for reply in replies], replies, seconds=seconds)
+
+
+def likely_answers(learned: Sequence[Example], metric: Metric) -> tuple[str, ...]:
+    """What a model says that was shown these rows; of free text nothing is known."""
+    return () if metric.form == "text" else tuple(row.target for row in learned)
 
 
 def with_shots(prompt: Sequence[Message], shots: Sequence[Example]) -> list[Message]:
