@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from heldout.pipeline.augment.perturb import pieces
 from heldout.pipeline.consequences import CONSEQUENCES, fragility, generalisation, measure_all, memorisation
 from heldout.pipeline.consequences import forgetting as forgetting_light
 from heldout.pipeline.consequences import format as form
-from heldout.pipeline.consequences.base import Budget, Consequence, not_measured, status_of
+from heldout.pipeline.consequences.base import Budget, Consequence, not_measured, seconds_for_probes, status_of
 from heldout.pipeline.consequences.perturbations import allowed, aside, perturbed, separate, space
 from heldout.pipeline.evaluate.forgetting import judge_changes
 from heldout.pipeline.types import Example
@@ -26,7 +27,7 @@ from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent
 from heldout.settings import read_settings
 from tests.unit.conftest import example, right, rung
-from tests.unit.consequences import MODEL, Speaking, last, subject
+from tests.unit.consequences import MODEL, Says, Speaking, last, subject
 
 LABELS = ("card", "loan", "visa")
 #: All names and numbers differ, so that no two texts are one.
@@ -195,18 +196,67 @@ def test_a_perturbation_that_makes_prompts_too_long_is_left_out_and_named() -> N
     assert "small letters" in found.numbers["perturbations"]
 
 
+class Slow(Speaking):
+    """A second an answer."""
+
+    def __init__(self, tuned: Says, base: Says | None = None) -> None:
+        self.now = 0.0
+
+        def slowly(answers: Says) -> Says:
+            def answer(messages: Sequence[Message]) -> str:
+                self.now += 1.0
+                return answers(messages)
+
+            return answer
+
+        super().__init__(slowly(tuned), slowly(base or tuned))
+
+    def measure(self, seconds: float, **known: Any) -> Consequence:
+        """Fragility, in half of so many seconds from now on."""
+        one = subject(self, TRAIN, HOLDOUT, **known)
+        self.now = 0.0
+        return fragility.measure(replace(one, budget=Budget(seconds, clock=lambda: self.now)))
+
+
+def test_when_time_is_short_some_examples_are_asked_in_all_wordings_before_the_others() -> None:
+    found = Slow(right_label).measure(400.0, constant="card")
+    asked = {name: numbers["n"] for name, numbers in found.numbers["perturbations"].items()}
+    assert asked == {
+        "typing slips": 60,  # the second part was begun
+        "irrelevant ending": 60,
+        "system prompt": 18,
+        "small letters": 30,
+        "greeting": 30,
+        "white space": 30,
+    }
+    assert "left out" not in found.sentence, "the others change nothing here"
+
+
 def test_when_the_time_is_used_up_the_last_perturbations_are_left_out_and_named() -> None:
-    now = [0.0]
-
-    def slow(messages: Sequence[Message]) -> str:
-        now[0] += 1.0
-        return right_label(messages)
-
-    known = subject(Speaking(slow), TRAIN, HOLDOUT, constant="card")
-    now[0] = 0.0
-    found = fragility.measure(replace(known, budget=Budget(400.0, clock=lambda: now[0])))
+    found = Slow(right_label).measure(130.0, constant="card")
     assert list(found.numbers["perturbations"]) == ["typing slips", "irrelevant ending", "system prompt"]
+    assert "left out: small letters, greeting, white space" in found.sentence
     assert "HELDOUT_EVAL_BUDGET" in found.sentence
+
+
+def test_a_baseline_that_there_was_no_time_for_is_told_in_one_clause() -> None:
+    found = Slow(brittle, right_label).measure(330.0)
+    assert "baseline" not in found.numbers
+    assert found.sentence.count("zero-shot") == 1
+    assert "zero-shot was asked none of them (the time for probes" in found.sentence
+
+
+def test_a_baseline_that_was_asked_some_names_the_others() -> None:
+    found = Slow(brittle, right_label).measure(400.0)
+    assert found.numbers["baseline"]["perturbations"] == ["typing slips", "irrelevant ending"]
+    assert "zero-shot was not asked system prompt, small letters, " in found.sentence
+
+
+def test_a_baseline_that_was_asked_some_examples_is_compared_on_those() -> None:
+    found = Slow(brittle, right_label).measure(900.0)
+    assert found.status == "fail", found.sentence
+    assert found.numbers["n"] == 60
+    assert set(found.numbers["baseline"]["perturbations"]) == set(found.numbers["perturbations"])
 
 
 # Memorisation
@@ -394,3 +444,13 @@ def test_the_time_for_probes_is_a_setting(monkeypatch: pytest.MonkeyPatch, value
     monkeypatch.setenv("HELDOUT_EVAL_BUDGET", "-1")
     with pytest.raises(InvalidValue, match="HELDOUT_EVAL_BUDGET"):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    ("training", "answering", "left"),
+    [(100.0, 0.0, 100.0), (100.0, 60.0, 40.0), (100.0, 300.0, 25.0), (8.0, -3.0, 8.0)],
+)
+def test_evaluation_takes_no_longer_than_the_training_but_for_a_quarter(
+    training: float, answering: float, left: float
+) -> None:
+    assert seconds_for_probes(training, answering) == left

@@ -142,6 +142,21 @@ def test_what_the_probes_of_the_tuned_model_may_take_counts(
     assert pace.seconds_left(100) == 60 + seconds
 
 
+@pytest.mark.parametrize(("rungs", "probes"), [(20, 70), (300, 25)])
+def test_probes_have_what_rungs_and_answers_leave_of_the_trainings_time(
+    clock: list[float], rungs: int, probes: int
+) -> None:
+    pace = Pace(None)
+    pace.progress("zero-shot prompt")
+    clock[0] += 10
+    pace.progress("zero-shot prompt")
+    clock[0] += rungs - 11  # the other rungs, up to the first step
+    for step in range(1, 41):
+        clock[0] += 1
+        pace.step(step)
+    assert pace.seconds_left(100) == 60 + 10 + probes, "steps, answers as long as the first rung's, probes"
+
+
 def test_a_job_says_when_it_will_have_ended_while_a_fold_trains(watch: DbWatch, clock: list[float]) -> None:
     fold = FoldWatch(watch, 2, 5)
     fold.progress("zero-shot prompt", 1, 1)

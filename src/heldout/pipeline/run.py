@@ -16,7 +16,7 @@ from heldout.pipeline.by_holdout import make_by_holdout
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.consequences import measure_all
-from heldout.pipeline.consequences.base import Budget, Consequence, Subject
+from heldout.pipeline.consequences.base import Budget, Consequence, Subject, seconds_for_probes
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
@@ -48,10 +48,12 @@ def run_job(request: Request, tools: Tools) -> Outcome:
 
     more = more_data(parts, request, facts, tools)
     few = parts.holdout is None and is_small(parts.train)
+    making = time.monotonic()
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
     forgetting = forgetting_of(made, request, facts, tools)
-    consequences = consequences_of(made, forgetting, request, facts, tools)
+    answering = time.monotonic() - making - made.training_seconds
+    consequences = consequences_of(made, forgetting, answering, request, facts, tools)
     verdict = decide(
         made.rungs,
         made.tuned,
@@ -153,10 +155,13 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
 
 
 def consequences_of(
-    made: Made, forgetting: Forgetting | None, request: Request, facts: ModelFacts, tools: Tools
+    made: Made, forgetting: Forgetting | None, answering: float, request: Request, facts: ModelFacts, tools: Tools
 ) -> tuple[Consequence, ...]:
-    """What training made worse in the served model, in the time that the job has for it."""
-    seconds = made.adapter.seconds if request.eval_budget is None else request.eval_budget
+    """What training made worse in the served model, in the time that the job has for it after so many seconds of
+    answering for the verdict."""
+    seconds = request.eval_budget
+    if seconds is None:
+        seconds = seconds_for_probes(made.training_seconds, answering)
     subject = Subject(
         engine=tools.engine,
         model=ModelRef(base_model=request.base_model, adapter=str(made.adapter.directory)),

@@ -49,6 +49,11 @@ class Made:
     metric: Metric
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
 
+    @property
+    def training_seconds(self) -> float:
+        """Of all its trainings."""
+        return self.adapter.seconds + sum(fold.seconds for fold in (self.crossfit.folds if self.crossfit else ()))
+
 
 def metric_of(request: Request, parts: Parts) -> Metric:
     """How answers are scored: as was asked for, or as fits the training answers."""

@@ -20,6 +20,7 @@ from heldout.engine import catalogue
 from heldout.errors import JobCancelled, JobPaused, UserError
 from heldout.pipeline.checks import ModelTools
 from heldout.pipeline.checks.groups import fingerprint
+from heldout.pipeline.consequences.base import seconds_for_probes
 from heldout.pipeline.findings import on_the_wire
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.intake import check_files, refuse_errors, tell_findings
@@ -273,7 +274,8 @@ class Pace:
     """How long a job will still take, from what this process has seen of it. Times are in seconds."""
 
     def __init__(self, probes: float | None) -> None:
-        """`probes`: the most that probes of the tuned model may take; None: as long as its training."""
+        """`probes`: the most that probes of the tuned model may take; None: what other answers leave of the time of
+        its training."""
         self._probes = probes
         self._scored: tuple[str, float, float] | None = None  # the first scoring stage, its begin and end
         self._fold: InFold | None = None  # that is trained; None: the model to serve
@@ -315,7 +317,10 @@ class Pace:
         if self._fold is None and self._folds:  # of a model without a holdout little is asked
             return left
         if self._fold is None:
-            return left + (a_step * total_steps if self._probes is None else self._probes)
+            if self._probes is not None:
+                return left + self._probes
+            rungs = max(0.0, began - self._scored[1]) if self._scored else 0.0
+            return left + seconds_for_probes(a_step * total_steps, rungs + scoring)
         a_fold = sum(self._folds) / len(self._folds) if self._folds else a_step * total_steps + scoring
         # The folds after this one, and the model to serve: it is trained for about as long as they were.
         return left + a_fold * (self._fold.of - self._fold.number + 1)

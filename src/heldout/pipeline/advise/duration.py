@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
 from heldout.pipeline.advise.measure import READ, READING_WEIGHTS, Measured
 from heldout.pipeline.consequences import calibration, fragility, generalisation, memorisation
+from heldout.pipeline.consequences.base import seconds_for_probes
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
 from heldout.pipeline.plan import TrainPlan, steps_per_epoch
@@ -117,7 +118,7 @@ def add_up(
 
     Args:
         checked: seconds that reading and checking the files took, and loading the code of models.
-        eval_budget: seconds for probes of the tuned model; None: as long as its training takes.
+        eval_budget: seconds for probes of the tuned model; None: what other answers leave of its training's time.
     """
     pairs = {
         "checks": (checked,) * 2,
@@ -131,8 +132,13 @@ def add_up(
         "general skills": (_general(measured),) * 2,
     }
     if len(trainings) == 1:  # by cross-fitting no row is left to probe with
+        answering = sum(
+            pairs[name][0] for name in ("cheap rungs and prompts", "answers of tuned models", "general skills")
+        )
         most, typical = (
-            _probes(trainings[0], measured, seconds if eval_budget is None else eval_budget)
+            _probes(
+                trainings[0], measured, seconds_for_probes(seconds, answering) if eval_budget is None else eval_budget
+            )
             for seconds in pairs["training and validation"]
         )
         pairs["probes of the tuned model"] = (most, typical)
@@ -191,7 +197,7 @@ def _label_probabilities(one: Training, measured: Measured) -> float:
         return measured.tuned.seconds_for(one.holdout) + measured.tuned.seconds_for(one.valid)
     prompts = min(one.holdout, calibration.READINGS // measured.labels)
     own = measured.tuned.prompt_tokens - measured.tuned.shared_tokens
-    together = own + measured.labels * measured.target_tokens + 2 * READING_WEIGHTS  # the prompt, then its labels
+    together = own + measured.labels * measured.target_tokens  # the prompt and its labels, with others in one pass
     alone = own + measured.target_tokens + READING_WEIGHTS / READ  # as it was measured: so many in one pass
     return prompts * measured.reading * together / alone
 

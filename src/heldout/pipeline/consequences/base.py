@@ -49,6 +49,21 @@ class Consequence:
         }
 
 
+#: Of a training's time, what probes have in any case.
+AT_LEAST = 0.25
+
+
+def seconds_for_probes(training: float, answering: float) -> float:
+    """What probes may take, so that evaluation costs no more than the training.
+
+    Args:
+        training: seconds that the training took.
+        answering: seconds that the rest of evaluation took: the rungs, the tuned model's answers, general skills. They
+            decide the verdict and are not cut, so evaluation is longer where they leave less than AT_LEAST.
+    """
+    return max(AT_LEAST * training, training - max(0.0, answering))
+
+
 class Budget:
     """How long the probes may take, all together. What begins within it may end after it."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from heldout.engine.base import ModelRef
 from heldout.errors import ContextLengthExceeded, InvalidValue
@@ -27,6 +28,9 @@ from heldout.pipeline.types import Example
 NAME = "fragility"
 #: Holdout examples that are asked again, and of those with free text, whose answers are long.
 ITEMS, TEXT_ITEMS = 100, 30
+#: A part of the examples is asked after the other: when time is used up, all perturbations of some examples tell more
+#: than some perturbations of all.
+LOTS = 3
 #: Fewer examples that a perturbation changes say nothing about it.
 FEWEST = 10
 #: Excess of changed answers, and drop of the score, to warn from.
@@ -42,6 +46,15 @@ class Asked:
     drops: tuple[float, ...]  # score before minus score after; of `places`
     answers: tuple[str, ...]
     texts: tuple[str, ...]  # what the user wrote last, as it was asked
+
+    def __add__(self, more: Asked) -> Asked:
+        return Asked(
+            places=self.places + more.places,
+            flips=self.flips + more.flips,
+            drops=self.drops + more.drops,
+            answers=self.answers + more.answers,
+            texts=self.texts + more.texts,
+        )
 
 
 def measure(subject: Subject) -> Consequence:
@@ -63,27 +76,35 @@ def measure(subject: Subject) -> Consequence:
     examples = [subject.answered[place] for place in places]
     before = [subject.tuned.scores.answers[place] for place in places]
 
-    tuned, left_out = ask_all(subject, subject.model, (), examples, before, perturbations, "the tuned model")
-    tuned = {name: asked for name, asked in tuned.items() if len(asked.places) >= FEWEST}
-    if not tuned:
-        few = f"no perturbation changes {FEWEST} of the {len(examples)} holdout examples that were to be asked"
-        return not_measured(NAME, "; ".join([few, *left_out.values()]), left_out=left_out)
-
+    asking = Asking(subject, perturbations, examples)
+    answers = Answers(subject.model, (), before, "the tuned model")
+    baseline = _baseline(subject, places)
     clean = [subject.tuned.scores.per_example[place] for place in places]
     baseline_clean = [subject.baseline.scores.per_example[place] for place in places]
-    baseline: dict[str, Asked] = {}
-    if subject.baseline.kind == "constant":
-        baseline = {name: _unmoved(asked) for name, asked in tuned.items()}
-    elif may_matter(tuned, clean, baseline_clean):
-        said = [subject.baseline.scores.answers[place] for place in places]
-        shots = subject.baseline.shots
-        again = tuple(one for one in perturbations if one.name in tuned)
-        baseline, more = ask_all(subject, subject.base, shots, examples, said, again, subject.baseline.name)
-        left_out |= {f"{name} ({subject.baseline.name})": why for name, why in more.items()}
+    waiting: list[int] = []
+    for lot in _lots(len(examples), subject.seed):
+        asking.ask(answers, lot)
+        waiting += lot
+        if baseline and answers.found and may_matter(answers.found, clean, baseline_clean):
+            asking.ask(baseline, waiting)
+            waiting = []
+    tuned = {name: asked for name, asked in answers.found.items() if len(asked.places) >= FEWEST}
+    if not tuned:
+        few = f"no perturbation changes {FEWEST} of the {len(examples)} holdout examples that were to be asked"
+        return not_measured(NAME, "; ".join([few, *answers.left_out.values()]), left_out=answers.left_out)
+    if baseline:
+        theirs = {name: asked for name, asked in baseline.found.items() if name in tuned}
+    else:  # a constant answer
+        theirs = {name: _unmoved(asked) for name, asked in tuned.items()}
+    missing = [] if baseline is None else [name for name in baseline.left_out if name in tuned]
+    not_compared = None
+    if baseline and missing:
+        which = "asked none of them" if len(missing) == len(tuned) else f"not asked {', '.join(missing)}"
+        not_compared = f"{baseline.who} was {which} ({baseline.left_out[missing[0]]})"
     words = {one.name: one.words for one in perturbations}
     return judge(
         tuned,
-        baseline,
+        theirs,
         clean,
         baseline_clean,
         examples,
@@ -91,52 +112,83 @@ def measure(subject: Subject) -> Consequence:
         words=words,
         baseline_name=subject.baseline.name,
         why_not=why_not,
-        left_out=left_out,
+        left_out={name: why for name, why in answers.left_out.items() if name not in tuned},
+        not_compared=not_compared,
     )
 
 
-def ask_all(
-    subject: Subject,
-    model: ModelRef,
-    shots: Sequence[Example],
-    examples: Sequence[Example],
-    before: Sequence[str],
-    perturbations: Sequence[Perturbation],
-    who: str,
-) -> tuple[dict[str, Asked], dict[str, str]]:
-    """What a model answers to every perturbation, by name; and the perturbations that were left out, with the reason.
-    `before` is what it answered to the examples as they are."""
-    found: dict[str, Asked] = {}
-    left_out: dict[str, str] = {}
-    for one in perturbations:
-        if subject.budget.used_up:
-            left_out[one.name] = subject.budget.sentence
-            continue
-        changed = [perturbed(example, one, subject.seed) for example in examples]
-        places = [i for i, example in enumerate(examples) if changed[i].messages != example.messages]
-        try:
-            prompts = [changed[i].prompt for i in places]
-            replies = subject.ask(model, prompts, f"{who}, {one.name}", shots) if prompts else []
-        except (ContextLengthExceeded, InvalidValue) as error:
-            left_out[one.name] = str(error)  # or a chat template takes no conversation without a system prompt
-            continue
-        score = subject.metric.score
-        answers = tuple(reply.text for reply in replies)
-        found[one.name] = Asked(
+@dataclass
+class Answers:
+    """What one model answers to the perturbations, as far as it was asked."""
+
+    model: ModelRef
+    shots: Sequence[Example]
+    before: Sequence[str]  # what it answered to the examples as they are
+    who: str
+    found: dict[str, Asked] = field(default_factory=dict)  # by the perturbation's name
+    left_out: dict[str, str] = field(default_factory=dict)  # perturbations that were not asked at all, and why
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The perturbations of some examples, to be asked of several models."""
+
+    subject: Subject
+    perturbations: Sequence[Perturbation]
+    examples: Sequence[Example]
+
+    def ask(self, answers: Answers, lot: Sequence[int]) -> None:
+        """Ask a model some more of the examples, by their places, under one perturbation after the other."""
+        refused = set(answers.left_out) - set(answers.found)
+        for one in self.perturbations:
+            if one.name in refused:
+                continue
+            if self.subject.budget.used_up:
+                if one.name not in answers.found:
+                    answers.left_out[one.name] = self.subject.budget.sentence
+                continue
+            try:
+                more = self._ask(answers, one, lot)
+            except (ContextLengthExceeded, InvalidValue) as error:
+                # Or a chat template takes no conversation without a system prompt. Those that fit are not all alike.
+                answers.found.pop(one.name, None)
+                answers.left_out[one.name] = str(error)
+                continue
+            answers.found[one.name] = answers.found[one.name] + more if one.name in answers.found else more
+
+    def _ask(self, answers: Answers, one: Perturbation, lot: Sequence[int]) -> Asked:
+        changed = {i: perturbed(self.examples[i], one, self.subject.seed) for i in lot}
+        places = [i for i in lot if changed[i].messages != self.examples[i].messages]
+        prompts = [changed[i].prompt for i in places]
+        stage = f"{answers.who}, {one.name}"
+        replies = self.subject.ask(answers.model, prompts, stage, answers.shots) if prompts else []
+        texts = [reply.text for reply in replies]
+        metric, asked = self.subject.metric, [self.examples[i] for i in places]
+        before = [answers.before[i] for i in places]
+        return Asked(
             places=tuple(places),
-            flips=tuple(1 - score(answer, before[i]) for i, answer in zip(places, answers, strict=True)),
+            flips=tuple(1 - metric.score(text, old) for text, old in zip(texts, before, strict=True)),
             drops=tuple(
                 old - new
-                for old, new in zip(
-                    subject.metric.score_all([examples[i] for i in places], [before[i] for i in places]),
-                    subject.metric.score_all([examples[i] for i in places], answers),
-                    strict=True,
-                )
+                for old, new in zip(metric.score_all(asked, before), metric.score_all(asked, texts), strict=True)
             ),
-            answers=answers,
+            answers=tuple(texts),
             texts=tuple(str(changed[i].prompt[-1]["content"]) for i in places),
         )
-    return found, left_out
+
+
+def _lots(examples: int, seed: int) -> list[list[int]]:
+    """Places in LOTS parts, at random: files may have an order, and a period."""
+    order = random.Random(f"{seed}/{NAME}/lots").sample(range(examples), examples)
+    return [sorted(order[number::LOTS]) for number in range(LOTS)]
+
+
+def _baseline(subject: Subject, places: Sequence[int]) -> Answers | None:
+    """Whom the tuned model is compared with; None where that is a constant answer."""
+    one = subject.baseline
+    if one.kind == "constant":
+        return None
+    return Answers(subject.base, one.shots, [one.scores.answers[place] for place in places], one.name)
 
 
 def may_matter(tuned: dict[str, Asked], clean: Sequence[float], baseline_clean: Sequence[float]) -> bool:
@@ -162,6 +214,7 @@ def judge(
     baseline_name: str,
     why_not: str | None = None,
     left_out: dict[str, str] | None = None,
+    not_compared: str | None = None,
 ) -> Consequence:
     """The light, from the answers. An example's flips and drops are means over the perturbations that change it, so
     that every example is one piece of evidence."""
@@ -177,29 +230,25 @@ def judge(
     }
     warns = [p_above(asked.drops, MARGIN) for asked in tuned.values()]
     fails = 0.0
-    compared = [name for name in tuned if name in baseline]
+    compared = [name for name in tuned if name in baseline and _in_pairs(tuned[name], baseline[name])]
     if compared:
-        theirs = {name: _pairs(baseline[name], baseline[name].flips) for name in compared}
+        pairs = {name: _in_pairs(tuned[name], baseline[name]) for name in compared}
+        theirs = _by_example({name: [(one.place, one.their_flip) for one in some] for name, some in pairs.items()})
         excess = _by_example(
-            {
-                name: [(i, a - b) for (i, a), (_, b) in zip(_pairs(tuned[name], tuned[name].flips), own, strict=True)]
-                for name, own in theirs.items()
-            }
+            {name: [(one.place, one.flip - one.their_flip) for one in some] for name, some in pairs.items()}
         )
+        ahead = {i: a - b for i, (a, b) in enumerate(zip(clean, baseline_clean, strict=True))}  # as they are
         both = _by_example(
             {
-                name: [
-                    (i, (clean[i] - ours) - (baseline_clean[i] - other))
-                    for i, ours, other in zip(tuned[name].places, tuned[name].drops, baseline[name].drops, strict=True)
-                ]
-                for name in compared
+                name: [(one.place, ahead[one.place] - one.drop + one.their_drop) for one in some]
+                for name, some in pairs.items()
             }
         )
         warns.append(p_above(list(excess.values()), MARGIN))
         fails = p_above([-one for one in both.values()], 0.0)
         numbers["baseline"] = {
             "name": baseline_name,
-            "flip_rate": statistics.fmean(_by_example(theirs).values()),
+            "flip_rate": statistics.fmean(theirs.values()),
             "flip_excess": statistics.fmean(excess.values()),
             "ahead": statistics.fmean(both.values()),
             "ahead_interval": list(paired_interval(list(both.values()))),
@@ -210,17 +259,19 @@ def judge(
         numbers["only_some"] = why_not
     if left_out:
         numbers["left_out"] = left_out
+    if not_compared:
+        numbers["not_compared"] = not_compared
     worst = max(tuned, key=lambda name: (statistics.fmean(tuned[name].drops), statistics.fmean(tuned[name].flips)))
     return Consequence(
         name=NAME,
         status=status_of(fails=fails, warns=max(warns)),
-        sentence=_sentence(numbers, worst, words[worst], why_not, left_out or {}),
+        sentence=_sentence(numbers, worst, words[worst], why_not, not_compared),
         numbers=numbers,
         examples=_examples(tuned[worst], worst, examples, before),
     )
 
 
-def _sentence(numbers: dict[str, Any], worst: str, words: str, why_not: str | None, left_out: dict[str, str]) -> str:
+def _sentence(numbers: dict[str, Any], worst: str, words: str, why_not: str | None, not_compared: str | None) -> str:
     one = numbers["perturbations"][worst]
     low, high = one["interval"]
     parts = [
@@ -238,8 +289,10 @@ def _sentence(numbers: dict[str, Any], worst: str, words: str, why_not: str | No
         parts.append("rows in other wordings, or augmentation: robust, may steady it")
     if why_not:
         parts.append(f"other perturbations could change the right answer: {why_not}")
-    if left_out:
+    if left_out := numbers.get("left_out"):
         parts.append(f"left out: {', '.join(left_out)} ({next(iter(left_out.values()))})")
+    if not_compared:
+        parts.append(not_compared)
     return "; ".join(parts)
 
 
@@ -272,6 +325,26 @@ def _unmoved(asked: Asked) -> Asked:
 
 def _pairs(asked: Asked, values: Sequence[float]) -> list[tuple[int, float]]:
     return list(zip(asked.places, values, strict=True))
+
+
+class _Pair(NamedTuple):
+    """What both models did with one perturbation of the example at a place."""
+
+    place: int
+    flip: float
+    drop: float
+    their_flip: float
+    their_drop: float
+
+
+def _in_pairs(asked: Asked, theirs: Asked) -> list[_Pair]:
+    """The examples that both models were asked."""
+    other = {place: (flip, drop) for place, flip, drop in zip(theirs.places, theirs.flips, theirs.drops, strict=True)}
+    return [
+        _Pair(place, flip, drop, *other[place])
+        for place, flip, drop in zip(asked.places, asked.flips, asked.drops, strict=True)
+        if place in other
+    ]
 
 
 def _by_example(values: dict[str, list[tuple[int, float]]]) -> dict[int, float]:
