@@ -131,7 +131,7 @@ def test_with_folds_the_time_left_counts_the_folds_and_the_model_to_serve(clock:
     assert pace.seconds_left(125) == 115, "nothing is scored after it"
 
 
-@pytest.mark.parametrize(("probes", "seconds"), [(None, 100.0), (30.0, 30.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("probes", "seconds"), [(None, 95.0), (30.0, 30.0), (0.0, 0.0)])
 def test_what_the_probes_of_the_tuned_model_may_take_counts(
     clock: list[float], probes: float | None, seconds: float
 ) -> None:
@@ -142,7 +142,7 @@ def test_what_the_probes_of_the_tuned_model_may_take_counts(
     assert pace.seconds_left(100) == 60 + seconds
 
 
-@pytest.mark.parametrize(("rungs", "probes"), [(20, 70), (300, 25)])
+@pytest.mark.parametrize(("rungs", "probes"), [(20, 65), (300, 25)])
 def test_probes_have_what_rungs_and_answers_leave_of_the_trainings_time(
     clock: list[float], rungs: int, probes: int
 ) -> None:

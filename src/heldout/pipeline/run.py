@@ -178,4 +178,11 @@ def consequences_of(
         budget=Budget(seconds),
         watch=tools.watch,
     )
-    return measure_all(subject)
+    began = time.monotonic()
+    found = measure_all(subject)
+    evaluating = answering + time.monotonic() - began
+    tools.watch.message(
+        f"Evaluation took {evaluating:.0f} s in all, training {made.training_seconds:.0f} s",
+        data={"evaluating": evaluating, "training": made.training_seconds},
+    )
+    return found
