@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from heldout.pipeline.consequences import calibration, format, fragility, generalisation, memorisation
 from heldout.pipeline.consequences.base import status_of
+from heldout.pipeline.consequences.perturbed_answers import Asked
 from heldout.pipeline.evaluate.statistics import p_above
 from heldout.pipeline.types import Example
 
@@ -58,13 +59,11 @@ def _fragility(costs: float, others: float) -> Callable[[random.Random, int], st
         clean, baseline_clean = _right(rng, n, 0.8), _right(rng, n, 0.6)
         examples = [Example(messages=({"role": "user", "content": "x"},), weights=(0,), line=i + 1) for i in range(n)]
 
-        def asked(scores: list[float], lost: float) -> fragility.Asked:
+        def asked(scores: list[float], lost: float) -> Asked:
             # One in fifty right answers is lost anyway, and one in twelve wrong ones found: as many at 80 %.
             drops = [float(rng.random() < lost + 0.02) if score else -float(rng.random() < 0.08) for score in scores]
             flips = tuple(abs(drop) for drop in drops)
-            return fragility.Asked(
-                places=tuple(range(n)), flips=flips, drops=tuple(drops), answers=("",) * n, texts=("",) * n
-            )
+            return Asked(places=tuple(range(n)), flips=flips, drops=tuple(drops), answers=("",) * n, texts=("",) * n)
 
         names = [f"perturbation {i}" for i in range(PERTURBATIONS)]
         return fragility.judge(

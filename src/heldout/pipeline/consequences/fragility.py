@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from heldout.engine.base import ModelRef
-from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
     LIKELY,
     NONE_UNSEEN,
@@ -21,8 +20,10 @@ from heldout.pipeline.consequences.base import (
     short,
     status_of,
 )
-from heldout.pipeline.consequences.perturbations import Perturbation, allowed, perturbed
+from heldout.pipeline.consequences.perturbations import Perturbation, allowed
+from heldout.pipeline.consequences.perturbed_answers import Answers, Asked, Asking
 from heldout.pipeline.evaluate.statistics import p_above, paired_interval
+from heldout.pipeline.ladder import Rung
 from heldout.pipeline.types import Example
 
 NAME = "fragility"
@@ -35,26 +36,6 @@ LOTS = 3
 FEWEST = 10
 #: Excess of changed answers, and drop of the score, to warn from.
 MARGIN = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What one model answered to one perturbation of the examples. `places` are those that it changed."""
-
-    places: tuple[int, ...]  # in the list of sampled examples
-    flips: tuple[float, ...]  # how far the answer is from the one before, 0 to 1; of `places`
-    drops: tuple[float, ...]  # score before minus score after; of `places`
-    answers: tuple[str, ...]
-    texts: tuple[str, ...]  # what the user wrote last, as it was asked
-
-    def __add__(self, more: Asked) -> Asked:
-        return Asked(
-            places=self.places + more.places,
-            flips=self.flips + more.flips,
-            drops=self.drops + more.drops,
-            answers=self.answers + more.answers,
-            texts=self.texts + more.texts,
-        )
 
 
 def measure(subject: Subject) -> Consequence:
@@ -74,121 +55,73 @@ def measure(subject: Subject) -> Consequence:
         return not_measured(NAME, why_not or "there is nothing to perturb")
     places = sample(subject.answered, TEXT_ITEMS if subject.metric.form == "text" else ITEMS, subject.seed, NAME)
     examples = [subject.answered[place] for place in places]
-    before = [subject.tuned.scores.answers[place] for place in places]
-
-    asking = Asking(subject, perturbations, examples)
-    answers = Answers(subject.model, (), before, "the tuned model")
-    baseline = _baseline(subject, places)
     clean = [subject.tuned.scores.per_example[place] for place in places]
     baseline_clean = [subject.baseline.scores.per_example[place] for place in places]
-    waiting: list[int] = []
-    for lot in _lots(len(examples), subject.seed):
-        asking.ask(answers, lot)
-        waiting += lot
-        if baseline and answers.found and may_matter(answers.found, clean, baseline_clean):
-            asking.ask(baseline, waiting)
-            waiting = []
-    tuned = {name: asked for name, asked in answers.found.items() if len(asked.places) >= FEWEST}
+    ours, baseline = ask_both(subject, perturbations, places, clean, baseline_clean)
+    tuned = {name: asked for name, asked in ours.found.items() if len(asked.places) >= FEWEST}
     if not tuned:
         few = f"no perturbation changes {FEWEST} of the {len(examples)} holdout examples that were to be asked"
-        return not_measured(NAME, "; ".join([few, *answers.left_out.values()]), left_out=answers.left_out)
+        return not_measured(NAME, "; ".join([few, *ours.left_out.values()]), left_out=ours.left_out)
     if baseline:
         theirs = {name: asked for name, asked in baseline.found.items() if name in tuned}
-    else:  # a constant answer
+    else:
         theirs = {name: _unmoved(asked) for name, asked in tuned.items()}
-    missing = [] if baseline is None else [name for name in baseline.left_out if name in tuned]
-    not_compared = None
-    if baseline and missing:
-        which = "asked none of them" if len(missing) == len(tuned) else f"not asked {', '.join(missing)}"
-        not_compared = f"{baseline.who} was {which} ({baseline.left_out[missing[0]]})"
-    words = {one.name: one.words for one in perturbations}
     return judge(
         tuned,
         theirs,
         clean,
         baseline_clean,
         examples,
-        before,
-        words=words,
+        ours.before,
+        words={one.name: one.words for one in perturbations},
         baseline_name=subject.baseline.name,
         why_not=why_not,
-        left_out={name: why for name, why in answers.left_out.items() if name not in tuned},
-        not_compared=not_compared,
+        left_out={name: why for name, why in ours.left_out.items() if name not in tuned},
+        not_compared=_not_compared(baseline, tuned) if baseline else None,
     )
 
 
-@dataclass
-class Answers:
-    """What one model answers to the perturbations, as far as it was asked."""
+def ask_both(
+    subject: Subject,
+    perturbations: Sequence[Perturbation],
+    places: Sequence[int],
+    clean: Sequence[float],
+    baseline_clean: Sequence[float],
+) -> tuple[Answers, Answers | None]:
+    """What the tuned model and the baseline say to the examples at these places. The baseline is only asked where its
+    answers can change the light, and None where it is a constant answer."""
 
-    model: ModelRef
-    shots: Sequence[Example]
-    before: Sequence[str]  # what it answered to the examples as they are
-    who: str
-    found: dict[str, Asked] = field(default_factory=dict)  # by the perturbation's name
-    left_out: dict[str, str] = field(default_factory=dict)  # perturbations that were not asked at all, and why
+    def answers_of(rung: Rung, model: ModelRef, who: str) -> Answers:
+        return Answers(model, rung.shots, [rung.scores.answers[place] for place in places], who)
+
+    asking = Asking(subject, perturbations, [subject.answered[place] for place in places])
+    ours = answers_of(subject.tuned, subject.model, "the tuned model")
+    baseline = None
+    if subject.baseline.kind != "constant":
+        baseline = answers_of(subject.baseline, subject.base, subject.baseline.name)
+    waiting: list[int] = []
+    for lot in _lots(len(places), subject.seed):
+        asking.ask(ours, lot)
+        waiting += lot
+        if baseline and ours.found and may_matter(ours.found, clean, baseline_clean):
+            asking.ask(baseline, waiting)
+            waiting = []
+    return ours, baseline
 
 
-@dataclass(frozen=True)
-class Asking:
-    """The perturbations of some examples, to be asked of several models."""
-
-    subject: Subject
-    perturbations: Sequence[Perturbation]
-    examples: Sequence[Example]
-
-    def ask(self, answers: Answers, lot: Sequence[int]) -> None:
-        """Ask a model some more of the examples, by their places, under one perturbation after the other."""
-        refused = set(answers.left_out) - set(answers.found)
-        for one in self.perturbations:
-            if one.name in refused:
-                continue
-            if self.subject.budget.used_up:
-                if one.name not in answers.found:
-                    answers.left_out[one.name] = self.subject.budget.sentence
-                continue
-            try:
-                more = self._ask(answers, one, lot)
-            except (ContextLengthExceeded, InvalidValue) as error:
-                # Or a chat template takes no conversation without a system prompt. Those that fit are not all alike.
-                answers.found.pop(one.name, None)
-                answers.left_out[one.name] = str(error)
-                continue
-            answers.found[one.name] = answers.found[one.name] + more if one.name in answers.found else more
-
-    def _ask(self, answers: Answers, one: Perturbation, lot: Sequence[int]) -> Asked:
-        changed = {i: perturbed(self.examples[i], one, self.subject.seed) for i in lot}
-        places = [i for i in lot if changed[i].messages != self.examples[i].messages]
-        prompts = [changed[i].prompt for i in places]
-        stage = f"{answers.who}, {one.name}"
-        replies = self.subject.ask(answers.model, prompts, stage, answers.shots) if prompts else []
-        texts = [reply.text for reply in replies]
-        metric, asked = self.subject.metric, [self.examples[i] for i in places]
-        before = [answers.before[i] for i in places]
-        return Asked(
-            places=tuple(places),
-            flips=tuple(1 - metric.score(text, old) for text, old in zip(texts, before, strict=True)),
-            drops=tuple(
-                old - new
-                for old, new in zip(metric.score_all(asked, before), metric.score_all(asked, texts), strict=True)
-            ),
-            answers=tuple(texts),
-            texts=tuple(str(changed[i].prompt[-1]["content"]) for i in places),
-        )
+def _not_compared(baseline: Answers, tuned: dict[str, Asked]) -> str | None:
+    """Which of the perturbations the baseline was not asked, and why."""
+    missing = [name for name in baseline.left_out if name in tuned]
+    if not missing:
+        return None
+    which = "asked none of them" if len(missing) == len(tuned) else f"not asked {', '.join(missing)}"
+    return f"{baseline.who} was {which} ({baseline.left_out[missing[0]]})"
 
 
 def _lots(examples: int, seed: int) -> list[list[int]]:
     """Places in LOTS parts, at random: files may have an order, and a period."""
     order = random.Random(f"{seed}/{NAME}/lots").sample(range(examples), examples)
     return [sorted(order[number::LOTS]) for number in range(LOTS)]
-
-
-def _baseline(subject: Subject, places: Sequence[int]) -> Answers | None:
-    """Whom the tuned model is compared with; None where that is a constant answer."""
-    one = subject.baseline
-    if one.kind == "constant":
-        return None
-    return Answers(subject.base, one.shots, [one.scores.answers[place] for place in places], one.name)
 
 
 def may_matter(tuned: dict[str, Asked], clean: Sequence[float], baseline_clean: Sequence[float]) -> bool:
