@@ -63,7 +63,14 @@ def _fragility(costs: float, others: float) -> Callable[[random.Random, int], st
             # One in fifty right answers is lost anyway, and one in twelve wrong ones found: as many at 80 %.
             drops = [float(rng.random() < lost + 0.02) if score else -float(rng.random() < 0.08) for score in scores]
             flips = tuple(abs(drop) for drop in drops)
-            return Asked(places=tuple(range(n)), flips=flips, drops=tuple(drops), answers=("",) * n, texts=("",) * n)
+            return Asked(
+                tried=tuple(range(n)),
+                places=tuple(range(n)),
+                flips=flips,
+                drops=tuple(drops),
+                answers=("",) * n,
+                texts=("",) * n,
+            )
 
         names = [f"perturbation {i}" for i in range(PERTURBATIONS)]
         return fragility.judge(

@@ -57,9 +57,7 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0)  # of a job process; 0: see `job_threads`
     inference_threads: int = Field(default=0, ge=0)  # of the inference process; 0 as above
     nice: int = Field(default=10, ge=0, le=19)  # added to a job process's niceness
-    eval_budget: float | None = Field(
-        default=None, ge=0
-    )  # seconds for probes of a tuned model; none: what its training's leave
+    eval_budget: float | None = Field(default=None, ge=0)  # seconds for probes of a tuned model; none: by its training
     memory_limit: ByteSize = ByteSize(0)  # "8GB", "512MiB" or bytes; 0: see `memory_bytes`
 
     price_input: float | None = Field(default=None, ge=0)  # per million prompt tokens of a hosted model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from heldout.engine import cache, generate, likelihood, sharing
 from heldout.engine.base import Message, ModelRef, Piece, Sampling
+from heldout.engine.expected import Expected
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import ChatTemplate
-from heldout.engine.weights import load_tokenizer
+from heldout.engine.weights import load_model, load_tokenizer
 from heldout.errors import ContextLengthExceeded, ModelNotFound
 from heldout.pipeline.training import Adapter
 from tests.torch.conftest import TOOLS, examples, stirred
@@ -159,6 +160,67 @@ def test_expected_answers_are_read_in_fewer_passes(
     assert count(("nobody says this",)) == one_by_one
 
 
+def test_where_guesses_part_and_fail_the_slots_that_are_left_are_used_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = [0]
+    keep = cache.Rows.keep
+
+    def counted(rows: cache.Rows, which: Any) -> None:
+        closed[0] += len(which) == len(rows.lengths)  # nobody is dropped: only the gaps are closed
+        keep(rows, which)
+
+    monkeypatch.setattr(cache.Rows, "keep", counted)
+    model = load_model(tiny_model, torch.float32, cache.IMPLEMENTATION)
+    prompts = [[first, first + 1] for first in range(100, 200)]
+    with torch.no_grad():
+        said = [one.tokens for one in generate.generate(model, prompts, [40] * 100, GREEDY, frozenset())]
+        # Answers that begin differently: what is expected of one is expected of no other.
+        rows = list({answer[0]: row for row, answer in enumerate(said)}.values())[:10]
+        assert len(rows) == 10
+        turns = {said[row][0]: (turn, said[row]) for turn, row in enumerate(rows)}
+
+        class Guesses(Expected):
+            """One row after the other has nine tokens guessed right, while all others have a wrong one."""
+
+            def __bool__(self) -> bool:
+                return True
+
+            def after(self, begun: Sequence[int], most: int) -> list[int]:
+                if not begun:
+                    return []
+                turn, answer = turns[begun[0]]
+                at = len(begun)
+                right = 4 * turn + 1 <= at < 4 * turn + 10
+                return (answer[at : at + 9] if right else [(answer[at] + 1) % 500])[:most] if at < 40 else []
+
+        found = generate.generate(
+            model, [prompts[row] for row in rows], [40] * 10, GREEDY, frozenset(), expected=Guesses()
+        )
+    assert [one.tokens for one in found] == [said[row] for row in rows]
+    assert closed[0] > 0
+
+
+def test_the_end_of_a_turn_within_a_guess_ends_the_answer(
+    tiny_model: Path, tuned: ModelRef, template: ChatTemplate, engine: LocalEngine
+) -> None:
+    (whole,) = engine.chat(tuned, [TASK[0]], GREEDY)
+    goes_on = whole.text + "<|im_end|>\n<|im_start|>user\nand more"
+    assert engine.chat(tuned, [TASK[0]], replace(GREEDY, expected=(goes_on,))) == [whole]
+
+
+def test_in_bfloat16_expected_answers_differ_in_no_more_than_near_ties(tuned: ModelRef) -> None:
+    engine = LocalEngine(**{**TOOLS, "precision": "bfloat16"})
+    plain = engine.chat(tuned, TASK * 4, GREEDY)
+    said = tuple(reply.text for reply in plain)
+    ahead = engine.chat(tuned, TASK * 4, replace(GREEDY, expected=said))
+    for messages, one, other in zip(TASK * 4, plain, ahead, strict=True):
+        if one.text != other.text:
+            both = [[*messages, {"role": "assistant", "content": reply.text}] for reply in (one, other)]
+            a, b = engine.log_probs(tuned, both)
+            assert abs(a - b) < 0.5, "rounding decided between two answers that are as likely"
+
+
 def test_a_warm_answer_is_drawn_as_if_nothing_was_expected(engine: LocalEngine, base: ModelRef) -> None:
     warm = Sampling(max_tokens=24, temperature=1.0, seed=3)
     plain = engine.chat(base, TASK, warm)
@@ -189,8 +251,24 @@ def test_families_keep_a_token_of_every_prompt_and_leave_small_ones_together() -
     assert sharing.families([[1, 2], [1, 2, 3, 4], [1, 2, 3, 5]]) == [(1, [0, 1, 2])]
     long = [[7] * 600 + [i] for i in range(2)]
     assert sharing.families([[7, 1], *long, [9]]) == [(600, [1, 2]), (0, [0, 3])]
-    nested = [[7] * 600 + [8] * 600 + [i] for i in range(3)]
-    assert sharing.families([*long, *nested]) == [(1200, [2, 3, 4]), (600, [0, 1])]
+    nested = [[7] * 600 + [8] * 2000 + [i] for i in range(3)]
+    assert sharing.families([*long, *nested]) == [(2600, [2, 3, 4]), (600, [0, 1])]
+
+
+def test_no_more_tokens_are_read_than_behind_one_beginning() -> None:
+    def read(prompts: list[list[int]]) -> int:
+        return sum(
+            one.shared + sum(len(prompts[i]) - one.shared for i in one.members) for one in sharing.families(prompts)
+        )
+
+    for common, heads, own, questions in ((3000, 50, 300, 4), (1500, 40, 60, 10), (0, 20, 400, 5), (100, 3, 900, 30)):
+        prompts = [
+            [1] * common + [2 + head] * own + [99, question] for head in range(heads) for question in range(questions)
+        ]
+        assert read(prompts) <= common + sum(len(prompt) - common for prompt in prompts)
+    assert read(prompts) < 5000, "three long beginnings are worth a family each"
+    chain = [[1] * n for n in range(1, 1500)]  # rows that are each the beginning of the next
+    assert sorted(i for one in sharing.families(chain) for i in one.members) == list(range(len(chain)))
 
 
 def test_the_trained_model_ends_its_turns_and_the_base_model_does_not(
@@ -359,6 +437,31 @@ def test_log_probabilities_are_those_of_a_plain_computation(
     assert engine.log_probs(model, []) == []
     monkeypatch.setattr(likelihood, "LARGE", 40)  # the answers to one prompt are several trees now
     assert engine.log_probs(model, conversations) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_long_prompt_is_read_once_for_all_its_labels(
+    engine: LocalEngine, tuned: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 50)
+    monkeypatch.setattr(likelihood, "LARGE", 60)
+    places = [0]
+    read = cache.read_masked
+
+    def counted(model: Any, rows: Any, own: Any, *more: Any) -> Any:
+        places[0] += sum(map(len, own))
+        return read(model, rows, own, *more)
+
+    monkeypatch.setattr(cache, "read_masked", counted)
+    texts = [TASK[0][-1]["content"] * 12, TASK[1][-1]["content"]]
+    asked = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": f"label {i}"}]
+        for text in texts
+        for i in range(9)
+    ]
+    engine.log_probs(tuned, asked)
+    prompts = engine.count_tokens(tuned.base_model, texts)
+    assert prompts[0] > 100
+    assert places[0] < sum(prompts) + 200
 
 
 def log_prob(model: Any, template: ChatTemplate, messages: list[Message]) -> float:

@@ -111,6 +111,17 @@ def test_a_conversation_longer_than_the_window_is_refused_as_too_long(windowed: 
     assert engine.chat(model, [[{"role": "user", "content": "blue"}]], SHORT)[0].completion_tokens <= 40
 
 
+def test_what_is_read_ahead_for_one_row_counts_for_no_other_rows_window(windowed: Path) -> None:
+    engine, model = LocalEngine(**TOOLS), ModelRef(base_model=str(windowed))
+    texts = ("blue and so on, on and on", "x")
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    whole = Sampling(max_tokens=40)
+    plain = engine.chat(model, conversations, whole)
+    assert plain[0].prompt_tokens + plain[0].completion_tokens == 40, "it answers up to the end of its window"
+    for expected in ((plain[1].text,), (plain[0].text,), tuple(one.text for one in plain)):
+        assert engine.chat(model, conversations, replace(whole, expected=expected)) == plain
+
+
 def test_what_an_architecture_cannot_do_is_told_when_the_plan_is_made(tiny_model: Path, tmp_path: Path) -> None:
     # So many layers, and so long an example, that most of the memory is for what layers keep.
     sizes = {"num_hidden_layers": 48, "hidden_size": 48, "intermediate_size": 160, "num_attention_heads": 4}

@@ -369,7 +369,7 @@ def test_a_job_is_the_sum_of_its_stages() -> None:
     assert found["general skills"].at_most == general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * 0.25
 
 
-def test_the_tuned_model_is_probed_for_as_long_as_it_is_trained_at_most() -> None:
+def test_the_tuned_model_is_probed_for_what_its_trainings_time_leaves() -> None:
     def probes(one: Measured, budget: float | None, trainings: int = 1) -> tuple[float, float] | None:
         stages = add_up([training(steps=300)] * trainings, one, eval_budget=budget).stages
         return next(((stage.at_most, stage.typical) for stage in stages if "probes" in stage.name), None)

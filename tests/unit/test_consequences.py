@@ -21,6 +21,7 @@ from heldout.pipeline.consequences import forgetting as forgetting_light
 from heldout.pipeline.consequences import format as form
 from heldout.pipeline.consequences.base import Budget, Consequence, not_measured, seconds_for_probes, status_of
 from heldout.pipeline.consequences.perturbations import allowed, aside, perturbed, separate, space
+from heldout.pipeline.consequences.perturbed_answers import Asked
 from heldout.pipeline.evaluate.forgetting import judge_changes
 from heldout.pipeline.types import Example
 from heldout.pipeline.verdict import decide
@@ -230,6 +231,37 @@ def test_when_time_is_short_some_examples_are_asked_in_all_wordings_before_the_o
         "white space": 30,
     }
     assert "left out" not in found.sentence, "the others change nothing here"
+    assert found.numbers["only_part"] == "30 of 90 examples were asked under all perturbations"
+    assert found.sentence.endswith(
+        "under all perturbations; the time for probes (200 s) was used up; HELDOUT_EVAL_BUDGET gives them more"
+    )
+
+
+def test_examples_that_only_the_most_damaging_perturbations_were_tried_on_count_in_no_mean() -> None:
+    def slips(messages: Sequence[Message]) -> str:
+        return right_label(messages) if last(messages) in WORDINGS else "no idea"
+
+    WORDINGS = {last(row.prompt) for row in HOLDOUT} | {
+        last(perturbed(row, one, 0).prompt)
+        for one in allowed(TRAIN, is_encoder=False)[0]
+        if one.name != "typing slips"
+        for row in HOLDOUT
+    }
+    short, long = (Slow(slips).measure(seconds, constant="card") for seconds in (400.0, 5000.0))
+    assert short.numbers["perturbations"]["typing slips"]["n"] == 60
+    assert short.numbers["n"] == 30
+    assert short.numbers["flip_rate"] == pytest.approx(long.numbers["flip_rate"], abs=0.05)
+
+
+def test_few_examples_are_asked_in_one_part_and_what_time_took_is_no_lack_of_examples() -> None:
+    engine = Slow(right_label)
+    few = subject(engine, TRAIN, HOLDOUT[:24], constant="card")
+    engine.now = 0.0
+    found = fragility.measure(replace(few, budget=Budget(60.0, clock=lambda: engine.now)))
+    assert found.numbers["perturbations"]["typing slips"]["n"] == 24
+    engine.now = 0.0
+    none = fragility.measure(replace(few, budget=Budget(0.0, clock=lambda: engine.now)))
+    assert none.sentence.count("the time for probes") == 1
 
 
 def test_when_the_time_is_used_up_the_last_perturbations_are_left_out_and_named() -> None:
@@ -243,20 +275,54 @@ def test_a_baseline_that_there_was_no_time_for_is_told_in_one_clause() -> None:
     found = Slow(brittle, right_label).measure(330.0)
     assert "baseline" not in found.numbers
     assert found.sentence.count("zero-shot") == 1
-    assert "zero-shot was asked none of them (the time for probes" in found.sentence
+    assert "zero-shot was asked none of these perturbations; 30 of 90" in found.sentence
+    assert found.sentence.count("the time for probes") == 1
 
 
 def test_a_baseline_that_was_asked_some_names_the_others() -> None:
     found = Slow(brittle, right_label).measure(400.0)
     assert found.numbers["baseline"]["perturbations"] == ["typing slips", "irrelevant ending"]
-    assert "zero-shot was not asked system prompt, small letters, " in found.sentence
+    assert "zero-shot was asked all but system prompt, small letters, " in found.sentence
 
 
 def test_a_baseline_that_was_asked_some_examples_is_compared_on_those() -> None:
     found = Slow(brittle, right_label).measure(900.0)
     assert found.status == "fail", found.sentence
-    assert found.numbers["n"] == 60
+    assert found.numbers["n"] == found.numbers["baseline"]["n"] == 30
     assert set(found.numbers["baseline"]["perturbations"]) == set(found.numbers["perturbations"])
+    found = Slow(brittle, right_label).measure(1100.0)
+    assert found.numbers["n"] == 60
+    assert found.numbers["baseline"]["n"] == 30
+    assert "points ahead of zero-shot on 30 of them" in found.sentence
+
+
+def test_a_baseline_is_compared_on_ten_examples_or_not_at_all() -> None:
+    def asked(places: range, drop: float) -> Asked:
+        n = len(places)
+        same = (drop,) * n
+        no = ("",) * n
+        return Asked(tried=tuple(range(20)), places=tuple(places), flips=same, drops=same, answers=no, texts=no)
+
+    def light(theirs: range) -> Consequence:
+        ours, other = {"slips": asked(range(20), 1.0)}, {"slips": asked(theirs, 0.0)}
+        words = {"slips": "with a slip"}
+        score = [1.0] * 20
+        return fragility.judge(
+            ours,
+            other,
+            score,
+            score,
+            HOLDOUT[:20],
+            [""] * 20,
+            words=words,
+            baseline_name="zero-shot",
+            refused={},
+            late="late",
+        )
+
+    assert light(range(9)).numbers["p_fail"] == 0.0
+    assert light(range(9)).numbers["not_compared"] == "zero-shot was asked none of these perturbations"
+    assert light(range(10)).status == "fail"
 
 
 # Memorisation
@@ -448,7 +514,7 @@ def test_the_time_for_probes_is_a_setting(monkeypatch: pytest.MonkeyPatch, value
 
 @pytest.mark.parametrize(
     ("training", "answering", "left"),
-    [(100.0, 0.0, 95.0), (100.0, 60.0, 35.0), (100.0, 300.0, 25.0), (20.0, -3.0, 19.0)],
+    [(100.0, 0.0, 95.0), (100.0, 60.0, 35.0), (100.0, 300.0, 25.0)],
 )
 def test_evaluation_takes_no_longer_than_the_training_but_for_a_quarter(
     training: float, answering: float, left: float

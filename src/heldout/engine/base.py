@@ -23,7 +23,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    #: Likely answers, as often as they are likely. They may save time and change no greedy answer.
+    #: Likely answers, as often as they are likely. They may save time and change no greedy answer, but for rounding.
     expected: tuple[str, ...] = field(default=(), repr=False)
 
 

@@ -78,7 +78,9 @@ class Rows:
             new[:, :, : self.used] = old[which].gather(2, index)
             return new
 
-        self.own = {layer: (moved(k), moved(v)) for layer, (k, v) in self.own.items()}
+        for layer in self.own:  # one after the other: both copies of all would not be counted on
+            keys, values = self.own[layer]
+            self.own[layer] = (moved(keys), moved(values))
 
     def as_prefix(self) -> Prefix:
         """This batch's single row as the prefix of another batch."""
@@ -143,7 +145,7 @@ AttentionInterface.register(IMPLEMENTATION, decode_attention)
 
 
 def read(model: Any, rows: Rows, own: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Read the next tokens of every row, at least one of each: the hidden states [n, hidden] of each row's. What
+    """Read the next tokens of every row, at least one of some row: the hidden states [n, hidden] of each row's. What
     counts of them `rows.count` is told next."""
     longest = max(map(len, own))
     if rows.used + longest > rows.slots:
@@ -151,12 +153,15 @@ def read(model: Any, rows: Rows, own: Sequence[Sequence[int]]) -> list[torch.Ten
     states: list[torch.Tensor] = []
     for span in _spans([len(row) for row in own]):
         some = own[span]
-        n = max(map(len, some))
+        n = max(1, *map(len, some))
         offsets = torch.arange(n, device=rows.lengths.device)
         causal = (offsets[None, :] <= offsets[:, None]).expand(len(some), n, n)
         past = rows.real[span, None, : rows.used].expand(-1, n, -1)
         mask = torch.cat([past, causal], dim=-1)
-        hidden = read_masked(model, rows, some, rows.lengths[span, None] + offsets, mask, span)
+        # What fills a row up stands where its last token does: positions beyond it need not exist.
+        last = torch.tensor([max(0, len(row) - 1) for row in some], device=offsets.device)
+        places = rows.lengths[span, None] + torch.minimum(offsets, last[:, None])
+        hidden = read_masked(model, rows, some, places, mask, span)
         states += [row[: len(tokens)] for row, tokens in zip(hidden, some, strict=True)]
     return states
 

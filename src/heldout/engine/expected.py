@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 #: Share of the expected answers that must go on alike, for it to be guessed.
 LIKELY = 0.5
-#: Most tokens guessed at once.
-AHEAD = 32
+#: Most tokens guessed at once, and tokens of an answer that are known.
+AHEAD, DEEP = 32, 64
 
 
 class _Node:
@@ -30,9 +30,12 @@ class Expected:
         for answer in answers:
             node = self._root
             node.count += 1
-            for token in answer:
+            for token in answer[:DEEP]:
                 node = node.next.setdefault(token, _Node())
                 node.count += 1
+
+    def __bool__(self) -> bool:
+        return bool(self._root.next)
 
     def after(self, begun: Sequence[int], most: int) -> list[int]:
         """How an answer that begins so goes on, as far as that is likely; at most so many tokens."""

@@ -1,7 +1,7 @@
 """Many conversations at once: what prompts begin with is computed once, each row keeps its own cache, and what answers
 are expected to say is read ahead.
 
-A greedy answer is the same however it comes about: a guess is kept as far as the model says the same.
+A greedy answer is the same however it comes about, but for rounding: a guess is kept as far as the model says the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from heldout.engine.base import Sampling
 from heldout.engine.cache import Prefix, Rows
 from heldout.engine.expected import AHEAD, Expected
 from heldout.engine.sharing import batches, families
+
+#: Places whose logits over the whole vocabulary are in memory at once.
+POSITIONS = 256
 
 
 class Answer(NamedTuple):
@@ -71,12 +74,13 @@ def generate(
     tell = progress or (lambda done, total: None)
     tell(0, len(prompts))
     generator = _generator(model, sampling)
-    if expected is None or sampling.temperature > 0:
+    if not expected or sampling.temperature > 0:
         expected = Expected()
+    ahead = 1 + AHEAD if expected else 0
     answers: dict[int, Answer] = {}
     for shared, members in families(prompts):
         prefix = cache.prefix_of(model, prompts[members[0]][:shared])
-        for batch in batches([len(prompts[i]) - shared + limits[i] for i in members]):
+        for batch in batches([len(prompts[i]) - shared + limits[i] + min(limits[i], ahead) for i in members]):
             rows = [_Open(members[i], prompts[members[i]][shared:], limits[members[i]]) for i in batch]
             before = len(answers)
             _answer(
@@ -104,7 +108,8 @@ def _answer(
 ) -> None:
     """Let one batch of answers grow to their ends."""
     longest, limit = max(len(one.unread) for one in answers), max(one.limit for one in answers)
-    rows = Rows(model, len(answers), longest + limit + min(limit, 1 + AHEAD), prefix)
+    # Whoever is the longest, another may have guessed most.
+    rows = Rows(model, len(answers), longest + limit + (min(limit, 1 + AHEAD) if expected else 0), prefix)
     unread = cache.read_but_the_last(model, rows, [one.unread for one in answers])
     for one, left in zip(answers, unread, strict=True):
         one.unread = left
@@ -115,7 +120,8 @@ def _answer(
         asked = [len(one.unread) - 1 for one in carried]  # the place whose next token is asked for
         read = cache.read(model, rows, [[*one.unread, *guess] for one, guess in zip(carried, guesses, strict=True)])
         states = [hidden[place:] for hidden, place in zip(read, asked, strict=True)]
-        said = choose(torch.cat(states)).split([len(some) for some in states])
+        chosen = torch.cat([choose(some) for some in torch.cat(states).split(POSITIONS)])
+        said = chosen.split([len(some) for some in states])
         kept = []
         for one, guess, words in zip(carried, guesses, map(torch.Tensor.tolist, said), strict=True):
             right = next((i for i, token in enumerate(guess) if token != words[i]), len(guess))

@@ -15,12 +15,11 @@ import torch
 
 from heldout.engine import cache
 from heldout.engine.cache import Prefix, Rows
+from heldout.engine.generate import POSITIONS
 from heldout.engine.sharing import batches, families
 from heldout.engine.template import Tokens
 
-#: Positions whose logits over the whole vocabulary are in memory at once.
-POSITIONS = 256
-#: Tokens of a tree from which on another one is begun: every token is held against all others of its tree.
+#: Tokens of answers from which on another tree is begun: every token is held against all others of its tree.
 LARGE = 1024
 
 
@@ -62,7 +61,7 @@ def log_probs(
         answers.setdefault(one.ids[: one.supervised.index(True)], []).append(i)
     prompts = list(answers)
     found: dict[int, float] = {}
-    for shared, members in families(prompts):
+    for shared, members in _together(prompts):
         prefix = cache.prefix_of(model, prompts[members[0]][:shared])
         trees = [
             tree
@@ -77,11 +76,22 @@ def log_probs(
     return [found[i] for i in range(len(conversations))]
 
 
+def _together(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Prompts whose trees stand behind one prefix. One with much of its own is read by itself, all but its last token:
+    a tree is no way to read a long text."""
+    for shared, members in families(prompts):
+        if short := [i for i in members if len(prompts[i]) - shared <= cache.CHUNK]:
+            yield shared, short
+        for i in members:
+            if len(prompts[i]) - shared > cache.CHUNK:
+                yield len(prompts[i]) - 1, [i]
+
+
 def _trees(conversations: Sequence[Tokens], places: Sequence[int], shared: int, prompt: int) -> Iterator[Tree]:
     """The answers to one prompt, of so many tokens, as one tree or several."""
     tree = Tree()
     for place in places:
-        if len(tree.tokens) >= LARGE:
+        if len(tree.tokens) - (prompt - shared) >= LARGE:
             yield tree
             tree = Tree()
         ids = conversations[place].ids
@@ -117,7 +127,7 @@ def _hidden(model: Any, prefix: Prefix, trees: Sequence[Tree]) -> torch.Tensor:
     n = max(len(tree.tokens) for tree in trees)
     rows = Rows(model, len(trees), n, prefix)
     seen = torch.stack([_seen(tree, n) for tree in trees])  # [B, n, n]
-    depths = torch.where(seen.any(-1), seen.sum(-1) - 1, 0).to(rows.lengths.device)
+    depths = (seen.sum(-1) - 1).to(rows.lengths.device)
     seen = seen.to(rows.lengths.device)
     chunk = n if n <= cache.CHUNK else max(1, cache.CHUNK // len(trees))
     states = []

@@ -32,6 +32,7 @@ class Loaded:
         self.context = weights.context_of(self.model.config.to_dict())
         self._peft: PeftModel | None = None
         self._count = 0
+        self._expected: tuple[tuple[str, ...], Expected] = ((), Expected())
         self._adapters: OrderedDict[str, str] = OrderedDict()  # folder -> name; a name may not contain dots
 
     @contextlib.contextmanager
@@ -45,6 +46,13 @@ class Loaded:
         assert self._peft is not None
         self._peft.set_adapter(name)
         yield self.model
+
+    def expected(self, sampling: Sampling) -> Expected:
+        """What greedy answers are likely to be. The last ones are kept: probes ask many times."""
+        texts = sampling.expected if sampling.temperature <= 0 else ()
+        if texts != self._expected[0]:
+            self._expected = (texts, Expected(self.template.answers(texts)))
+        return self._expected[1]
 
     def _load(self, adapter: str) -> str:
         if adapter not in self._adapters:
@@ -104,7 +112,7 @@ class LocalEngine:
             loaded = self._base(model.base_model)
             prompts = [loaded.template.prompt(messages) for messages in conversations]
             limits = [_room(prompt, sampling, loaded.context) for prompt in prompts]
-            expected = Expected(loaded.template.answers(sampling.expected))
+            expected = loaded.expected(sampling)
             with loaded.using(model.adapter) as network:
                 answers = generate.generate(
                     network, prompts, limits, sampling, loaded.template.stop_ids, progress, expected

@@ -45,7 +45,8 @@ def _split(prompts: Sequence[Sequence[int]], order: list[int], read: int, found:
         return order
     shared = common_prefix([prompts[order[0]], prompts[order[-1]]])
     parts = list(_parts(prompts, order, shared))
-    is_family = (len(order) - 1) * (shared - read) >= WORTH
+    # Its beginning is read once more, from the first token on.
+    is_family = (len(order) - 1) * (shared - read) - read >= WORTH
     rest: list[int] = order
     if len(parts) > 1:
         rest = [i for part in parts for i in _split(prompts, part, shared if is_family else read, found, deep - 1)]
@@ -72,11 +73,13 @@ def _parts(prompts: Sequence[Sequence[int]], order: list[int], shared: int) -> I
     yield part
 
 
-def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Places of rows of similar length, longest first, so little padding is computed: so many tokens at most."""
+def batches(lengths: Sequence[int], tokens: int | None = None) -> Iterator[list[int]]:
+    """Places of rows of similar length, longest first, so little padding is computed: at most so many tokens, or
+    BATCH_TOKENS."""
+    most = BATCH_TOKENS if tokens is None else tokens
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (lengths[batch[0]] * (len(batch) + 1) > tokens or len(batch) >= BATCH_ROWS):
+        if batch and (lengths[batch[0]] * (len(batch) + 1) > most or len(batch) >= BATCH_ROWS):
             yield batch
             batch = []
         batch.append(i)

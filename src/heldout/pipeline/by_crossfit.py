@@ -20,6 +20,7 @@ from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import SMALL
 from heldout.pipeline.stages import (
     Made,
+    Stopwatch,
     answer_room,
     climb,
     metric_of,
@@ -55,11 +56,14 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     tell_what_it_can_show(clusters, tools.watch, crossfit=True)
     if request.hyperparameters.tuned_encoder:
         tools.watch.message(f"The rung {TUNED_ENCODER} is left out: cross-fitting would train five", level="warn")
-    rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)
+    answering = Stopwatch()
+    with answering:
+        rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
 
     trained = train_folds(folds, plans, request, tools)
-    fitted = ask_folds(folds, trained, metric, request, tools)
+    with answering:
+        fitted = ask_folds(folds, trained, metric, request, tools)
     tuned = with_clusters([crossfit.pool_tuned(fitted)], clusters)[0]
     tell_rungs([tuned], "the rows, out of fold", tools.watch)
 
@@ -83,6 +87,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         answered=answered,
         clusters=clusters,
         metric=metric,
+        answering=answering.seconds,
         crossfit=found,
     )
 

@@ -12,6 +12,7 @@ from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import split_dataset
 from heldout.pipeline.stages import (
     Made,
+    Stopwatch,
     answer_room,
     climb,
     metric_of,
@@ -42,17 +43,21 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     tools.watch.planned(plan)
     clusters = find_clusters(split.holdout)
     tell_what_it_can_show(clusters, tools.watch, crossfit=False)
-    rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
+    answering = Stopwatch()
+    with answering:
+        rungs = climb(split, metric, request, facts, tools, max_tokens=max_tokens)
     rungs = with_clusters(with_tuned_encoder(rungs, split, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the holdout", tools.watch)
 
     adapter = train(plan, split, request, tools, directory=request.directory)
-    prove_serving(adapter, request.base_model, tools)
+    with answering:
+        prove_serving(adapter, request.base_model, tools)
+        scores = score_tuned(adapter.directory, split, metric, request.base_model, max_tokens, tools)
     tuned = Rung(
         name="tuned",
         kind="tuned",
         description=f"the base model with the adapter of step {adapter.best_step}, the prompt as it is",
-        scores=score_tuned(adapter.directory, split, metric, request.base_model, max_tokens, tools),
+        scores=scores,
     )
     return Made(
         split=split,
@@ -63,6 +68,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
         answered=split.holdout,
         clusters=clusters,
         metric=metric,
+        answering=answering.seconds,
     )
 
 

@@ -33,9 +33,7 @@ class Request:
     seed: int = 0
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     directory: Path  # checkpoints, adapter and report are written here; a job resumes from it
-    eval_budget: float | None = (
-        None  # seconds for probes of the tuned model; None: evaluation as a whole takes no longer than its training
-    )
+    eval_budget: float | None = None  # seconds for probes of the tuned model; None: as consequences/base.py has it
     grader: dict[str, Any] | None = None  # OpenAI's, as JSON; instead of `hyperparameters.metric`
     suffix: str | None = None  # the user's name for the model
     #: Variables by which the operator's settings change what is computed (Settings.of_jobs).

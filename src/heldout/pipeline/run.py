@@ -28,7 +28,7 @@ from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.reproduce import Reproduction, reproduction_of
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder, serve_shots, serve_word_counts
-from heldout.pipeline.stages import Made, activations, answer_room
+from heldout.pipeline.stages import Made, Stopwatch, activations, answer_room
 from heldout.pipeline.training import Adapter, ModelFacts
 from heldout.pipeline.types import Finding
 from heldout.pipeline.verdict import decide
@@ -48,11 +48,11 @@ def run_job(request: Request, tools: Tools) -> Outcome:
 
     more = more_data(parts, request, facts, tools)
     few = parts.holdout is None and is_small(parts.train)
-    making = time.monotonic()
     made = (make_by_crossfit if few else make_by_holdout)(request, parts, facts, tools)
 
-    forgetting = forgetting_of(made, request, facts, tools)
-    answering = time.monotonic() - making - made.training_seconds
+    answering = Stopwatch(made.answering)
+    with answering:
+        forgetting = forgetting_of(made, request, facts, tools)
     consequences = consequences_of(made, forgetting, answering, request, facts, tools)
     verdict = decide(
         made.rungs,
@@ -155,13 +155,13 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
 
 
 def consequences_of(
-    made: Made, forgetting: Forgetting | None, answering: float, request: Request, facts: ModelFacts, tools: Tools
+    made: Made, forgetting: Forgetting | None, evaluating: Stopwatch, request: Request, facts: ModelFacts, tools: Tools
 ) -> tuple[Consequence, ...]:
-    """What training made worse in the served model, in the time that the job has for it after so many seconds of
-    answering for the verdict."""
+    """What training made worse in the served model, in the time that the job has for it after answering for the
+    verdict."""
     seconds = request.eval_budget
     if seconds is None:
-        seconds = seconds_for_probes(made.training_seconds, answering)
+        seconds = seconds_for_probes(made.training_seconds, evaluating.seconds)
     subject = Subject(
         engine=tools.engine,
         model=ModelRef(base_model=request.base_model, adapter=str(made.adapter.directory)),
@@ -178,11 +178,10 @@ def consequences_of(
         budget=Budget(seconds),
         watch=tools.watch,
     )
-    began = time.monotonic()
-    found = measure_all(subject)
-    evaluating = answering + time.monotonic() - began
+    with evaluating:
+        found = measure_all(subject)
     tools.watch.message(
-        f"Evaluation took {evaluating:.0f} s in all, training {made.training_seconds:.0f} s",
-        data={"evaluating": evaluating, "training": made.training_seconds},
+        f"Evaluation took {evaluating.seconds:.0f} s in all, training {made.training_seconds:.0f} s",
+        data={"evaluating": evaluating.seconds, "training": made.training_seconds},
     )
     return found

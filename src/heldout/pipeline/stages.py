@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,12 +48,26 @@ class Made:
     answered: tuple[Example, ...]  # whom the scores are about, in order
     clusters: tuple[int, ...]  # answered[i] is one piece of evidence with all others of clusters[i]
     metric: Metric
+    answering: float  # seconds that the scores took in this process, the tuned models' included
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
 
     @property
     def training_seconds(self) -> float:
         """Of all its trainings."""
         return self.adapter.seconds + sum(fold.seconds for fold in (self.crossfit.folds if self.crossfit else ()))
+
+
+class Stopwatch:
+    """Adds up how long some blocks took: `with watch: …`; `watch.seconds`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.monotonic() - self._began
 
 
 def metric_of(request: Request, parts: Parts) -> Metric:

@@ -61,7 +61,7 @@ def seconds_for_probes(training: float, answering: float) -> float:
         answering: seconds that the rest of evaluation took: the rungs, the tuned model's answers, general skills. They
             decide the verdict and are not cut, so evaluation is longer where they leave less than AT_LEAST.
     """
-    return max(AT_LEAST * training, AT_MOST * training - max(0.0, answering))
+    return max(AT_LEAST * training, AT_MOST * training - answering)
 
 
 class Budget:

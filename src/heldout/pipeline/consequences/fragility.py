@@ -58,10 +58,10 @@ def measure(subject: Subject) -> Consequence:
     clean = [subject.tuned.scores.per_example[place] for place in places]
     baseline_clean = [subject.baseline.scores.per_example[place] for place in places]
     ours, baseline = ask_both(subject, perturbations, places, clean, baseline_clean)
-    tuned = {name: asked for name, asked in ours.found.items() if len(asked.places) >= FEWEST}
+    tuned, left_out = enough(ours, len(examples), subject.budget.sentence)
     if not tuned:
         few = f"no perturbation changes {FEWEST} of the {len(examples)} holdout examples that were to be asked"
-        return not_measured(NAME, "; ".join([few, *ours.left_out.values()]), left_out=ours.left_out)
+        return not_measured(NAME, "; ".join(dict.fromkeys(left_out.values())) or few, left_out=left_out)
     if baseline:
         theirs = {name: asked for name, asked in baseline.found.items() if name in tuned}
     else:
@@ -76,9 +76,21 @@ def measure(subject: Subject) -> Consequence:
         words={one.name: one.words for one in perturbations},
         baseline_name=subject.baseline.name,
         why_not=why_not,
-        left_out={name: why for name, why in ours.left_out.items() if name not in tuned},
-        not_compared=_not_compared(baseline, tuned) if baseline else None,
+        left_out=left_out,
+        refused=baseline.left_out if baseline and (baseline.found or baseline.left_out) else None,
+        late=subject.budget.sentence,
     )
+
+
+def enough(answers: Answers, examples: int, late: str) -> tuple[dict[str, Asked], dict[str, str]]:
+    """The perturbations that were asked often enough to tell something; those that were not, and why. One that changes
+    few of all examples is neither."""
+    found = {name: asked for name, asked in answers.found.items() if len(asked.places) >= FEWEST}
+    left_out = {name: why for name, why in answers.left_out.items() if name not in answers.found}
+    for name, asked in answers.found.items():
+        if name not in found and asked.places and len(asked.tried) < examples:
+            left_out[name] = late
+    return found, left_out
 
 
 def ask_both(
@@ -103,25 +115,18 @@ def ask_both(
     for lot in _lots(len(places), subject.seed):
         asking.ask(ours, lot)
         waiting += lot
-        if baseline and ours.found and may_matter(ours.found, clean, baseline_clean):
-            asking.ask(baseline, waiting)
+        # Once asked, always asked: a part that was chosen because it looks bad would look worse than the whole.
+        if baseline and ours.found and (baseline.found or may_matter(ours.found, clean, baseline_clean)):
+            asking.ask(baseline, waiting, ours.found)
             waiting = []
     return ours, baseline
 
 
-def _not_compared(baseline: Answers, tuned: dict[str, Asked]) -> str | None:
-    """Which of the perturbations the baseline was not asked, and why."""
-    missing = [name for name in baseline.left_out if name in tuned]
-    if not missing:
-        return None
-    which = "asked none of them" if len(missing) == len(tuned) else f"not asked {', '.join(missing)}"
-    return f"{baseline.who} was {which} ({baseline.left_out[missing[0]]})"
-
-
 def _lots(examples: int, seed: int) -> list[list[int]]:
-    """Places in LOTS parts, at random: files may have an order, and a period."""
+    """Places in LOTS parts, or fewer where they would be small; at random, as files may have an order, and a period."""
     order = random.Random(f"{seed}/{NAME}/lots").sample(range(examples), examples)
-    return [sorted(order[number::LOTS]) for number in range(LOTS)]
+    lots = max(1, min(LOTS, examples // (2 * FEWEST)))
+    return [sorted(order[number::lots]) for number in range(lots)]
 
 
 def may_matter(tuned: dict[str, Asked], clean: Sequence[float], baseline_clean: Sequence[float]) -> bool:
@@ -129,8 +134,9 @@ def may_matter(tuned: dict[str, Asked], clean: Sequence[float], baseline_clean: 
 
     A perturbed baseline is hardly better than the same baseline as it is.
     """
-    flips = list(_by_example({name: _pairs(asked, asked.flips) for name, asked in tuned.items()}).values())
-    drops = _by_example({name: _pairs(asked, asked.drops) for name, asked in tuned.items()})
+    whole = _tried(tuned)
+    flips = list(_by_example({name: _pairs(asked, asked.flips) for name, asked in tuned.items()}, whole).values())
+    drops = _by_example({name: _pairs(asked, asked.drops) for name, asked in tuned.items()}, whole)
     below = [baseline_clean[i] - (clean[i] - drop) for i, drop in drops.items()]
     return p_above(flips, MARGIN) >= LIKELY or p_above(below, 0.0) >= 0.5
 
@@ -147,12 +153,20 @@ def judge(
     baseline_name: str,
     why_not: str | None = None,
     left_out: dict[str, str] | None = None,
-    not_compared: str | None = None,
+    refused: dict[str, str] | None = None,
+    late: str = "",
 ) -> Consequence:
     """The light, from the answers. An example's flips and drops are means over the perturbations that change it, so
-    that every example is one piece of evidence."""
-    flips = _by_example({name: _pairs(asked, asked.flips) for name, asked in tuned.items()})
-    drops = _by_example({name: _pairs(asked, asked.drops) for name, asked in tuned.items()})
+    that every example is one piece of evidence; means are of examples that all of them were tried on, since the
+    perturbations are not alike.
+
+    Args:
+        refused: the perturbations that the baseline could not be asked, and why; None where it need not be asked.
+        late: what to say of examples that there was no time for.
+    """
+    whole = _tried(tuned)
+    flips = _by_example({name: _pairs(asked, asked.flips) for name, asked in tuned.items()}, whole)
+    drops = _by_example({name: _pairs(asked, asked.drops) for name, asked in tuned.items()}, whole)
     numbers: dict[str, Any] = {
         "n": len(flips),
         "flip_rate": statistics.fmean(flips.values()),
@@ -163,69 +177,87 @@ def judge(
     }
     warns = [p_above(asked.drops, MARGIN) for asked in tuned.values()]
     fails = 0.0
-    compared = [name for name in tuned if name in baseline and _in_pairs(tuned[name], baseline[name])]
-    if compared:
-        pairs = {name: _in_pairs(tuned[name], baseline[name]) for name in compared}
-        theirs = _by_example({name: [(one.place, one.their_flip) for one in some] for name, some in pairs.items()})
+    pairs = {name: _in_pairs(tuned[name], asked) for name, asked in baseline.items()}
+    pairs = {name: some for name, some in pairs.items() if len(some) >= FEWEST}
+    if pairs:
+        both_tried = whole & _tried({name: baseline[name] for name in pairs})
+        theirs = _by_example(
+            {name: [(one.place, one.their_flip) for one in some] for name, some in pairs.items()}, both_tried
+        )
         excess = _by_example(
-            {name: [(one.place, one.flip - one.their_flip) for one in some] for name, some in pairs.items()}
+            {name: [(one.place, one.flip - one.their_flip) for one in some] for name, some in pairs.items()}, both_tried
         )
         ahead = {i: a - b for i, (a, b) in enumerate(zip(clean, baseline_clean, strict=True))}  # as they are
         both = _by_example(
             {
                 name: [(one.place, ahead[one.place] - one.drop + one.their_drop) for one in some]
                 for name, some in pairs.items()
-            }
+            },
+            both_tried,
         )
         warns.append(p_above(list(excess.values()), MARGIN))
         fails = p_above([-one for one in both.values()], 0.0)
         numbers["baseline"] = {
             "name": baseline_name,
+            "n": len(both),
             "flip_rate": statistics.fmean(theirs.values()),
             "flip_excess": statistics.fmean(excess.values()),
             "ahead": statistics.fmean(both.values()),
             "ahead_interval": list(paired_interval(list(both.values()))),
-            "perturbations": compared,
+            "perturbations": list(pairs),
         }
     numbers |= {"p_warn": max(warns), "p_fail": fails}
     if why_not:
         numbers["only_some"] = why_not
     if left_out:
         numbers["left_out"] = left_out
-    if not_compared:
-        numbers["not_compared"] = not_compared
+    missing = {} if refused is None else {name: refused.get(name, late) for name in tuned if name not in pairs}
+    if missing:
+        which = "none of these perturbations" if not pairs else f"all but {', '.join(missing)}"
+        numbers["not_compared"] = f"{baseline_name} was asked {which}{_because(missing, late)}"
+    if len(whole) < len(examples):
+        numbers["only_part"] = f"{len(whole)} of {len(examples)} examples were asked under all perturbations"
+    was_late = late in (*(left_out or {}).values(), *missing.values()) or "only_part" in numbers
     worst = max(tuned, key=lambda name: (statistics.fmean(tuned[name].drops), statistics.fmean(tuned[name].flips)))
     return Consequence(
         name=NAME,
         status=status_of(fails=fails, warns=max(warns)),
-        sentence=_sentence(numbers, worst, words[worst], why_not, not_compared),
+        sentence=_sentence(numbers, worst, words[worst], late if was_late else ""),
         numbers=numbers,
         examples=_examples(tuned[worst], worst, examples, before),
     )
 
 
-def _sentence(numbers: dict[str, Any], worst: str, words: str, why_not: str | None, not_compared: str | None) -> str:
+def _because(reasons: dict[str, str], late: str) -> str:
+    """Why something was not asked, in brackets; that there was no time is told once, at the end."""
+    others = [why for why in dict.fromkeys(reasons.values()) if why != late]
+    return f" ({'; '.join(others)})" if others else ""
+
+
+def _sentence(numbers: dict[str, Any], worst: str, words: str, late: str) -> str:
     one = numbers["perturbations"][worst]
     low, high = one["interval"]
+    kinds, before, after = len(numbers["perturbations"]), numbers["score"], numbers["perturbed_score"]
     parts = [
-        f"asked in other words ({len(numbers['perturbations'])} perturbations of {numbers['n']} holdout examples), the "
-        f"tuned model changes {numbers['flip_rate']:.1%} of its answers and scores {numbers['perturbed_score']:.1%} "
-        f"instead of {numbers['score']:.1%}; worst {words}: {points(-one['drop'])} points (95 % interval "
+        f"asked in other words ({kinds} perturbation{'' if kinds == 1 else 's'} of {numbers['n']} holdout examples), "
+        f"the tuned model changes {numbers['flip_rate']:.1%} of its answers and scores {after:.1%} instead of "
+        f"{before:.1%}; worst {words}: {points(-one['drop'])} points (95 % interval "
         f"{points(-high)} to {points(-low)})"
     ]
     if other := numbers.get("baseline"):
         parts.append(
-            f"perturbed, it is {points(other['ahead'])} points ahead of {other['name']}, which changes "
-            f"{other['flip_rate']:.1%} of its answers"
+            f"perturbed, it is {points(other['ahead'])} points ahead of {other['name']}"
+            + (f" on {other['n']} of them" if other["n"] < numbers["n"] else "")
+            + f", which changes {other['flip_rate']:.1%} of its answers"
         )
     if numbers["p_warn"] >= LIKELY:
         parts.append("rows in other wordings, or augmentation: robust, may steady it")
-    if why_not:
-        parts.append(f"other perturbations could change the right answer: {why_not}")
+    if "only_some" in numbers:
+        parts.append(f"other perturbations could change the right answer: {numbers['only_some']}")
     if left_out := numbers.get("left_out"):
-        parts.append(f"left out: {', '.join(left_out)} ({next(iter(left_out.values()))})")
-    if not_compared:
-        parts.append(not_compared)
+        parts.append(f"left out: {', '.join(left_out)}{_because(left_out, late)}")
+    parts += [numbers[name] for name in ("not_compared", "only_part") if name in numbers]
+    parts += [late] if late else []
     return "; ".join(parts)
 
 
@@ -253,7 +285,14 @@ def _numbers(asked: Asked) -> dict[str, Any]:
 def _unmoved(asked: Asked) -> Asked:
     """What a constant answer does."""
     zeros = (0.0,) * len(asked.places)
-    return Asked(places=asked.places, flips=zeros, drops=zeros, answers=("",) * len(asked.places), texts=asked.texts)
+    return Asked(
+        tried=asked.tried,
+        places=asked.places,
+        flips=zeros,
+        drops=zeros,
+        answers=("",) * len(asked.places),
+        texts=asked.texts,
+    )
 
 
 def _pairs(asked: Asked, values: Sequence[float]) -> list[tuple[int, float]]:
@@ -280,10 +319,16 @@ def _in_pairs(asked: Asked, theirs: Asked) -> list[_Pair]:
     ]
 
 
-def _by_example(values: dict[str, list[tuple[int, float]]]) -> dict[int, float]:
-    """Means over the perturbations, by the example's place."""
+def _tried(asked: dict[str, Asked]) -> set[int]:
+    """The examples that all of these perturbations were tried on."""
+    return set.intersection(*(set(one.tried) for one in asked.values()))
+
+
+def _by_example(values: dict[str, list[tuple[int, float]]], places: set[int]) -> dict[int, float]:
+    """Means over the perturbations, by the example's place: of these places."""
     found: dict[int, list[float]] = {}
     for pairs in values.values():
         for place, value in pairs:
-            found.setdefault(place, []).append(value)
+            if place in places:
+                found.setdefault(place, []).append(value)
     return {place: statistics.fmean(found[place]) for place in sorted(found)}

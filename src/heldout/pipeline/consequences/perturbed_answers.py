@@ -3,7 +3,7 @@ as there is time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from heldout.engine.base import ModelRef
@@ -15,9 +15,10 @@ from heldout.pipeline.types import Example
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What one model answered to one perturbation of the examples. `places` are those that it changed."""
+    """What one model answered to one perturbation of the examples."""
 
-    places: tuple[int, ...]  # in the list of sampled examples
+    tried: tuple[int, ...]  # places of the examples in the list of sampled ones
+    places: tuple[int, ...]  # those of them that the perturbation changed
     flips: tuple[float, ...]  # how far the answer is from the one before, 0 to 1; of `places`
     drops: tuple[float, ...]  # score before minus score after; of `places`
     answers: tuple[str, ...]
@@ -25,6 +26,7 @@ class Asked:
 
     def __add__(self, more: Asked) -> Asked:
         return Asked(
+            tried=self.tried + more.tried,
             places=self.places + more.places,
             flips=self.flips + more.flips,
             drops=self.drops + more.drops,
@@ -53,11 +55,12 @@ class Asking:
     perturbations: Sequence[Perturbation]
     examples: Sequence[Example]
 
-    def ask(self, answers: Answers, lot: Sequence[int]) -> None:
-        """Ask a model some more of the examples, by their places, under one perturbation after the other."""
+    def ask(self, answers: Answers, lot: Sequence[int], only: Collection[str] | None = None) -> None:
+        """Ask a model some more of the examples, by their places, under one perturbation after the other: of `only`, or
+        all but those that it could not be asked before."""
         refused = set(answers.left_out) - set(answers.found)
         for one in self.perturbations:
-            if one.name in refused:
+            if one.name in refused or (only is not None and one.name not in only):
                 continue
             if self.subject.budget.used_up:
                 if one.name not in answers.found:
@@ -82,6 +85,7 @@ class Asking:
         metric, asked = self.subject.metric, [self.examples[i] for i in places]
         before = [answers.before[i] for i in places]
         return Asked(
+            tried=tuple(lot),
             places=tuple(places),
             flips=tuple(1 - metric.score(text, old) for text, old in zip(texts, before, strict=True)),
             drops=tuple(
