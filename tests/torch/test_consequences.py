@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_every_consequence_has_a_light_a_sentence_and_numbers_in_every_form_of_t
         assert f"| {name} |" in text
         assert f"<td class=name>{name}</td>" in page
         assert any(message.startswith(f"Consequences, {name}: ") for message in chat.watch.messages), one
+    assert any(re.fullmatch(r"Evaluation took \d+ s in all, training \d+ s", told) for told in chat.watch.messages)
 
 
 def test_a_chat_model_is_asked_perturbed_and_its_training_answers_are_read(chat: Done) -> None:
