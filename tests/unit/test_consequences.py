@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heldout.engine.base import Message
+from heldout.engine.base import Message, ModelRef
 from heldout.errors import InvalidValue
 from heldout.pipeline.augment.perturb import pieces
 from heldout.pipeline.consequences import CONSEQUENCES, fragility, generalisation, measure_all, memorisation
@@ -326,6 +326,25 @@ def test_a_baseline_is_compared_on_ten_examples_or_not_at_all() -> None:
 
 
 # Memorisation
+
+
+@pytest.mark.parametrize(("seconds", "read"), [(1.0, 22), (60.0, 45), (1000.0, 90)])
+def test_when_time_is_short_fewer_answers_of_both_sides_are_read(
+    seconds: float, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, now = Speaking(right_label), [0.0]
+    log_probs = engine.log_probs
+
+    def slowly(model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Any = None) -> list[float]:
+        now[0] += len(conversations)
+        return log_probs(model, conversations, progress)
+
+    monkeypatch.setattr(engine, "log_probs", slowly)
+    known = subject(engine, TRAIN[:90], HOLDOUT)
+    found = memorisation.measure(replace(known, budget=Budget(seconds, clock=lambda: now[0])))
+    assert found.numbers["n_train"] == pytest.approx(read, abs=1)
+    assert found.numbers["n_holdout"] == pytest.approx(read, abs=1)
+    assert ("the time for probes" in found.sentence) == (read < 90)
 
 
 def test_losses_that_are_alike_are_no_memory_and_smaller_ones_of_train_are() -> None:

@@ -151,6 +151,13 @@ def sample(rows: Sequence[Example], count: int, seed: int, what: str) -> list[in
     return sorted(random.Random(f"{seed}/{what}").sample(range(len(rows)), count))
 
 
+def in_lots(count: int, lots: int, seed: int, what: str) -> list[list[int]]:
+    """Places 0 to count - 1 in so many parts of like size, at random (files may have an order, and a period); always
+    the same ones. What is asked part by part can end when time does."""
+    order = random.Random(f"{seed}/{what}/lots").sample(range(count), count)
+    return [sorted(order[number::lots]) for number in range(lots)]
+
+
 def points(share: float) -> str:
     """A difference of shares in points."""
     return f"{100 * share:+.1f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from heldout.pipeline.consequences.base import (
     NONE_UNSEEN,
     Consequence,
     Subject,
+    in_lots,
     not_measured,
     points,
     sample,
@@ -112,7 +112,8 @@ def ask_both(
     if subject.baseline.kind != "constant":
         baseline = answers_of(subject.baseline, subject.base, subject.baseline.name)
     waiting: list[int] = []
-    for lot in _lots(len(places), subject.seed):
+    lots = max(1, min(LOTS, len(places) // (2 * FEWEST)))
+    for lot in in_lots(len(places), lots, subject.seed, NAME):
         asking.ask(ours, lot)
         waiting += lot
         # Once asked, always asked: a part that was chosen because it looks bad would look worse than the whole.
@@ -120,13 +121,6 @@ def ask_both(
             asking.ask(baseline, waiting, ours.found)
             waiting = []
     return ours, baseline
-
-
-def _lots(examples: int, seed: int) -> list[list[int]]:
-    """Places in LOTS parts, or fewer where they would be small; at random, as files may have an order, and a period."""
-    order = random.Random(f"{seed}/{NAME}/lots").sample(range(examples), examples)
-    lots = max(1, min(LOTS, examples // (2 * FEWEST)))
-    return [sorted(order[number::lots]) for number in range(lots)]
 
 
 def may_matter(tuned: dict[str, Asked], clean: Sequence[float], baseline_clean: Sequence[float]) -> bool:

@@ -13,6 +13,7 @@ from heldout.pipeline.consequences.base import (
     SURE,
     Consequence,
     Subject,
+    in_lots,
     not_measured,
     sample,
     short,
@@ -50,8 +51,7 @@ def measure(subject: Subject) -> Consequence:
     if min(len(train), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and holdout answers are needed to compare their likelihoods")
     try:
-        seen_losses = losses(subject, [train[i] for i in sample(train, READ, subject.seed, NAME)])
-        unseen_losses = losses(subject, [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)])
+        seen_losses, unseen_losses = read(subject, train, unseen)
     except ContextLengthExceeded as error:
         return not_measured(NAME, f"an answer does not fit: {error}")
     auc, draws = membership(seen_losses, unseen_losses)
@@ -73,13 +73,33 @@ def measure(subject: Subject) -> Consequence:
         fails=max(severe, recited["p_fail"] if recited else 0.0),
         warns=max(numbers["p_warn"], recited["p_warn"] if recited else 0.0),
     )
+    sentence = _sentence(numbers, warned=status != "ok", one_decision=subject.is_encoder)
+    if len(seen_losses) < min(READ, len(train)):
+        sentence += f"; {subject.budget.sentence}"
     return Consequence(
         name=NAME,
         status=status,
-        sentence=_sentence(numbers, warned=status != "ok", one_decision=subject.is_encoder),
+        sentence=sentence,
         numbers=numbers,
         examples=examples,
     )
+
+
+def read(subject: Subject, train: Sequence[Example], unseen: Sequence[Example]) -> tuple[list[float], list[float]]:
+    """Losses of READ examples of both sides, or of fewer when the time for probes is used up before: FEWEST or a few
+    more of each at a time."""
+    sides = [[rows[i] for i in sample(rows, READ, subject.seed, NAME)] for rows in (train, unseen)]
+    lots = max(1, min(map(len, sides)) // FEWEST)
+    parts = [in_lots(len(side), lots, subject.seed, NAME) for side in sides]
+    found: tuple[list[float], list[float]] = ([], [])
+    for number in range(lots):
+        if number and subject.budget.used_up:
+            break
+        rows = [[side[i] for i in part[number]] for side, part in zip(sides, parts, strict=True)]
+        both = losses(subject, [*rows[0], *rows[1]])
+        found[0].extend(both[: len(rows[0])])
+        found[1].extend(both[len(rows[0]) :])
+    return found
 
 
 def losses(subject: Subject, examples: Sequence[Example]) -> list[float]:
@@ -160,7 +180,8 @@ def _sentence(numbers: dict[str, Any], *, warned: bool, one_decision: bool) -> s
     parts = [
         f"a training answer is likelier to the tuned model than an unseen one in {numbers['auc']:.0%} of pairs "
         f"(membership AUC {numbers['auc']:.2f}, 95 % interval {low:.2f} to {high:.2f}; 0.5 is none); loss "
-        f"{numbers['train_loss']:.3f} against {numbers['holdout_loss']:.3f} nats{'' if one_decision else ' per token'}"
+        f"{numbers['train_loss']:.3f} against {numbers['holdout_loss']:.3f} nats{'' if one_decision else ' per token'} "
+        f"of {numbers['n_train']} and {numbers['n_holdout']}"
     ]
     if numbers["p_severe"] >= SURE:
         parts.append("that is severe: who holds the model can tell what it was trained on")
