@@ -30,7 +30,7 @@ def main() -> None:
     job = OUT / "job"
     shutil.rmtree(job, ignore_errors=True)
 
-    console.rule("One job: check, split, cheaper rungs, training, verdict (some eight minutes on two cores)")
+    console.rule("One job: check, split, cheaper rungs, training, verdict (three to eight minutes on two cores)")
     files = {part: HERE / f"tickets.{part}.jsonl" for part in ("train", "validation", "holdout")}
     tune = [sys.executable, "-m", "heldout", "tune", str(files["train"])]
     tune += ["--validation", str(files["validation"]), "--holdout", str(files["holdout"])]
