@@ -1,6 +1,7 @@
 """Does the verdict tell the truth? Jobs on few rows, judged on many rows that no job has seen.
 
     .venv/bin/python benchmarks/truth.py --small                     two tasks, two traps, n = 64, one seed
+    .venv/bin/python benchmarks/truth.py --small --cells noise30 --truth 200    as weak, of other cells
     .venv/bin/python benchmarks/truth.py [--cells banking12 noise30] [--n 64 240] [--seeds 0 1 2] [--out cells.jsonl]
     .venv/bin/python benchmarks/truth.py --report cells.jsonl        the table, without running anything
     .venv/bin/python benchmarks/truth.py --same-curve                TRL's own loss curves beside ours (needs trl)
@@ -220,10 +221,13 @@ def honest(candidates: Sequence[Sequence[float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TASKS, *(trap.name for trap in TRAPS)]
-    parser.add_argument("--small", action="store_true", help="four cells with short prompts, three epochs at most")
-    parser.add_argument("--cells", nargs="+", default=names, choices=names)
-    parser.add_argument("--n", nargs="+", type=int, default=list(SIZES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument(
+        "--small", action="store_true", help="weak and quick settings, of four cells unless others are named"
+    )
+    parser.add_argument("--cells", nargs="+", choices=names, help="default: all")
+    parser.add_argument("--n", nargs="+", type=int, help=f"default: {SIZES}")
+    parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {SEEDS}")
+    parser.add_argument("--truth", type=int, help=f"rows of the truth set, at most; default: {TRUTH}")
     parser.add_argument("--depth", help=f"freeze_layers of all arms: full, fast, turbo or a share; {DEPTH}")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each with its share of the cores")
     parser.add_argument("--out", type=Path, help="default: truth.jsonl in the cache folder")
@@ -238,16 +242,16 @@ def main() -> None:
 
         same_curve()
         return
-    if asked.small:
-        cells = [Cell(name=name, n=64, seed=0, depth=asked.depth or SMALL_DEPTH, **SMALL_CELL) for name in SMALL]
-    else:
-        # Seed by seed, so that a run which is ended early has some of everything.
-        cells = [
-            Cell(name=name, n=n, seed=seed, depth=asked.depth or DEPTH)
-            for seed in asked.seeds
-            for n in asked.n
-            for name in asked.cells
-        ]
+    settings: dict[str, Any] = {"depth": SMALL_DEPTH, **SMALL_CELL} if asked.small else {}
+    given = {"depth": asked.depth, "truth": asked.truth}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    # Seed by seed, so that a run which is ended early has some of everything.
+    cells = [
+        Cell(name=name, n=n, seed=seed, **settings)
+        for seed in asked.seeds or ([0] if asked.small else SEEDS)
+        for n in asked.n or ([64] if asked.small else SIZES)
+        for name in asked.cells or (SMALL if asked.small else names)
+    ]
     out = asked.out or Settings().cache / ("truth-small.jsonl" if asked.small else "truth.jsonl")
     todo = left(cells, read_cells(out))
     print(f"{len(cells) - len(todo)} of {len(cells)} cells stand in {out}", file=sys.stderr)
