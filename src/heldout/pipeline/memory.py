@@ -25,9 +25,9 @@ HEAD_ROWS, HEAD_COPIES = 256, 2
 SLACK = 1.05
 #: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
 KEPT_SCORES = 1 << 22
-#: Packed tokens of a validation (fewer with small micro-batches); cached tokens and rows of an evaluated
-#: batch (engine/sharing.py).
-VALID_TOKENS, CACHED_TOKENS, CACHED_ROWS = 4096, 4096, 48
+#: Packed tokens of a validation (fewer with small micro-batches); cached tokens of an evaluated batch, and places
+#: whose logits are in memory at once (engine/sharing.py, engine/generate.py).
+VALID_TOKENS, CACHED_TOKENS, PREDICTED = 4096, 4096, 256
 #: A micro-batch is not cut below this many packed tokens: each costs a pass over all weights.
 SMALLEST = 64
 
@@ -83,7 +83,7 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     predictions = min(sizes.predictions, packed)
     logits = min(HEAD_ROWS, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
     cached = CACHED_TOKENS * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
-    answering = cached + _passing(shapes, sizes, CACHED_TOKENS // 8) + CACHED_ROWS * shapes.vocabulary * 4 * 2
+    answering = cached + _passing(shapes, sizes, CACHED_TOKENS // 8) + PREDICTED * shapes.vocabulary * 4 * 2
     validated = max(min(VALID_TOKENS, 2 * plan.micro_tokens), sizes.longest)
     validating = _passing(shapes, sizes, validated) + HEAD_ROWS * shapes.vocabulary * 8
     return Need(
