@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import heldout
+from heldout.engine import cache, generate
 from heldout.engine.base import ModelRef, Sampling
+from heldout.engine.expected import Expected
 from heldout.engine.local import LocalEngine
+from heldout.engine.weights import load_model
 from heldout.errors import ContextLengthExceeded, InvalidTrainingFile, InvalidValue, ModelNotFound
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import make_plan
@@ -112,14 +116,14 @@ def test_a_conversation_longer_than_the_window_is_refused_as_too_long(windowed: 
 
 
 def test_what_is_read_ahead_for_one_row_counts_for_no_other_rows_window(windowed: Path) -> None:
-    engine, model = LocalEngine(**TOOLS), ModelRef(base_model=str(windowed))
-    texts = ("blue and so on, on and on", "x")
-    conversations = [[{"role": "user", "content": text}] for text in texts]
-    whole = Sampling(max_tokens=40)
-    plain = engine.chat(model, conversations, whole)
-    assert plain[0].prompt_tokens + plain[0].completion_tokens == 40, "it answers up to the end of its window"
-    for expected in ((plain[1].text,), (plain[0].text,), tuple(one.text for one in plain)):
-        assert engine.chat(model, conversations, replace(whole, expected=expected)) == plain
+    model = load_model(windowed, torch.float32, cache.IMPLEMENTATION)
+    prompts, limits = [[*range(100, 137)], [2, 3, 4]], [3, 37]  # both end where the window does
+    with torch.no_grad():
+        plain = generate.generate(model, prompts, limits, Sampling(), frozenset())
+        first, *rest = plain[1].tokens
+        # How it goes on is known behind its first token, when the long row is almost full.
+        late = Expected([[first, *rest], [first + 1], [first + 2]])
+        assert generate.generate(model, prompts, limits, Sampling(), frozenset(), expected=late) == plain
 
 
 def test_what_an_architecture_cannot_do_is_told_when_the_plan_is_made(tiny_model: Path, tmp_path: Path) -> None:
