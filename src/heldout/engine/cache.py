@@ -83,14 +83,8 @@ class Rows:
             self.own[layer] = (moved(keys), moved(values))
 
     def as_prefix(self) -> Prefix:
-        """This batch's single row as the prefix of another batch."""
-        own = {layer: (k[0, :, : self.used], v[0, :, : self.used]) for layer, (k, v) in self.own.items()}
-        if not self.prefix:
-            return own
-        return {
-            layer: (torch.cat([k, own[layer][0]], 1), torch.cat([v, own[layer][1]], 1))
-            for layer, (k, v) in self.prefix.items()
-        }
+        """This batch's single row, which stands behind no prefix, as the prefix of another batch."""
+        return {layer: (k[0, :, : self.used], v[0, :, : self.used]) for layer, (k, v) in self.own.items()}
 
 
 def decode_attention(

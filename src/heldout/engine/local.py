@@ -191,8 +191,8 @@ class LocalEngine:
         with self._lock:
             if encoder := self._encoder_called(base_model):
                 return [len(ids) for ids in encoder.encoder.tokenize(texts)]
-            tokenizer = self._base(base_model).template.tokenizer
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+            template = self._base(base_model).template
+        return [len(ids) for ids in template.answers(texts)]
 
     def embed(self, encoder: str, texts: Sequence[str]) -> list[list[float]]:
         """See Engine.embed."""
