@@ -99,7 +99,9 @@ def tune(
     keep_leaks: Annotated[
         bool,
         typer.Option(
-            "--keep-leaks", help="Score validation and holdout rows that are in the training file; the verdict says so."
+            "--keep-leaks",
+            help="Score rows that are in the training file, and questions with what gives their answers away; "
+            "the verdict says so.",
         ),
     ] = False,
     grader: Annotated[
@@ -262,7 +264,9 @@ Base = Annotated[str | None, typer.Option(help="The base model of an adapter tha
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="The most tokens of an answer. Default: a quarter more than the right ones.")
 ]
-KeepLeaks = Annotated[bool, typer.Option("--keep-leaks", help="Score rows that are in the training file, too.")]
+KeepLeaks = Annotated[
+    bool, typer.Option("--keep-leaks", help="Score rows that are in the training file, and questions as they are.")
+]
 Seed = Annotated[int, typer.Option(help="Draws the examples that are shown in prompts.")]
 ReportFolder = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write report.json, .md and .html there.")

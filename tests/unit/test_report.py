@@ -222,7 +222,7 @@ def test_a_caveat_stands_before_every_number(outcome: Outcome, tmp_path: Path) -
     assert next(iter(found)) == "caveats"
     assert found["caveats"] == found["verdict"]["caveats"] == [caveat]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert text.index(markdown_text(caveat)) < text.index("examples nobody trained on (but see above)")
+    assert text.index(markdown_text(caveat)) < text.index("examples nobody trained on (see the caveat)")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.index("2 of 100 holdout rows are in the training file &lt;t&gt;") < page.index("<ul>")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.checks.groups import group_by_prompt, prompt_fingerprint
 from heldout.pipeline.checks.parts import name_lines
+from heldout.pipeline.giveaways import find_giveaways
 from heldout.pipeline.given import Files, clean
 from heldout.pipeline.split import SMALL, distinct, in_order, once, part_sizes, pick, sources, strata, too_small
 from heldout.pipeline.types import Dataset, Finding, Split
@@ -53,8 +54,9 @@ def split_into_folds(
 
     Units stay together: rows that ask the same or nearly so, of one passage, declared group or conversation.
     Labels keep their shares in every fold. Of what a fold does not hold out, 15 % (at least 10 units, at most
-    half) are valid, or else `valid` is: the given file less what leaks, or whole (`keep_leaks`). Same files and
-    seed, same folds.
+    half) are valid, or else `valid` is: the given file less what leaks, or whole (`keep_leaks`). Held-out questions
+    are asked without what gives their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same
+    folds.
 
     Raises InvalidTrainingFile when there are fewer units than folds, InvalidValidationFile when all of `valid`
     leaks.
@@ -68,10 +70,16 @@ def split_into_folds(
         raise InvalidTrainingFile(
             too_small(train, len(prompts), holdout=True, valid=valid is None, findings=found.findings)
         )
-    findings = [*found.findings, *_never_held_out(train, {prompt for unit in units for prompt in unit}, found.findings)]
-    counted = {row.line for row in once(tuple(train.examples), train.name, findings)}
+    held_once = {prompt for unit in units for prompt in unit}
+    findings = [*found.findings, *_never_held_out(train, held_once, found.findings)]
+    rows = once(tuple(train.examples), train.name, findings)
     findings += given.findings
     valid_rows = once(given.valid, valid.name, findings) if valid is not None else ()
+    scored = tuple(row for row in rows if prompt_fingerprint(row.prompt) in held_once)
+    giveaways = find_giveaways(files.rows, with_valid=valid is not None, keep=keep_leaks)
+    told, caveats = giveaways.told(scored, train.name)
+    findings += told
+    asked = {row.line: row for row in giveaways.asked(scored)}
     stratum_of = strata(train, found)
     rng = random.Random(f"{seed}/folds")
 
@@ -84,11 +92,11 @@ def split_into_folds(
         return Split(
             train=in_order(train, lambda prompt: prompt not in held | validating),
             valid=valid_rows or distinct(in_order(train, validating.__contains__)),
-            holdout=tuple(row for row in in_order(train, held.__contains__) if row.line in counted),
+            holdout=tuple(asked[row.line] for row in in_order(train, held.__contains__) if row.line in asked),
             seed=seed,
             groups=len(prompts),
             sources=sources(train, valid, None),
-            caveats=given.caveats,
+            caveats=(*given.caveats, *caveats),
         )
 
     splits = tuple(split(held_units) for held_units in _deal(units, stratum_of, rng))
@@ -103,7 +111,7 @@ def split_into_folds(
             "valid": "none" if valid is None else f"validation file {valid.name}",
             "holdout": f"none: every row of {train.name} is answered by the one of {FOLDS} models that never saw it",
         },
-        caveats=given.caveats,
+        caveats=(*given.caveats, *caveats),
     )
     return Folds(splits=splits, whole=whole), tuple(findings)
 

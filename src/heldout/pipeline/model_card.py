@@ -329,7 +329,7 @@ def _base(model: _Model) -> str:
 def _asked(outcome: Outcome, model: _Model) -> str:
     n = len(model.rung.scores.per_example)
     if outcome.crossfit is None:
-        kept = "" if not outcome.split.caveats else ", but for those that the caveat names"
+        kept = "" if not outcome.split.caveats else " (see the caveat)"
         return f"{n} examples that nobody trained on{kept}"
     return (
         f"{n} examples, each answered by the one of {len(outcome.crossfit.folds)} models like this one that never saw "

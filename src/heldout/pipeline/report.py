@@ -243,7 +243,7 @@ def _parts(outcome: Outcome) -> str:
 
 def _judged_on(outcome: Outcome) -> str:
     if outcome.crossfit is None:
-        trained_on = " (but see above)" if outcome.split.caveats else ""
+        trained_on = " (see the caveat)" if outcome.split.caveats else ""
         return f"{len(outcome.split.holdout)} examples nobody trained on{trained_on}"
     return (
         f"{len(outcome.tuned.scores.per_example)} examples, each answered by the one of "

@@ -21,6 +21,7 @@ from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.folds import is_small
+from heldout.pipeline.giveaways import find_giveaways
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
 from heldout.pipeline.ladder import CLASSICAL, FROZEN
 from heldout.pipeline.mistakes import instructive_mistakes
@@ -114,6 +115,7 @@ def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -
         parts.train,
         (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None,
         Silent(),
+        giveaways=find_giveaways(parts.rows, with_valid=parts.valid is not None, keep=request.keep_leaks),
         seed=request.seed,
     ).more
     if more:

@@ -14,6 +14,7 @@ from heldout.pipeline.checks.groups import fingerprint, fold, prompt_fingerprint
 from heldout.pipeline.checks.near import Near
 from heldout.pipeline.checks.parts import name_lines
 from heldout.pipeline.checks.rows import Rows
+from heldout.pipeline.giveaways import find_giveaways
 from heldout.pipeline.given import Files, clean
 from heldout.pipeline.types import Dataset, Example, Finding, Split
 from heldout.pipeline.units import Unit, Units, find_units
@@ -35,7 +36,8 @@ def split_dataset(
     or to one conversation are in one part: no unit (see units.py) is divided. Files that are given are used as
     they are, less the rows that another part gives away, or with them (`keep_leaks`; the split says so); what is
     not given is split off `train`. Rows are never left out of `train`, where repeated rows stay too; in the
-    other parts they count once. Same files and seed, same split.
+    other parts they count once. Held-out questions are asked without what gives their answers away
+    (giveaways.py), unless `keep_leaks`. Same files and seed, same split.
 
     Raises the file's InvalidTrainingFile, InvalidValidationFile or InvalidHoldoutFile when a part would be
     empty.
@@ -49,15 +51,21 @@ def split_dataset(
     given = clean(files, drawn=judged, keep_leaks=keep_leaks)
     findings += given.findings
     valid_rows = drawn.valid if valid is None else given.valid
-    holdout_rows = drawn.holdout if holdout is None else given.holdout
+    held_file = (train if holdout is None else holdout).name
+    held = once(drawn.holdout if holdout is None else given.holdout, held_file, findings)
+    giveaways = find_giveaways(
+        files.rows, with_valid=valid is not None, with_holdout=holdout is not None, keep=keep_leaks
+    )
+    told, caveats = giveaways.told(held, held_file)
+    findings += told
     split = Split(
         train=drawn.train,
         valid=once(valid_rows, (train if valid is None else valid).name, findings),
-        holdout=once(holdout_rows, (train if holdout is None else holdout).name, findings),
+        holdout=giveaways.asked(held),
         seed=seed,
         groups=len({prompt_fingerprint(row.prompt) for row in train.examples}),
         sources=sources(train, valid, holdout),
-        caveats=given.caveats,
+        caveats=(*given.caveats, *caveats),
     )
     return split, tuple(findings)
 

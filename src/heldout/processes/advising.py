@@ -15,7 +15,7 @@ from heldout.pipeline.advise.costs import Prices, add_costs, count_tokens
 from heldout.pipeline.advise.duration import add_up, training_of
 from heldout.pipeline.advise.measure import Measured, measure
 from heldout.pipeline.advise.recommend import Prompted, Proof, recommend, what_it_proves
-from heldout.pipeline.advise.rungs import Cheap, measure_cheap
+from heldout.pipeline.advise.rungs import Cheap, Embed, measure_cheap
 from heldout.pipeline.advise.task import Task, infer_task, kind_of_rows
 from heldout.pipeline.checks import ModelTools, Parts
 from heldout.pipeline.checks.groups import group_by_prompt
@@ -23,6 +23,7 @@ from heldout.pipeline.checks.length import find_too_long
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.fold_length import fold_plan
 from heldout.pipeline.folds import is_small, split_into_folds
+from heldout.pipeline.giveaways import find_giveaways
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors
 from heldout.pipeline.plan import TrainPlan, make_plan
@@ -89,7 +90,7 @@ def advise(
     job: Job | Unmeasured = Unmeasured(why=REFUSED if errors else QUICK)
     if quick or errors:
         if task.kind == "labels":
-            cheap = measure_cheap(parts.train, None, watch, seed=seed)
+            cheap = _cheap(parts, None, watch, seed)
     else:
         # torch and transformers come in here.
         from heldout.processes.tools import local_tools
@@ -102,7 +103,7 @@ def advise(
         if task.kind == "labels":
             encoder = frozen_encoder(model, facts)
             embed = (lambda texts: tools.engine.embed(encoder, texts)) if encoder else None
-            cheap = measure_cheap(parts.train, embed, watch, seed=seed)
+            cheap = _cheap(parts, embed, watch, seed)
         with tempfile.TemporaryDirectory(prefix="heldout-advise-") as name:
             rehearsal = _rehearse(parts, replace(request, directory=Path(name)), facts, tools, cheap)
         job = _job(rehearsal, model, _prices(settings), checked, settings.eval_budget)
@@ -123,6 +124,11 @@ def advise(
         errors=errors,
         warnings=warnings,
     )
+
+
+def _cheap(parts: Parts, embed: Embed | None, watch: Watch, seed: int) -> Cheap:
+    giveaways = find_giveaways(parts.rows, with_valid=parts.valid is not None)
+    return measure_cheap(parts.train, embed, watch, giveaways=giveaways, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.advise.learning_curve import FEWEST_ROWS, MOST_ROWS, Fit, MoreData, draw_curve, predict
 from heldout.pipeline.checks.groups import fold, group_by_prompt
 from heldout.pipeline.evaluate.statistics import wilson
+from heldout.pipeline.giveaways import Giveaways
 from heldout.pipeline.ladder import classical_model, frozen_model, one_thread
 from heldout.pipeline.types import Dataset, Example
 from heldout.pipeline.watch import Watch
@@ -54,27 +55,31 @@ class Cheap(NamedTuple):
         return self.fit_seconds + self.embed_seconds * (self.rungs[0].rows if self.rungs else 0)
 
 
-def measure_cheap(dataset: Dataset, embed: Embed | None, watch: Watch, *, seed: int = 0) -> Cheap:
+def measure_cheap(
+    dataset: Dataset, embed: Embed | None, watch: Watch, *, giveaways: Giveaways = Giveaways(), seed: int = 0
+) -> Cheap:
     """Score the cheap rungs of a file with labels.
 
     Args:
         embed: the encoder of the frozen rung; None leaves that rung out.
+        giveaways: what rows are asked without, though they are learned with it.
     """
     groups = group_by_prompt(dataset.examples)
     rows = [group[0] for group in groups.values()]  # a repeated prompt would be answered from memory
     n = len(rows)
     if n > MOST_ROWS:
         rows = random.Random(f"{seed}/cheap").sample(rows, MOST_ROWS)
+    asked = giveaways.asked(rows)
     labels = [fold(row.target) for row in rows]
     commonest = max(labels.count(label) for label in set(labels))
     rungs = [_rung("always the commonest answer", commonest, len(rows))]
     if len(rows) < FEWEST_FITTED:
         return Cheap(tuple(rungs))
-    fits: list[tuple[str, Fit]] = [(TFIDF, tfidf_fit(rows, labels))]
+    fits: list[tuple[str, Fit]] = [(TFIDF, tfidf_fit(rows, labels, asked))]
     embed_seconds = 0.0
     if embed is not None:
         began = time.perf_counter()
-        frozen = frozen_fit(rows, labels, embed, watch)
+        frozen = frozen_fit(rows, labels, embed, watch, asked)
         embed_seconds = (time.perf_counter() - began) / len(rows)
         if frozen:
             fits.append((FROZEN, frozen))
@@ -97,28 +102,39 @@ def _rung(name: str, right: int, rows: int) -> CheapRung:
     return CheapRung(name=name, score=right / rows, interval=wilson(right, rows), rows=rows)
 
 
-def tfidf_fit(rows: Sequence[Example], labels: Sequence[str]) -> Fit:
-    """The classical rung of the ladder."""
+def tfidf_fit(rows: Sequence[Example], labels: Sequence[str], asked_rows: Sequence[Example] | None = None) -> Fit:
+    """The classical rung of the ladder. `asked_rows[i]` is row i as it is asked; None: as it is learned."""
     texts = [user_text(row.prompt) for row in rows]
+    questions = texts if asked_rows is None else [user_text(row.prompt) for row in asked_rows]
 
     def fit(taught: Sequence[int], asked: Sequence[int]) -> Sequence[str]:
         known = [labels[row] for row in taught]
         if len(set(known)) < 2:
             return [known[0]] * len(asked)
         model = classical_model().fit([texts[row] for row in taught], known)
-        return [str(answer) for answer in model.predict([texts[row] for row in asked])]
+        return [str(answer) for answer in model.predict([questions[row] for row in asked])]
 
     return fit
 
 
-def frozen_fit(rows: Sequence[Example], labels: Sequence[str], embed: Embed, watch: Watch) -> Fit | None:
-    """The frozen rung of the ladder. None, and a message, when a text is longer than the encoder reads."""
+def frozen_fit(
+    rows: Sequence[Example],
+    labels: Sequence[str],
+    embed: Embed,
+    watch: Watch,
+    asked_rows: Sequence[Example] | None = None,
+) -> Fit | None:
+    """The frozen rung of the ladder. None, and a message, when a text is longer than the encoder reads.
+    `asked_rows` as in `tfidf_fit`."""
     import numpy as np
 
     with_system = varies_in_system([row.prompt for row in rows])
+    texts = [text_of(row.prompt, with_system=with_system) for row in rows]
+    questions = texts if asked_rows is None else [text_of(row.prompt, with_system=with_system) for row in asked_rows]
     watch.message(f"Reading {len(rows)} texts with the encoder")
     try:
-        vectors = np.asarray(embed([text_of(row.prompt, with_system=with_system) for row in rows]))
+        vectors = np.asarray(embed(texts))
+        asked_vectors = vectors if questions == texts else np.asarray(embed(questions))
     except ContextLengthExceeded as error:
         watch.message(f"The frozen encoder is left out: {error}", level="warn")
         return None
@@ -127,6 +143,6 @@ def frozen_fit(rows: Sequence[Example], labels: Sequence[str], embed: Embed, wat
         known = [labels[row] for row in taught]
         if len(set(known)) < 2:
             return [known[0]] * len(asked)
-        return [str(answer) for answer in frozen_model().fit(vectors[taught], known).predict(vectors[asked])]
+        return [str(answer) for answer in frozen_model().fit(vectors[taught], known).predict(asked_vectors[asked])]
 
     return fit

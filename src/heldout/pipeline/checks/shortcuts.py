@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from heldout.engine.labels import read_label
 from heldout.pipeline.checks.parts import Parts, name_lines, name_some, shorten
-from heldout.pipeline.checks.rows import Sampled
+from heldout.pipeline.checks.rows import Rows, Sampled
 from heldout.pipeline.types import Finding
 
 #: An answer behind one mark ("label:", "[") in so many rows, this share of them, with two answers or more ...
@@ -28,6 +28,8 @@ ONE_PLACE = 0.95
 #: A token whose rows in the validation file have the label less often than this told it in training only.
 HOLDS = 0.8
 MIN_VALID_ROWS = 5
+#: A short text in brackets, or a word.
+_PIECES = re.compile(r"([\[({<][^\[\](){}<>\n]{1,40}[\])}>]\S*|\S+)")
 _TRIM = ".,!?;:'\"…"
 
 
@@ -37,7 +39,7 @@ def find_answers_in_prompts(parts: Parts) -> Iterator[Finding]:
     An answer that is merely among the user's words (an extracted name, a label that is a common word) is not meant.
     """
     sample = parts.rows.samples[0]
-    answers = [_answer(row) for row in sample]
+    answers = [label_of(row) for row in sample]
     texts = [row.text.casefold() for row in sample]
     rows: dict[str, list[int]] = {}
     for position, (text, answer) in enumerate(zip(texts, answers, strict=True)):
@@ -71,7 +73,8 @@ def find_answers_in_prompts(parts: Parts) -> Iterator[Finding]:
     )
 
 
-def _answer(row: Sampled) -> str:
+def label_of(row: Sampled) -> str:
+    """The label that it is answered with, folded; empty where the answer is none."""
     label = read_label(row.answer)
     return "" if label is None else label.name.strip().casefold()
 
@@ -92,8 +95,8 @@ def _frames(text: str, answer: str) -> set[str]:
     return found
 
 
-class _Token(NamedTuple):
-    """A token that tells a label."""
+class Token(NamedTuple):
+    """A token that tells a label: folded, without the marks around it."""
 
     label: str
     text: str
@@ -104,21 +107,49 @@ class _Token(NamedTuple):
 
     @property
     def fails(self) -> bool:
+        """True when it does not hold in the validation file."""
         return self.valid_rows >= MIN_VALID_ROWS and self.valid_right < HOLDS * self.valid_rows
 
+    @property
+    def means_nothing(self) -> bool:
+        """True when a question asks the same without it: it does not hold, or is a code. A code that has the label's
+        name in it may be what is to be read out."""
+        return self.fails or (self.is_code and self.label not in self.text)
 
-def find_shortcut_tokens(parts: Parts) -> Iterator[Finding]:
-    """Tokens in all rows of a label and in no others that are no part of what is asked.
+    @property
+    def told(self) -> str:
+        """What it does."""
+        return f"{self.text!r} tells {shorten(self.label)}"
+
+    def is_in(self, text: str) -> bool:
+        """True when the text has it."""
+        return self.text in tokens_of(text)
+
+    def without(self, text: str) -> str:
+        """The text less the token, the brackets around it and the white space behind it, but for a line's end."""
+        pieces = _PIECES.split(text)  # alternately a bracket or a word, and what is behind it
+        kept = pieces[0]
+        for piece, space in zip(pieces[1::2], pieces[2::2], strict=True):
+            if self.text not in tokens_of(piece):
+                kept += piece + space
+            elif "\n" in space:
+                kept = kept.rstrip() + space
+        return text if kept == text else kept.strip()
+
+
+def shortcut_tokens(rows: Rows, *, with_valid: bool) -> tuple[Token, ...]:
+    """Tokens in all rows of a label of the first file and in no others that are no part of what is asked; those that
+    surely are none first.
 
     A word that belongs to a label's subject does the same, so a token must show that it is none: it does not hold
-    in the validation file; or it is a code or always at one place, and several labels have such a token.
+    in the validation file (the second, `with_valid`); or it is a code or always at one place, and several labels have
+    such a token.
     """
-    if not parts.rows.labels():
-        return
-    sample = parts.rows.samples[0]
-    valid = parts.rows.samples[1] if parts.valid is not None else ()
-    tokens = list(_telling(sample, valid))
-    covered = Counter(_answer(row) for row in sample)
+    if not rows.labels():
+        return ()
+    sample = rows.samples[0]
+    tokens = list(_telling(sample, rows.samples[1] if with_valid else ()))
+    covered = Counter(label_of(row) for row in sample)
     codes = [token for token in tokens if token.is_code]
     placed = [token for token in tokens if token.at_one_place]
     odd = {token for token in tokens if token.fails or (token.is_code and token.at_one_place)}
@@ -126,17 +157,28 @@ def find_shortcut_tokens(parts: Parts) -> Iterator[Finding]:
         labels = {token.label for token in several}
         if len(labels) > 1 and 2 * sum(covered[label] for label in labels) >= len(sample):
             odd.update(several)
-    if not odd:
-        return
-    first: dict[str, _Token] = {}
-    for token in sorted(odd, key=lambda token: (not token.fails, not token.is_code, token.label, token.text)):
+    return tuple(sorted(odd, key=lambda token: (not token.fails, not token.is_code, token.label, token.text)))
+
+
+def one_of_each(tokens: Iterable[Token]) -> tuple[Token, ...]:
+    """The first token of each label."""
+    first: dict[str, Token] = {}
+    for token in tokens:
         first.setdefault(token.label, token)
-    chosen = list(first.values())
-    shown = name_some([f"{token.text!r} tells {shorten(token.label)}" for token in chosen], at_most=8)
+    return tuple(first.values())
+
+
+def find_shortcut_tokens(parts: Parts) -> Iterator[Finding]:
+    """Tokens that tell the label and are no part of what is asked."""
+    chosen = one_of_each(shortcut_tokens(parts.rows, with_valid=parts.valid is not None))
+    if not chosen:
+        return
+    sample = parts.rows.samples[0]
+    shown = name_some([token.told for token in chosen], at_most=8)
     seen, right = sum(token.valid_rows for token in chosen), sum(token.valid_right for token in chosen)
     checked = f" In {parts.valid.name} it is right in {right} of {seen} rows." if parts.valid and seen else ""
     labels = {token.label for token in chosen}
-    lines = tuple(row.line for row in sample if _answer(row) in labels)
+    lines = tuple(row.line for row in sample if label_of(row) in labels)
     yield Finding(
         code="shortcut_token",
         severity="warning",
@@ -146,13 +188,13 @@ def find_shortcut_tokens(parts: Parts) -> Iterator[Finding]:
         ),
         file=parts.train.name,
         lines=lines,
-        example=next(shorten(row.text, at_most=200) for row in sample if _answer(row) == chosen[0].label),
+        example=next(shorten(row.text, at_most=200) for row in sample if label_of(row) == chosen[0].label),
     )
 
 
-def _telling(sample: Sequence[Sampled], valid: Sequence[Sampled]) -> Iterator[_Token]:
-    labels = [_answer(row) for row in sample]
-    texts = [_tokens(row.text) for row in sample]
+def _telling(sample: Sequence[Sampled], valid: Sequence[Sampled]) -> Iterator[Token]:
+    labels = [label_of(row) for row in sample]
+    texts = [tokens_of(row.text) for row in sample]
     of_label = Counter(labels)
     having = Counter(token for text in texts for token in set(text))
     together = Counter((label, token) for label, text in zip(labels, texts, strict=True) for token in set(text))
@@ -164,8 +206,8 @@ def _telling(sample: Sequence[Sampled], valid: Sequence[Sampled]) -> Iterator[_T
     for label, token in telling:
         places = [(text.index(token), text[::-1].index(token)) for text in texts if token in text]
         most = max(Counter(place[side] for place in places).most_common(1)[0][1] for side in (0, 1))
-        checked = [_answer(row) for row in valid if token in _tokens(row.text)]
-        yield _Token(
+        checked = [label_of(row) for row in valid if token in tokens_of(row.text)]
+        yield Token(
             label=label,
             text=token,
             is_code=not all(character.isalpha() or character in "'’-" for character in token),
@@ -175,8 +217,14 @@ def _telling(sample: Sequence[Sampled], valid: Sequence[Sampled]) -> Iterator[_T
         )
 
 
-def _tokens(text: str) -> list[str]:
-    return [bare for token in text.casefold().split() if (bare := token.strip(_TRIM))]
+def tokens_of(text: str) -> list[str]:
+    """The text's words and codes as they are compared."""
+    return [bare for token in text.split() if (bare := bare_token(token))]
+
+
+def bare_token(token: str) -> str:
+    """Folded, without the marks around it."""
+    return token.casefold().strip(_TRIM)
 
 
 def _of(parts: Parts, sample: Sequence[Sampled]) -> str:
