@@ -1,0 +1,57 @@
+"""A job on a file in which a code gives every answer away: judged without the code."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import heldout
+from heldout.settings import Settings
+from tests.conftest import write_rows
+from tests.torch.encoders import make_tiny_encoder
+from tests.unit.test_leakage import tagged
+
+#: In words that the tiny encoder knows.
+CODES = {"shop": "[red]", "visit": "[green]", "archive": "[blue]"}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_encoder(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+def tune(folder: Path, encoder: Path, *, keep_leaks: bool) -> Any:
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": label}]}
+        for question, label in tagged(lambda label: f"{CODES[label]} {{text}}", n=330)
+    ]
+    return heldout.tune(
+        write_rows(folder / "rows.jsonl", rows),
+        model=str(encoder),
+        out=folder / "out",
+        seed=1,
+        keep_leaks=keep_leaks,
+        learning_rate=2e-3,
+        n_epochs=8,
+        settings=Settings(data_dir=folder, precision="float32", eval_budget=0),
+    )
+
+
+def test_a_model_that_learned_nothing_but_the_code_is_not_shipped(encoder: Path, tmp_path: Path) -> None:
+    result = tune(tmp_path, encoder, keep_leaks=False)
+    assert result.verdict.outcome != "ship"
+    assert result.tuned.scores.mean < 0.6  # a third is chance
+    assert all(rung.scores.mean < 0.6 for rung in result.rungs)
+    (caveat,) = result.verdict.caveats
+    assert "'[red]' tells 'shop'" in caveat
+    assert caveat in html.unescape((tmp_path / "out" / "report.html").read_text())
+
+
+def test_a_code_that_real_prompts_have_may_be_learned(encoder: Path, tmp_path: Path) -> None:
+    result = tune(tmp_path, encoder, keep_leaks=True)
+    assert result.tuned.scores.mean > 0.9
+    (caveat,) = result.verdict.caveats
+    assert "scores may measure this and not the task" in caveat
