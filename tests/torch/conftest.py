@@ -1,4 +1,4 @@
-"""Trainees and plans small enough for a test."""
+"""Trainees, plans and models small enough for a test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from heldout.engine import cache, sharing
+from heldout.engine.base import ModelRef
 from heldout.engine.local import LocalEngine
+from heldout.engine.template import ChatTemplate
+from heldout.engine.weights import load_tokenizer
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Example, Split
@@ -176,3 +182,37 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 def engine() -> LocalEngine:
     """The serving path in fp32."""
     return LocalEngine(**TOOLS)
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> ModelRef:
+    return ModelRef(base_model=str(tiny_model))
+
+
+@pytest.fixture
+def tuned(tiny_model: Path, trained: Adapter) -> ModelRef:
+    return ModelRef(base_model=str(tiny_model), adapter=str(trained.directory))
+
+
+@pytest.fixture(scope="session")
+def template(tiny_model: Path) -> ChatTemplate:
+    return ChatTemplate(load_tokenizer(tiny_model))
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model: Path, trained: Adapter) -> dict[str | None, Any]:
+    """The same models by transformers and PEFT alone: {adapter folder or None: model}."""
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+    folder = str(trained.directory)
+    return {None: load(), folder: PeftModel.from_pretrained(load(), folder).eval()}
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read a few tokens at a time, two rows at once, or one."""
+    monkeypatch.setattr(cache, "TOKENS", 9)
+    monkeypatch.setattr(cache, "CHUNK", 7)
+    monkeypatch.setattr(sharing, "BATCH_ROWS", 2)

@@ -375,6 +375,7 @@ def _ask(answerer: Answerer, rows: Judged, metric: Metric, room: int, stage: str
             rows.examples,
             metric,
             max_tokens=room,
+            learned=rows.split.train if rows.split and answerer.model.adapter else (),
             progress=lambda done, total: watch.progress(stage, done, total),
         )
     except ContextLengthExceeded as error:
