@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import MODEL, mean
+from benchmarks.common import MODEL, best_unseen, mean
 from benchmarks.truth_report import report
 from benchmarks.truth_traps import TASKS, TRAPS, TRUTH, rows_for
 
@@ -160,7 +160,7 @@ def run(cell: Cell, directory: Path) -> dict[str, Any]:
         "truth_rows": len(truth),
         "scores": {name: mean(list(map(float, one))) for name, one in answers.items()},
         "ceiling": max(map(mean, candidates)),
-        "ceiling_unseen": honest(candidates),
+        "ceiling_unseen": best_unseen(candidates),
         "seconds": seconds,
         "outcome": verdict.outcome,
         "because": verdict.because,
@@ -207,15 +207,6 @@ def ends_with(outcome: str, because: str, baseline: str, job: Any) -> str:
     if because == "cheaper_is_better":
         return str(max((one for one in job.rungs if one.kind == "classical"), key=lambda one: one.scores.mean).name)
     return baseline
-
-
-def honest(candidates: Sequence[Sequence[float]]) -> float:
-    """The score of the best candidate on truth rows that did not choose it: every other row chooses for the rest."""
-    halves = []
-    for chooses in (0, 1):
-        best = max(candidates, key=lambda one: mean(one[chooses::2]))
-        halves.append(mean(best[1 - chooses :: 2]))
-    return mean(halves)
 
 
 def main() -> None:
