@@ -19,7 +19,7 @@ from heldout.pipeline.checks.labels import (
     find_unknown_labels,
 )
 from heldout.pipeline.checks.parts import ModelTools, Parts
-from heldout.pipeline.checks.wrong_labels import find_wrong_labels
+from heldout.pipeline.checks.wrong_labels import find_wrong_labels, noise_caveats
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.types import Dataset, Example, Finding
 
@@ -223,6 +223,15 @@ def test_wrong_labels_are_found_and_the_share_is_estimated():
     assert findings["label_noise"].severity == findings["wrong_label"].severity == "warning"
     share = int(findings["label_noise"].message.removeprefix("About ").partition("%")[0])
     assert 14 <= share <= 26  # 20 % are wrong
+
+
+def test_a_verdict_on_rows_of_a_noisy_file_says_so_first():
+    noisy = tuple(find_wrong_labels(Parts(train=tickets(400, wrong=0.2)[0])))
+    (caveat,) = noise_caveats(noisy, holdout_given=False)
+    assert "those of the rows held out of it: good" in caveat
+    assert noise_caveats(noisy, holdout_given=True) == ()
+    clean = tuple(find_wrong_labels(Parts(train=tickets(400, wrong=0.01)[0])))
+    assert noise_caveats(clean, holdout_given=False) == ()
 
 
 def test_the_most_suspicious_line_comes_first_with_the_label_that_the_others_say():

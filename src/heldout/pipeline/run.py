@@ -14,6 +14,7 @@ from heldout.pipeline.advise.rungs import measure_cheap
 from heldout.pipeline.by_crossfit import make_by_crossfit
 from heldout.pipeline.by_holdout import make_by_holdout
 from heldout.pipeline.checks import Parts
+from heldout.pipeline.checks.wrong_labels import noise_caveats
 from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.consequences import measure_all
 from heldout.pipeline.consequences.base import Budget, Consequence, Subject, seconds_for_probes
@@ -61,7 +62,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         made.crossfit,
         forgetting=forgetting,
         consequences=consequences,
-        caveats=made.split.caveats,
+        caveats=(*made.split.caveats, *noise_caveats(findings, holdout_given=parts.holdout is not None)),
         clusters=made.clusters,
         look=tools.look(made.answered),
     )

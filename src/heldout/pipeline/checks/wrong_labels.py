@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,6 +76,16 @@ def find_wrong_labels(parts: Parts) -> Iterator[Finding]:
     suspects = _suspects(scores, rows.labels, noise if is_noisy else None)
     if suspects:
         yield _wrong(parts.train, rows, scores, suspects, is_noisy=is_noisy, of=of)
+
+
+def noise_caveats(findings: Iterable[Finding], *, holdout_given: bool) -> tuple[str, ...]:
+    """What a verdict must say first where its rows are drawn from a file with noisy labels; nothing where not."""
+    if holdout_given or not any(one.code == "label_noise" and one.severity == "warning" for one in findings):
+        return ()
+    return (
+        "many labels of the training file seem wrong (label_noise), and so do those of the rows held out of it: good "
+        "models score too low and real differences look smaller; correct the labels, or give a right holdout file",
+    )
 
 
 class _Rows(NamedTuple):
