@@ -22,7 +22,9 @@ from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline import ladder
+from heldout.pipeline.checks import rows as checked_rows
 from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.giveaways import find_giveaways
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.intake import frozen_encoder
 from heldout.pipeline.outcome import Outcome
@@ -31,7 +33,7 @@ from heldout.pipeline.request import Request, Source, Tools
 from heldout.pipeline.run import run_job
 from heldout.pipeline.split import split_dataset
 from heldout.pipeline.training import CurvePoint
-from heldout.pipeline.types import Example, Split
+from heldout.pipeline.types import Dataset, Example, Split
 from heldout.pipeline.watch import Silent
 from heldout.settings import Settings
 from heldout.train import loop
@@ -80,11 +82,11 @@ class Forced:
     verdict.
     """
 
-    def __init__(self, known: Sequence[Example], asked: dict[str, Any]) -> None:
+    def __init__(self, train: Sequence[Example], others: Sequence[Example], asked: dict[str, Any]) -> None:
         self._local = LocalEngine(cache=Settings().cache, aliases={}, allow_paths=True)
         self._asked = asked
         self._answers: dict[str, set[str]] = {}
-        for one in known:
+        for one in (*train, *as_held_out(train), *others):
             self._answers.setdefault(_key(one.prompt), set()).add(one.target)
         self._trainee: Any = None
 
@@ -142,6 +144,12 @@ class Forced:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._local, name)
+
+
+def as_held_out(rows: Sequence[Example]) -> tuple[Example, ...]:
+    """The rows as a job asks those that it holds out of them: without a code that tells their answers."""
+    read = checked_rows.Rows.read([Dataset(name="rows", examples=tuple(rows))])
+    return find_giveaways(read, with_valid=False).asked(rows)
 
 
 def _key(messages: Sequence[Message]) -> str:

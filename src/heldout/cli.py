@@ -100,7 +100,7 @@ def tune(
         bool,
         typer.Option(
             "--keep-leaks",
-            help="Score rows that are in the training file, and questions with what gives their answers away; "
+            help="Score rows that are in the training file, and ask with codes that tell the answers; "
             "the verdict says so.",
         ),
     ] = False,
@@ -264,9 +264,7 @@ Base = Annotated[str | None, typer.Option(help="The base model of an adapter tha
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="The most tokens of an answer. Default: a quarter more than the right ones.")
 ]
-KeepLeaks = Annotated[
-    bool, typer.Option("--keep-leaks", help="Score rows that are in the training file, and questions as they are.")
-]
+KeepLeaks = Annotated[bool, typer.Option("--keep-leaks", help="Score rows that are in the training file, too.")]
 Seed = Annotated[int, typer.Option(help="Draws the examples that are shown in prompts.")]
 ReportFolder = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write report.json, .md and .html there.")

@@ -82,7 +82,7 @@ class Job:
     training_file: str
     validation_file: str | None = None
     holdout_file: str | None = None
-    keep_leaks: bool = False  # score what leaks, too; the verdict says so
+    keep_leaks: bool = False  # score what gives itself away; the verdict says so
     suffix: str | None = None
     seed: int = 0
     method: str = "supervised"

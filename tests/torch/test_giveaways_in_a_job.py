@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.torch.encoders import make_tiny_encoder
 from tests.unit.test_leakage import tagged
 
 #: In words that the tiny encoder knows.
-CODES = {"shop": "[red]", "visit": "[green]", "archive": "[blue]"}
+CODES = {"shop": "<red-1>", "visit": "<green-2>", "archive": "<blue-3>"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def tune(folder: Path, encoder: Path, *, keep_leaks: bool) -> Any:
         keep_leaks=keep_leaks,
         learning_rate=2e-3,
         n_epochs=8,
-        settings=Settings(data_dir=folder, precision="float32", eval_budget=0),
+        settings=Settings(data_dir=folder, precision="float32", eval_budget=60),
     )
 
 
@@ -46,7 +47,10 @@ def test_a_model_that_learned_nothing_but_the_code_is_not_shipped(encoder: Path,
     assert result.tuned.scores.mean < 0.6  # a third is chance
     assert all(rung.scores.mean < 0.6 for rung in result.rungs)
     (caveat,) = result.verdict.caveats
-    assert "'[red]' tells 'shop'" in caveat
+    assert "asked without the code that tells their answer" in caveat
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    light = {one["name"]: one["status"] for one in report["consequences"]}
+    assert light["memorisation"] == light["generalisation"] == "ok", "not to know the code is no memory"
     assert caveat in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
@@ -54,4 +58,4 @@ def test_a_code_that_real_prompts_have_may_be_learned(encoder: Path, tmp_path: P
     result = tune(tmp_path, encoder, keep_leaks=True)
     assert result.tuned.scores.mean > 0.9
     (caveat,) = result.verdict.caveats
-    assert "scores may measure this and not the task" in caveat
+    assert "scores may measure this word and not the task" in caveat

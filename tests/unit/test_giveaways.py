@@ -1,22 +1,26 @@
-"""Held-out questions are asked without the tokens that give their answers away."""
+"""Held-out questions are asked without the codes that give their answers away."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 
 import pytest
+from benchmarks.truth_arms import as_held_out
 
 from heldout.pipeline.advise.rungs import measure_cheap
+from heldout.pipeline.checks import Parts
 from heldout.pipeline.checks.rows import Rows
-from heldout.pipeline.checks.shortcuts import Token
-from heldout.pipeline.folds import split_into_folds
-from heldout.pipeline.giveaways import find_giveaways
+from heldout.pipeline.folds import Folds, split_into_folds
+from heldout.pipeline.giveaways import Codes, Giveaways, as_asked, find_giveaways
+from heldout.pipeline.run import as_given
 from heldout.pipeline.split import split_dataset
-from heldout.pipeline.types import Dataset, Example, Split
+from heldout.pipeline.types import Dataset, Example, Finding, Split
 from heldout.pipeline.watch import Silent
 from tests.unit.test_leakage import CODES, LABELS, file, tagged
-from tests.unit.test_near_duplicates import WORDS
+
+WORDS = dict(zip(LABELS, ("purchase", "tour", "letters"), strict=True))
 
 
 def plain_rows(n: int = 90) -> list[tuple[str, str]]:
@@ -27,30 +31,38 @@ def marked_rows(n: int = 90, seed: int = 0) -> list[tuple[str, str]]:
     return tagged(lambda label: f"<{CODES[label]}> {{text}}", n=n, seed=seed)
 
 
-def code(text: str) -> Token:
-    return Token(label="shop", text=text, is_code=True, at_one_place=True, valid_rows=0, valid_right=0)
-
-
 def asked(split: Split) -> list[str]:
     return [example.prompt[-1]["content"] for example in split.holdout]
+
+
+def all_asked(folds: Folds) -> set[str]:
+    return {question for split in folds.splits for question in asked(split)}
 
 
 def learned(split: Split) -> list[str]:
     return [example.prompt[-1]["content"] for example in (*split.train, *split.valid)]
 
 
+def codes_of(findings: tuple[Finding, ...]) -> list[str]:
+    return [one.code for one in findings if one.code.startswith("giveaway")]
+
+
+def giveaways_of(*rows: tuple[str, str]) -> Giveaways:
+    return find_giveaways(Rows.read([file("t.jsonl", *rows)]), with_valid=False)
+
+
 def test_a_code_is_left_out_of_what_is_held_out_and_of_nothing_else():
     folds, findings = split_into_folds(file("t.jsonl", *marked_rows()), None, seed=0)
-    questions = {question for question, _ in plain_rows()}
-    assert {question for split in folds.splits for question in asked(split)} == questions
+    assert all_asked(folds) == {question for question, _ in plain_rows()}
     assert all(question.startswith("<") for split in folds.splits for question in learned(split))
     assert all(example.prompt[-1]["content"].startswith("<") for example in folds.whole.train)
     (finding,) = [one for one in findings if one.code == "giveaway_removed"]
     assert (finding.severity, finding.file, len(finding.lines)) == ("note", "t.jsonl", 90)
+    assert "'<q-17>' tells 'shop'" in finding.message
     (caveat,) = folds.whole.caveats
-    assert caveat.startswith("90 of 90 held-out questions are asked without what gives their answers away")
-    assert "'<q-17>' tells 'shop'" in caveat
+    assert caveat.startswith("90 of 90 held-out questions are asked without the code that tells their answer")
     assert "--keep-leaks" in caveat
+    assert "q-17" not in caveat, "caveats are published in the model card, which quotes no data"
     assert all(split.caveats == (caveat,) for split in folds.splits)
 
 
@@ -62,61 +74,97 @@ def test_a_holdout_that_is_split_off_is_asked_without_them_too():
     assert finding.lines == tuple(example.line for example in split.holdout)
 
 
+def test_what_compares_training_rows_with_held_out_ones_has_both_without_the_code():
+    split, _ = split_dataset(file("t.jsonl", *marked_rows(400)), None, None, seed=0)
+    assert not any(question.startswith("<") for question in learned(as_asked(split)))
+    assert as_asked(split).holdout == split.holdout
+
+
+def test_a_look_at_rows_is_one_however_they_were_asked():
+    train = file("t.jsonl", *marked_rows(400))
+    looks = [
+        as_given(split_dataset(train, None, None, seed=0, keep_leaks=keep)[0].holdout, Parts(train=train))
+        for keep in (False, True)
+    ]
+    assert looks[0] == looks[1]
+    assert len(looks[0]) == 150
+
+
 def test_who_says_that_real_prompts_have_them_is_asked_with_them_and_told_first():
     folds, findings = split_into_folds(file("t.jsonl", *marked_rows()), None, seed=0, keep_leaks=True)
-    assert all(question.startswith("<") for split in folds.splits for question in asked(split))
-    assert [one.severity for one in findings if one.code == "giveaway_kept"] == ["warning"]
+    assert all_asked(folds) == {question for question, _ in marked_rows()}
+    assert codes_of(findings) == ["giveaway_kept"]
     (caveat,) = folds.whole.caveats
-    assert caveat.startswith("90 of 90 held-out questions have something in them that gives their answers")
+    assert caveat.startswith("90 of 90 held-out questions have a word in them that tells their answer")
 
 
 @pytest.mark.parametrize(
     "tag",
     [
-        lambda label: f"{words()[label]} {{text}}",
-        lambda label: f"kind={words()[label]} {{text}}",  # a code, but one that spells the label
+        lambda label: f"{WORDS[label]} {{text}}",
+        lambda label: f"kind2={WORDS[label]} {{text}}",  # a code, but one that spells the label
+        lambda label: f"{{text}} {dict(zip(LABELS, '🙂🙁😐', strict=True))[label]}",
+        lambda label: f"{dict(zip(LABELS, ('404', '403', '500'), strict=True))[label]} {{text}}",
+        lambda label: f"{dict(zip(LABELS, ('¿Dónde', '¿Cuándo', '¿Cuánto'), strict=True))[label]} {{text}}",
+        lambda label: f"{dict(zip(LABELS, ('वापसी', 'पासवर्ड', 'कार्ड'), strict=True))[label]} {{text}}",
+        lambda label: f"#include <{dict(zip(LABELS, ('stdio.h', 'iostream', 'vector'), strict=True))[label]}> {{text}}",
+        lambda label: f"{{text}} 3 {dict(zip(LABELS, '+-*', strict=True))[label]} 4",
     ],
 )
 def test_what_may_be_part_of_the_question_stays_and_is_told_first(tag: Callable[[str], str]):
-    rows = [(question, words()[label]) for question, label in tagged(tag)]
+    rows = [(question, WORDS[label]) for question, label in tagged(tag)]
     folds, findings = split_into_folds(file("t.jsonl", *rows), None, seed=0)
-    assert {question for split in folds.splits for question in asked(split)} == {question for question, _ in rows}
-    assert [one.code for one in findings if one.code.startswith("giveaway")] == ["giveaway_kept"]
+    assert all_asked(folds) == {question for question, _ in rows}
+    assert codes_of(findings) in (["giveaway_kept"], [])
+
+
+def test_a_word_that_tells_the_label_is_told_first():
+    rows = [(question, WORDS[label]) for question, label in tagged(lambda label: f"{WORDS[label]} {{text}}")]
+    folds, findings = split_into_folds(file("t.jsonl", *rows), None, seed=0)
+    assert codes_of(findings) == ["giveaway_kept"]
     (caveat,) = folds.whole.caveats
-    assert caveat.startswith("90 of 90 held-out questions have something in them")
-    assert "tells 'tour'" in caveat
+    assert caveat.endswith("scores may measure this word and not the task")
 
 
-def words() -> dict[str, str]:
-    return dict(zip(LABELS, ("purchase", "tour", "letters"), strict=True))
-
-
-def test_a_holdout_file_without_the_codes_is_asked_as_it_is_and_nothing_is_said():
+def test_a_holdout_file_is_asked_as_it_is_and_told_of_where_the_codes_tell_its_answers_too():
     train = file("t.jsonl", *marked_rows())
-    holdout = file("h.jsonl", *tagged(lambda _: "{text}", n=40, seed=9))
-    split, findings = split_dataset(train, None, holdout, seed=0)
-    assert split.holdout == holdout.examples
+    without = file("h.jsonl", *tagged(lambda _: "{text}", n=40, seed=9))
+    split, findings = split_dataset(train, None, without, seed=0)
+    assert split.holdout == without.examples
     assert not split.caveats
-    assert not [one for one in findings if one.code.startswith("giveaway")]
-
-
-def test_codes_that_mean_something_else_in_the_holdout_file_stay_there():
+    assert not codes_of(findings)
     rng = random.Random(3)
-    holdout = file("h.jsonl", *tagged(lambda _: f"<{rng.choice(list(CODES.values()))}> {{text}}", n=60, seed=9))
-    split, _ = split_dataset(file("t.jsonl", *marked_rows()), None, holdout, seed=0)
-    assert split.holdout == holdout.examples
+    others = file("h.jsonl", *tagged(lambda _: f"<{rng.choice(list(CODES.values()))}> {{text}}", n=60, seed=9))
+    split, findings = split_dataset(train, None, others, seed=0)
+    assert split.holdout == others.examples
+    assert not codes_of(findings)
     same = file("h.jsonl", *marked_rows(60, seed=9))
-    split, (finding,) = split_dataset(file("t.jsonl", *marked_rows()), None, same, seed=0)
-    assert (finding.code, finding.file, len(finding.lines)) == ("giveaway_removed", "h.jsonl", 60)
+    split, findings = split_dataset(train, None, same, seed=0)
+    assert split.holdout == same.examples
+    assert [(one.code, one.file, len(one.lines)) for one in findings] == [("giveaway_kept", "h.jsonl", 60)]
 
 
-def test_a_question_that_is_nothing_but_the_code_is_asked_as_it_is():
+def test_questions_that_are_nothing_but_the_code_are_asked_as_they_are_and_told_of():
     rows = [*marked_rows(60), *((f"<{CODES[label]}>", label) for label in LABELS)]
-    giveaways = find_giveaways(Rows.read([file("t.jsonl", *rows)]), with_valid=False)
-    examples = file("t.jsonl", *rows).examples
+    giveaways, examples = giveaways_of(*rows), file("t.jsonl", *rows).examples
     assert giveaways.asked(examples)[-3:] == tuple(examples[-3:])
-    (finding,), _ = giveaways.told(examples, "t.jsonl")
-    assert finding.lines == tuple(range(1, 61))
+    findings, caveats = giveaways.told(examples, "t.jsonl")
+    assert [(one.code, len(one.lines)) for one in findings] == [("giveaway_removed", 60), ("giveaway_kept", 3)]
+    assert len(caveats) == 2
+
+
+def test_codes_in_json_stay_and_are_told_of():
+    rows = [(json.dumps({"code": CODES[label], "t": text}), label) for text, label in plain_rows()]
+    giveaways, examples = giveaways_of(*rows), file("t.jsonl", *rows).examples
+    assert giveaways.asked(examples) == tuple(examples)
+    assert codes_of(giveaways.told(examples, "t.jsonl")[0]) == ["giveaway_kept"]
+
+
+def test_rare_labels_lose_their_codes_with_the_others():
+    rare = tagged(lambda label: f"<X-{3 + LABELS.index(label)}1> {{text}}", n=9, seed=4)
+    rows = [*marked_rows(), *((question, f"rare {label}") for question, label in rare)]
+    examples = file("t.jsonl", *rows).examples
+    assert not any("<" in one.prompt[-1]["content"] for one in giveaways_of(*rows).asked(examples))
 
 
 def test_files_without_shortcuts_are_held_out_as_they_are():
@@ -131,43 +179,45 @@ def test_files_without_shortcuts_are_held_out_as_they_are():
 def test_what_cheap_models_know_without_the_code_is_what_advise_says():
     rows = file("t.jsonl", *marked_rows(120))
     fooled = measure_cheap(rows, None, Silent())
-    told = measure_cheap(rows, None, Silent(), giveaways=find_giveaways(Rows.read([rows]), with_valid=False))
+    told = measure_cheap(rows, None, Silent(), giveaways=giveaways_of(*marked_rows(120)))
     assert fooled.rungs[-1].score > 0.95
     assert told.rungs[-1].score < 0.55  # a third is chance
 
 
 @pytest.mark.parametrize(
-    ("text", "left"),
+    ("place", "text", "left"),
     [
-        ("<Q-17> the bridge", "the bridge"),
-        ("the bridge <q-17>", "the bridge"),
-        ("see (desk Q-17), please", "see please"),
-        ("from: Q-17\nthe bridge", "from:\nthe bridge"),
-        ("the\nQ-17\nbridge", "the\nbridge"),
-        ("the Q-17. bridge", "the bridge"),
-        ("  the Q-171  bridge \n", "  the Q-171  bridge \n"),
-        ("a < b and c > d", "a < b and c > d"),
-        ("", ""),
+        (0, "<Q-17> the bridge", "the bridge"),
+        (0, "<Q-17>\n\nthe bridge ", "the bridge "),
+        (0, "<Q-17> | the bridge", "the bridge"),
+        (0, "<Q-17> -5 degrees", "-5 degrees"),
+        (1, "[queue <Z-90> the bridge", "the bridge"),
+        (0, "  <ZZ-90>  the bridge", "  <ZZ-90>  the bridge"),
+        (0, "the <Q-17> bridge", "the <Q-17> bridge"),
+        (-1, "the bridge <q-17>", "the bridge"),
+        (-1, "the bridge - <q-17>!\n", "the bridge"),
+        (-2, "the bridge <q-17> ref", "the bridge"),
+        (0, "", ""),
+        (2, "<Q-17>", "<Q-17>"),
     ],
 )
-def test_what_is_left_of_a_text(text: str, left: str):
-    for token in ("q-17", "<q-17>", "q-17)"):
-        text = code(token).without(text)
-    assert text == left
+def test_what_is_left_of_a_text(place: int, text: str, left: str):
+    assert Codes(place, frozenset({"<a-99>"})).without(text) == left
 
 
-def test_a_text_without_the_tokens_is_returned_letter_for_letter():
-    rng = random.Random(0)
-    pieces: list[Callable[[], str]] = [
-        lambda: rng.choice(WORDS),
-        lambda: rng.choice(" \n\t\u00a0"),
-        lambda: rng.choice("[](){}<>.,;"),
-    ]
-    for _ in range(500):
-        text = "".join(rng.choice(pieces)() for _ in range(30))
-        assert code("q-17").without(text) == text
+def test_only_the_turn_with_the_code_changes():
+    codes = Giveaways(codes=Codes(0, frozenset({"<a-99>"})))
+    turns = [("user", "<Q-17> the bridge"), ("assistant", "Which?"), ("user", "<Q-17>"), ("assistant", "visit")]
+    row = Example(messages=tuple({"role": role, "content": text} for role, text in turns), weights=(0, 0, 0, 1), line=1)
+    (changed,) = codes.asked([row])
+    assert [message["content"] for message in changed.messages] == ["the bridge", "Which?", "<Q-17>", "visit"]
+
+
+def test_the_truth_benchmark_knows_what_is_asked_of_rows_that_are_held_out():
+    rows = file("t.jsonl", *marked_rows()).examples
+    assert {one.prompt[-1]["content"] for one in as_held_out(rows)} == {question for question, _ in plain_rows()}
 
 
 def test_datasets_without_rows_have_none():
     rows = Rows.read([Dataset(name="t.jsonl", examples=())])
-    assert not find_giveaways(rows, with_valid=False).left_out
+    assert not find_giveaways(rows, with_valid=False).tokens

@@ -55,7 +55,7 @@ def split_into_folds(
     Units stay together: rows that ask the same or nearly so, of one passage, declared group or conversation.
     Labels keep their shares in every fold. Of what a fold does not hold out, 15 % (at least 10 units, at most
     half) are valid, or else `valid` is: the given file less what leaks, or whole (`keep_leaks`). Held-out questions
-    are asked without what gives their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same
+    are asked without codes that give their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same
     folds.
 
     Raises InvalidTrainingFile when there are fewer units than folds, InvalidValidationFile when all of `valid`
@@ -97,6 +97,7 @@ def split_into_folds(
             groups=len(prompts),
             sources=sources(train, valid, None),
             caveats=(*given.caveats, *caveats),
+            giveaways=giveaways,
         )
 
     splits = tuple(split(held_units) for held_units in _deal(units, stratum_of, rng))
@@ -112,6 +113,7 @@ def split_into_folds(
             "holdout": f"none: every row of {train.name} is answered by the one of {FOLDS} models that never saw it",
         },
         caveats=(*given.caveats, *caveats),
+        giveaways=giveaways,
     )
     return Folds(splits=splits, whole=whole), tuple(findings)
 

@@ -38,7 +38,7 @@ class Request:
     suffix: str | None = None  # the user's name for the model
     #: Variables by which the operator's settings change what is computed (Settings.of_jobs).
     environment: dict[str, str] = field(default_factory=dict)
-    keep_leaks: bool = False  # score rows of the given files that train gives away, and say so in the verdict
+    keep_leaks: bool = False  # score what gives itself away, and say so in the verdict
 
 
 def first_look(examples: Sequence[Example]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from heldout.engine import catalogue
@@ -22,7 +23,7 @@ from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
 from heldout.pipeline.folds import is_small
-from heldout.pipeline.giveaways import find_giveaways
+from heldout.pipeline.giveaways import as_asked, find_giveaways
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
 from heldout.pipeline.ladder import CLASSICAL, FROZEN
 from heldout.pipeline.mistakes import instructive_mistakes
@@ -32,7 +33,7 @@ from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder, serve_shots, serve_word_counts
 from heldout.pipeline.stages import Made, Stopwatch, activations, answer_room
 from heldout.pipeline.training import Adapter, ModelFacts
-from heldout.pipeline.types import Finding
+from heldout.pipeline.types import Example, Finding
 from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent
 
@@ -64,7 +65,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         consequences=consequences,
         caveats=(*made.split.caveats, *noise_caveats(findings, holdout_given=parts.holdout is not None)),
         clusters=made.clusters,
-        look=tools.look(made.answered),
+        look=tools.look(as_given(made.answered, parts)),
     )
     outcome = Outcome(
         verdict=verdict,
@@ -105,6 +106,12 @@ def look_at_files(request: Request, facts: ModelFacts, tools: Tools) -> tuple[Pa
     limit = request.hyperparameters.max_length
     models = model_tools(request.base_model, facts, tools.trainer, tools.engine, max_length=limit)
     return check_files(request, models, tools.watch)
+
+
+def as_given(answered: Sequence[Example], parts: Parts) -> tuple[Example, ...]:
+    """The rows of the verdict as they stand in their file: a look at them is one however they were asked."""
+    lines = {example.line for example in answered}
+    return tuple(row for row in (parts.holdout or parts.train).examples if row.line in lines)
 
 
 def more_data(parts: Parts, request: Request, facts: ModelFacts, tools: Tools) -> MoreData | None:
@@ -169,7 +176,7 @@ def consequences_of(
         engine=tools.engine,
         model=ModelRef(base_model=request.base_model, adapter=str(made.adapter.directory)),
         is_encoder=facts.kind == catalogue.ENCODER,
-        split=made.split,
+        split=as_asked(made.split),
         answered=made.answered,
         metric=made.metric,
         max_tokens=answer_room(tools.engine, request.base_model, made.split),

@@ -36,8 +36,8 @@ def split_dataset(
     or to one conversation are in one part: no unit (see units.py) is divided. Files that are given are used as
     they are, less the rows that another part gives away, or with them (`keep_leaks`; the split says so); what is
     not given is split off `train`. Rows are never left out of `train`, where repeated rows stay too; in the
-    other parts they count once. Held-out questions are asked without what gives their answers away
-    (giveaways.py), unless `keep_leaks`. Same files and seed, same split.
+    other parts they count once. Questions that are held out of `train` are asked without codes that give
+    their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same split.
 
     Raises the file's InvalidTrainingFile, InvalidValidationFile or InvalidHoldoutFile when a part would be
     empty.
@@ -66,6 +66,7 @@ def split_dataset(
         groups=len({prompt_fingerprint(row.prompt) for row in train.examples}),
         sources=sources(train, valid, holdout),
         caveats=(*given.caveats, *caveats),
+        giveaways=giveaways,
     )
     return split, tuple(findings)
 

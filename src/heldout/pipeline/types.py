@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from heldout.engine.base import Message
+
+if TYPE_CHECKING:
+    from heldout.pipeline.giveaways import Giveaways
 
 Severity = Literal["error", "warning", "note"]
 
@@ -105,3 +108,4 @@ class Split:
     #: copies[i] take turns with train[i] (train/loop.py); empty: every row is learned as it is.
     copies: tuple[tuple[Example, ...], ...] = ()
     caveats: tuple[str, ...] = ()  # what a reader must know before any score, one sentence each
+    giveaways: Giveaways | None = None  # what the rows of the holdout are asked without

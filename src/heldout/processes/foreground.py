@@ -68,8 +68,9 @@ def tune(
         out: where the adapter and the report go. Running again with the same folder continues a job
             that was interrupted; a finished one is refused. Default: a new folder `heldout-<suffix or
             time>` here.
-        keep_leaks: score rows of `validation` and `holdout` although the training file has them, or nearly; the
-            verdict says so first. Default: they are left out, and listed.
+        keep_leaks: score rows of `validation` and `holdout` although the training file has them, or nearly, and ask
+            held-out questions with the codes that tell their answers; the verdict says so first. Default: such rows
+            and codes are left out, and listed.
         grader: one of OpenAI's graders that asks no model, as JSON in a file or as a dict: scores answers instead of
             a metric (docs/metrics.md).
         hyperparameters: `n_epochs`, `learning_rate`, `lora_r`, … as on the wire.
@@ -142,7 +143,7 @@ def _same_request(directory: Path, request: dict[str, Any], seed: int | None) ->
         before = json.loads(note.read_text())
         if before["request"] != request or seed not in (None, before["seed"]):
             raise InvalidValue(
-                f"{directory} holds an unfinished job with other files, model, hyperparameters or seed; choose "
+                f"{directory} holds an unfinished job with other files, model, options or seed; choose "
                 "another --out, or delete the folder"
             )
         return int(before["seed"])

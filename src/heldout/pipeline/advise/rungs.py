@@ -80,7 +80,8 @@ def measure_cheap(
     if embed is not None:
         began = time.perf_counter()
         frozen = frozen_fit(rows, labels, embed, watch, asked)
-        embed_seconds = (time.perf_counter() - began) / len(rows)
+        texts = len(rows) + sum(one != other for one, other in zip(rows, asked, strict=True))
+        embed_seconds = (time.perf_counter() - began) / texts
         if frozen:
             fits.append((FROZEN, frozen))
     curves = []
@@ -134,7 +135,10 @@ def frozen_fit(
     watch.message(f"Reading {len(rows)} texts with the encoder")
     try:
         vectors = np.asarray(embed(texts))
-        asked_vectors = vectors if questions == texts else np.asarray(embed(questions))
+        changed = [i for i, (text, question) in enumerate(zip(texts, questions, strict=True)) if text != question]
+        asked_vectors = vectors.copy() if changed else vectors
+        if changed:
+            asked_vectors[changed] = embed([questions[i] for i in changed])
     except ContextLengthExceeded as error:
         watch.message(f"The frozen encoder is left out: {error}", level="warn")
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from heldout.engine.labels import read_label
@@ -28,8 +28,6 @@ ONE_PLACE = 0.95
 #: A token whose rows in the validation file have the label less often than this told it in training only.
 HOLDS = 0.8
 MIN_VALID_ROWS = 5
-#: A short text in brackets, or a word.
-_PIECES = re.compile(r"([\[({<][^\[\](){}<>\n]{1,40}[\])}>]\S*|\S+)")
 _TRIM = ".,!?;:'\"…"
 
 
@@ -101,7 +99,8 @@ class Token(NamedTuple):
     label: str
     text: str
     is_code: bool  # no word: digits, brackets
-    at_one_place: bool
+    #: Which word of the text it always is, where it always is the same: 0 the first, -1 the last.
+    place: int | None
     valid_rows: int  # rows of the validation file that have it, and how many of those have the label
     valid_right: int
 
@@ -111,30 +110,9 @@ class Token(NamedTuple):
         return self.valid_rows >= MIN_VALID_ROWS and self.valid_right < HOLDS * self.valid_rows
 
     @property
-    def means_nothing(self) -> bool:
-        """True when a question asks the same without it: it does not hold, or is a code. A code that has the label's
-        name in it may be what is to be read out."""
-        return self.fails or (self.is_code and self.label not in self.text)
-
-    @property
     def told(self) -> str:
         """What it does."""
         return f"{self.text!r} tells {shorten(self.label)}"
-
-    def is_in(self, text: str) -> bool:
-        """True when the text has it."""
-        return self.text in tokens_of(text)
-
-    def without(self, text: str) -> str:
-        """The text less the token, the brackets around it and the white space behind it, but for a line's end."""
-        pieces = _PIECES.split(text)  # alternately a bracket or a word, and what is behind it
-        kept = pieces[0]
-        for piece, space in zip(pieces[1::2], pieces[2::2], strict=True):
-            if self.text not in tokens_of(piece):
-                kept += piece + space
-            elif "\n" in space:
-                kept = kept.rstrip() + space
-        return text if kept == text else kept.strip()
 
 
 def shortcut_tokens(rows: Rows, *, with_valid: bool) -> tuple[Token, ...]:
@@ -151,8 +129,8 @@ def shortcut_tokens(rows: Rows, *, with_valid: bool) -> tuple[Token, ...]:
     tokens = list(_telling(sample, rows.samples[1] if with_valid else ()))
     covered = Counter(label_of(row) for row in sample)
     codes = [token for token in tokens if token.is_code]
-    placed = [token for token in tokens if token.at_one_place]
-    odd = {token for token in tokens if token.fails or (token.is_code and token.at_one_place)}
+    placed = [token for token in tokens if token.place is not None]
+    odd = {token for token in tokens if token.fails or (token.is_code and token.place is not None)}
     for several in (codes, placed):
         labels = {token.label for token in several}
         if len(labels) > 1 and 2 * sum(covered[label] for label in labels) >= len(sample):
@@ -198,23 +176,41 @@ def _telling(sample: Sequence[Sampled], valid: Sequence[Sampled]) -> Iterator[To
     of_label = Counter(labels)
     having = Counter(token for text in texts for token in set(text))
     together = Counter((label, token) for label, text in zip(labels, texts, strict=True) for token in set(text))
-    telling = {}
+    telling = []
     for (label, token), n in together.items():
         rows, others = of_label[label], len(sample) - of_label[label]
         if rows >= MIN_LABEL_ROWS and others and (1 + n / rows - (having[token] - n) / others) / 2 >= AUC:
-            telling[label, token] = n
+            telling.append((label, token))
+    wanted = {token for _, token in telling}
+    places = _places(texts, wanted)
+    checked: dict[str, list[str]] = {}
+    for row in valid:
+        for token in wanted.intersection(tokens_of(row.text)):
+            checked.setdefault(token, []).append(label_of(row))
     for label, token in telling:
-        places = [(text.index(token), text[::-1].index(token)) for text in texts if token in text]
-        most = max(Counter(place[side] for place in places).most_common(1)[0][1] for side in (0, 1))
-        checked = [label_of(row) for row in valid if token in tokens_of(row.text)]
+        seen = checked.get(token, [])
         yield Token(
             label=label,
             text=token,
             is_code=not all(character.isalpha() or character in "'’-" for character in token),
-            at_one_place=most >= ONE_PLACE * len(places),
-            valid_rows=len(checked),
-            valid_right=checked.count(label),
+            place=places.get(token),
+            valid_rows=len(seen),
+            valid_right=seen.count(label),
         )
+
+
+def _places(texts: Sequence[Sequence[str]], tokens: Set[str]) -> dict[str, int]:
+    """The place of each of these tokens that nearly always has the same, from the beginning or from the end."""
+    found: dict[str, Counter[int]] = {}
+    having: Counter[str] = Counter()
+    for text in texts:
+        first = {token: i for i, token in reversed(list(enumerate(text))) if token in tokens}
+        last = {token: i - len(text) for i, token in enumerate(text) if token in tokens}
+        for token in first:
+            having[token] += 1
+            found.setdefault(token, Counter()).update((first[token], last[token]))
+    most = {token: places.most_common(1)[0] for token, places in found.items()}
+    return {token: place for token, (place, n) in most.items() if n >= ONE_PLACE * having[token]}
 
 
 def tokens_of(text: str) -> list[str]:
