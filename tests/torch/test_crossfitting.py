@@ -284,4 +284,4 @@ def test_a_given_validation_file_stops_every_training(with_valid: Done) -> None:
 def test_below_thirty_prompts_the_verdict_is_inconclusive(with_valid: Done) -> None:
     verdict = with_valid.outcome.verdict
     assert verdict.outcome == "inconclusive"
-    assert verdict.reasons[0] == "29 distinct prompts are too few for a verdict; 30 are the minimum"
+    assert verdict.reasons[0] == "29 distinct prompts are too few for a verdict; 30 are the minimum, so give 1 more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,10 +80,25 @@ def test_a_classical_model_that_is_surely_better_overrules_a_gain_over_the_promp
     assert judge(right(100, 80), prompt).outcome == "ship"
     verdict = judge(right(100, 80), classical, prompt)
     assert verdict.outcome == "dont_ship"
-    assert verdict.reasons[0].startswith("tfidf-logistic scores 95.0% and is better than the tuned model (80.0%)")
+    assert verdict.reasons[0].startswith(
+        "tfidf-logistic scores 95.0%, 15.0 points more than the tuned model (80.0%), at a fraction of its cost"
+    )
     assert verdict.cheapest_as_good == "tfidf-logistic"
     slightly = rung("tfidf-logistic", right(100, 81), kind="classical")
     assert judge(right(100, 80), slightly, prompt).outcome == "ship", "one more right answer is no proof"
+
+
+def test_a_cheaper_model_that_is_better_is_named_with_what_it_saves() -> None:
+    classical = rung("frozen-encoder", right(100, 95), kind="classical")
+    classical = replace(classical, scores=replace(classical.scores, milliseconds=2.0))
+    tuned = rung("tuned", right(100, 84), kind="tuned", prompt_tokens=120)
+    tuned = replace(tuned, scores=replace(tuned.scores, milliseconds=100.0))
+    verdict = decide([rung("zero-shot", right(100, 30)), classical], tuned)
+    assert verdict.reasons[0] == (
+        "frozen-encoder scores 95.0%, 11.0 points more than the tuned model (84.0%), and is 50 times as fast "
+        "(2 ms an answer, not 100): use that instead"
+    )
+    assert verdict.numbers["answers"]["tuned"] == {"score": 0.84, "milliseconds": 100.0, "prompt_tokens": 120}
 
 
 def test_the_cheapest_rung_that_is_as_good_as_the_best_is_named_whoever_is_best() -> None:
@@ -221,7 +237,8 @@ def test_every_number_in_a_reason_is_in_the_evidence(case: str) -> None:
     verdict = judge(tuned, *rungs)
     evidence = {*leaves(verdict.as_dict()["numbers"]), *(one.scores.mean for one in rungs)}
     known = {f"{100 * abs(value):.1f}" for value in evidence} | {str(verdict.numbers["n_holdout"])}
-    known.add(str(verdict.numbers["more_needed"]))
+    known |= {str(verdict.numbers["more_needed"]), str(max(0, 30 - verdict.numbers["n_holdout"]))}
+    known.add(f"{100 * abs(verdict.numbers['best'] - verdict.numbers['tuned']):.1f}")
     if verdict.numbers["p_better"] > 0.999:
         known.add("99.9")
     if verdict.numbers["p_better"] < 0.001:

@@ -123,7 +123,8 @@ def decide(
             "look": look,
             "p_needed": case.sure,
             **case.comparison.as_dict(),
-            "more_needed": _more_needed(case.comparison),
+            "more_needed": _more_needed(case),
+            "answers": {rung.name: _an_answer(rung) for rung in by_cost},
             "against": {name: one.as_dict() for name, one in against.items()},
         },
         forgetting=forgetting,
@@ -227,13 +228,14 @@ def _outcome(case: _Case) -> tuple[str, str, list[str]]:
         f"the smallest difference {case.these} could have shown is {comparison.smallest_detectable:.1%} (80 % power)"
     )
     if pieces < MINIMUM:
-        few = f"{pieces} {unit} are too few for a verdict; {MINIMUM} are the minimum"
+        few = f"{pieces} {unit} are too few for a verdict; {MINIMUM} are the minimum, so give {MINIMUM - pieces} more"
         return INCONCLUSIVE, "too_few", [few, facts, visible]
     if case.better:
         worse = max(case.better, key=lambda rung: rung.scores.mean)
+        lead = 100 * (worse.scores.mean - tuned.scores.mean)
         instead = (
-            f"{worse.name} scores {worse.scores.mean:.1%} and is better than the tuned model "
-            f"({tuned.scores.mean:.1%}) at a fraction of its cost: use that instead"
+            f"{worse.name} scores {worse.scores.mean:.1%}, {lead:.1f} points more than the tuned model "
+            f"({tuned.scores.mean:.1%}){_faster(worse, tuned)}: use that instead"
         )
         return DONT_SHIP, "cheaper_is_better", [instead, facts, visible]
     is_better = comparison.p_better >= case.sure and comparison.difference >= WORTH
@@ -257,19 +259,21 @@ def _outcome(case: _Case) -> tuple[str, str, list[str]]:
             f"{sure}, but it is ahead in {case.folds_ahead} of {len(case.crossfit.folds)} folds only, and a model "
             f"that is better is so in {FOLDS_AHEAD:.0%} of them"
         )
-    return INCONCLUSIVE, "unsure", [facts, doubt, visible, _more(comparison)]
+    return INCONCLUSIVE, "unsure", [facts, doubt, visible, _more(case)]
 
 
-def _more_needed(comparison: Comparison) -> int:
-    """How many more examples would settle it, to two digits: more would pretend to know."""
-    more = max(comparison.needed - comparison.n, 0)
+def _more_needed(case: _Case) -> int:
+    """How many more examples would settle it, to two digits: more would pretend to know. At least as many as a verdict
+    needs at all."""
+    comparison = case.comparison
+    more = max(comparison.needed - comparison.n, MINIMUM - case.pieces[0], 0)
     digits = max(0, len(str(more)) - 2)
     return int(math.ceil(more / 10**digits) * 10**digits)
 
 
-def _more(comparison: Comparison) -> str:
+def _more(case: _Case) -> str:
     """The same in words."""
-    more = _more_needed(comparison)
+    more, comparison = _more_needed(case), case.comparison
     if not more:
         return "as many fresh examples again would probably settle it"
     size = f"as large as it seems ({abs(comparison.difference):.1%}"
@@ -308,6 +312,20 @@ def _per_answer(rung: Rung, best: Rung) -> str:
         f"; an answer takes it {rung.scores.milliseconds:.3g} ms and {rung.scores.prompt_tokens:.0f} prompt tokens "
         f"instead of {best.scores.milliseconds:.3g} ms and {best.scores.prompt_tokens:.0f}"
     )
+
+
+def _faster(rung: Rung, than: Rung) -> str:
+    """How much less an answer takes, where that was measured."""
+    if not (rung.scores.milliseconds and than.scores.milliseconds):
+        return ", at a fraction of its cost"
+    here, there = rung.scores.milliseconds, than.scores.milliseconds
+    return f", and is {there / here:.2g} times as fast ({here:.3g} ms an answer, not {there:.3g})"
+
+
+def _an_answer(rung: Rung) -> dict[str, float]:
+    """What an answer of it is worth, and takes."""
+    scores = rung.scores
+    return {"score": scores.mean, "milliseconds": scores.milliseconds, "prompt_tokens": scores.prompt_tokens}
 
 
 def _points(share: float) -> str:
