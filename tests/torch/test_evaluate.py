@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import threading
@@ -20,6 +21,7 @@ from heldout.api.app import create_chat_app
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile, InvalidTrainingFile, InvalidValue, ModelNotFound
+from heldout.pipeline.consequences import CONSEQUENCES
 from heldout.pipeline.evaluate.metrics.exact import exact_match
 from heldout.pipeline.evaluation import Evaluation
 from heldout.pipeline.training import Adapter
@@ -91,6 +93,44 @@ def test_an_adapter_from_elsewhere_is_judged_beside_its_base_model_and_cheap_run
     assert best.name in judged.beside
 
 
+def test_an_adapter_from_elsewhere_has_a_verdict_and_its_consequences_are_measured(judged: Evaluation) -> None:
+    assert judged.verdict is not None
+    assert judged.verdict.because in ("consequence", "cheaper_is_better"), "word counts know the colours as well"
+    assert any("the model scores" in reason for reason in judged.verdict.reasons)
+    assert judged.verdict.numbers["answers"]["model"]["score"] == judged.scores.mean
+    measured = {one.name for one in judged.consequences if one.status != "not_measured"}
+    assert len(judged.consequences) == len(CONSEQUENCES)
+    assert {"format", "fragility", "generalisation", "memorisation", "calibration"} <= measured
+    (gap,) = [one.numbers["n"] for one in judged.consequences if one.name == "generalisation"]
+    assert set(gap) == {"train", "holdout"}, "whoever trained it may have stopped by any of the rows"
+
+
+def test_every_further_model_that_looks_at_the_rows_needs_more_evidence(
+    tiny_model: Path, elsewhere: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    own = Settings(data_dir=tmp_path / "looks", precision="float32", eval_budget=0)
+    needed = []
+    for model in (elsewhere, tiny_model, elsewhere):
+        done = heldout.evaluate(model, held, train=train, settings=own)
+        assert done.verdict is not None
+        needed.append(done.verdict.numbers["look"])
+    assert needed == [1, 2, 1]
+
+
+def test_of_a_folder_of_weights_what_compares_with_the_base_is_not_measured(
+    tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    done = heldout.evaluate(tiny_model, held, train=train, max_tokens=4, settings=settings)
+    assert done.verdict is not None
+    assert done.verdict.outcome != "ship", "nothing was learned"
+    light = {one.name: one for one in done.consequences}
+    for name in ("forgetting", "hallucination"):
+        assert "before its training is not known" in light[name].sentence
+    assert light["fragility"].status != "not_measured"
+
+
 def test_rows_of_the_training_file_are_left_out_by_name(judged: Evaluation) -> None:
     assert [example.line for example in judged.examples] == list(range(3, 49))
     (leak,) = [finding for finding in judged.findings if finding.code == "leak_removed"]
@@ -108,7 +148,9 @@ def test_the_report_has_every_row_and_needs_nothing_else(judged: Evaluation, tmp
     assert [row["line"] for row in stored["rows"]] == list(range(3, 49))
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert not re.search(r"(?:src|href|url)\s*[=(]", page)
+    for one in judged.consequences:
+        assert f"<td class=name>{one.name}</td>" in page
     for rung in judged.rungs:
         assert rung.name in page
         assert f"| {rung.name} |" in (tmp_path / "report.md").read_text()

@@ -127,6 +127,11 @@ def decides(model: ModelRef) -> bool:
     return _config_of(model).get("heldout") in (CLASSIFIER, WORD_COUNTS)
 
 
+def was_trained(model: ModelRef) -> bool:
+    """True of an adapter or a classifier; a prompt and word counts are no training of a network."""
+    return model.adapter is not None and _config_of(model).get("heldout") in (None, CLASSIFIER)
+
+
 def rows_of_labels(classifier: Any) -> tuple[np.ndarray, np.ndarray]:
     """Weights [labels, n] and biases [labels] of a fitted LogisticRegression: for two labels it has one row, for the
     second against the first."""

@@ -11,6 +11,7 @@ from typing import Any
 from heldout.engine.base import Engine, ModelRef
 from heldout.errors import ContextLengthExceeded, InvalidHoldoutFile
 from heldout.pipeline import ladder, schema
+from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.clusters import find_clusters
@@ -21,7 +22,7 @@ from heldout.pipeline.ladder import Rung
 from heldout.pipeline.request import Request, Source
 from heldout.pipeline.split import split_dataset
 from heldout.pipeline.types import Example, Finding, Split
-from heldout.pipeline.verdict import MINIMUM, SURE
+from heldout.pipeline.verdict import MINIMUM, SURE, Verdict
 from heldout.pipeline.watch import Watch
 
 #: Rows that are shown in a report.
@@ -74,6 +75,8 @@ class Evaluation:
     notes: tuple[str, ...]
     max_tokens: int
     seconds: float
+    verdict: Verdict | None = None  # with training rows
+    consequences: tuple[Consequence, ...] = ()  # of a model that was trained and can be asked here
 
     @property
     def rung(self) -> Rung:
@@ -115,6 +118,8 @@ class Evaluation:
             "clusters": self.clusters,
             "sentence": self.sentence,
             "beside": self.beside,
+            "verdict": self.verdict.as_dict() if self.verdict else None,
+            "consequences": [one.as_dict() for one in self.consequences],
             "notes": list(self.notes),
             "rungs": [rung.as_dict() for rung in self.rungs],
             "against": {name: one.as_dict() for name, one in self.against.items()},

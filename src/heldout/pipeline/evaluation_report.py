@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from heldout.pipeline import charts, findings, findings_page, layout
+from heldout.pipeline import charts, findings, findings_page, layout, lights
 from heldout.pipeline.evaluation import Evaluation, Pairing
 from heldout.pipeline.findings import escaped, markdown_text
 from heldout.pipeline.ladder import Rung
-from heldout.pipeline.layout import html_table, html_text, markdown_table
+from heldout.pipeline.layout import HEADLINES, html_table, html_text, markdown_table
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 
@@ -38,6 +38,7 @@ def markdown(done: Done) -> str:
         *(f"- Mind: {markdown_text(note)}." for note in done.notes),
         "",
         *markdown_table(layout.RUNG_COLUMNS, layout.rung_rows(_ladder(done)), layout.RUNG_NUMBERS),
+        *(lights.markdown(done.consequences) if isinstance(done, Evaluation) else []),
         "",
         *(markdown_table(("", "value"), numbers(done), ("value",)) if isinstance(done, Pairing) else []),
         "",
@@ -62,12 +63,13 @@ def page(done: Done) -> str:
 {charts.intervals(_ladder(done))}
 <small>Points are means, bars 95&nbsp;% intervals, on {len(done.examples)} rows of the file.</small>
 {layout.html_rungs(_ladder(done))}
+{lights.html(done.consequences) if isinstance(done, Evaluation) else ""}
 {html_table(("", "value"), numbers(done), ("value",)) if isinstance(done, Pairing) else ""}
 <h2>{rows_title(done)}</h2>
 {"".join(_case(columns, row) for row in rows) or "<p>None.</p>"}
 <h2>Findings in the data</h2>
 {findings_page.cards(done.findings, {}) or "<p>None.</p>"}"""
-    return layout.html_page(title(done), body)
+    return layout.html_page(title(done), body, lights.STYLE)
 
 
 def _case(columns: Sequence[str], row: Sequence[str]) -> str:
@@ -82,9 +84,11 @@ def title(done: Done) -> str:
 
 
 def sentences(done: Done) -> list[str]:
-    """The result, in words."""
+    """The result, in words: the verdict first, where there is one."""
     if isinstance(done, Pairing):
         return [done.conclusion]
+    if done.verdict:
+        return [f"{HEADLINES[done.verdict.outcome]}: {done.verdict.reasons[0]}", *done.verdict.reasons[1:]]
     return [sentence for sentence in (done.sentence, done.beside) if sentence]
 
 

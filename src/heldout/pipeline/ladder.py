@@ -50,7 +50,7 @@ class Rung:
     def costs(self) -> tuple[str, str]:
         """Milliseconds and prompt tokens of an answer, as they are shown; empty where there are none."""
         milliseconds, tokens = self.scores.milliseconds, self.scores.prompt_tokens
-        return (f"{milliseconds:.3g}" if milliseconds else "", f"{tokens:.0f}" if tokens else "")
+        return (three_digits(milliseconds) if milliseconds else "", f"{tokens:.0f}" if tokens else "")
 
     @property
     def explained(self) -> str:
@@ -66,6 +66,11 @@ class Rung:
             "description": self.description,
             **self.scores.as_dict(),
         }
+
+
+def three_digits(number: float) -> str:
+    """To three digits, or all of those before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def best_baseline(rungs: Sequence[Rung]) -> Rung:

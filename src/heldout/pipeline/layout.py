@@ -16,6 +16,9 @@ RUNG_NUMBERS = RUNG_COLUMNS[1:5]
 #: Characters of a cell that stay on one line, at most.
 UNBROKEN = 24
 
+#: What a verdict says, in a word or three.
+HEADLINES = {"ship": "Ship it", "dont_ship": "Don't ship it", "inconclusive": "Inconclusive"}
+
 _STYLE = """
 :root { color-scheme: light }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; color: #1c2530;

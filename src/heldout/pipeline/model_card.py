@@ -17,8 +17,9 @@ from heldout.pipeline.findings import RANK, markdown_text
 from heldout.pipeline.kept import write_whole
 from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung
 from heldout.pipeline.layout import markdown_code, markdown_table
+from heldout.pipeline.lights import LIGHTS, by_light
 from heldout.pipeline.outcome import Outcome
-from heldout.pipeline.report import LIGHTS, again, by_light, ended, plan_rows
+from heldout.pipeline.report import again, ended, plan_rows
 from heldout.pipeline.served_rungs import ServedRung
 
 FILE = "README.md"

@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from heldout.pipeline import charts, findings, findings_page, layout
-from heldout.pipeline.consequences.base import Consequence
+from heldout.pipeline import charts, findings, findings_page, layout, lights
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import MARGIN, SURE
 from heldout.pipeline.findings import markdown_text
 from heldout.pipeline.hyperparameters import KNOBS
-from heldout.pipeline.layout import html_table, html_text, markdown_code, markdown_table
+from heldout.pipeline.layout import HEADLINES, html_table, html_text, markdown_code, markdown_table
 from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.reproduce import asked_values
@@ -33,26 +31,11 @@ AGAIN, FILE_COLUMNS = "Run it again", ("file", "used as", "bytes", "sha256")
 _STYLE = """
 h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
 h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
-td.light { white-space: nowrap; font-weight: 600; print-color-adjust: exact }
 """
-
-#: A light, its colour and its word: nobody has to tell red from green.
-LIGHTS = {
-    "ok": ("🟢", "#1a7f4b", "ok"),
-    "warn": ("🟡", "#8a6d00", "warning"),
-    "fail": ("🔴", "#b3261e", "fails"),
-    "not_measured": ("⚪", "#5b6673", "not measured"),
-}
 
 MISTAKES = "Wrong answers to learn from"
 #: Characters of a text in them.
 SHOWN = 300
-
-_HEADLINES = {
-    "ship": "Ship it",
-    "dont_ship": "Don't ship it",
-    "inconclusive": "Inconclusive",
-}
 
 
 def write(outcome: Outcome, directory: Path) -> None:
@@ -78,7 +61,7 @@ def markdown(outcome: Outcome) -> str:
     """The report as a page of text."""
     verdict, adapter = outcome.verdict, outcome.adapter
     lines = [
-        f"# {_HEADLINES[verdict.outcome]}",
+        f"# {HEADLINES[verdict.outcome]}",
         "",
         *(f"**Mind: {markdown_text(caveat)}.**\n" for caveat in verdict.caveats),
         f"{markdown_text(outcome.base_model)}, {markdown_text(_parts(outcome))}.",
@@ -90,7 +73,7 @@ def markdown(outcome: Outcome) -> str:
         f"## {_question(outcome)}",
         "",
         *markdown_table(layout.RUNG_COLUMNS, layout.rung_rows((*outcome.rungs, outcome.tuned)), layout.RUNG_NUMBERS),
-        *_consequences(outcome.consequences),
+        *lights.markdown(outcome.consequences),
         *_mistakes(outcome),
         *(_folds(outcome.crossfit) if outcome.crossfit else []),
         *(["", "## General skills", "", markdown_text(skills)] if (skills := general_skills(verdict)) else []),
@@ -122,7 +105,7 @@ def page(outcome: Outcome) -> str:
     """The report as one HTML file that needs nothing else."""
     verdict, adapter = outcome.verdict, outcome.adapter
     rungs = (*outcome.rungs, outcome.tuned)
-    body = f"""<h1 class="{verdict.outcome}">{_HEADLINES[verdict.outcome]}</h1>
+    body = f"""<h1 class="{verdict.outcome}">{HEADLINES[verdict.outcome]}</h1>
 {"".join(f"<p><b>Mind: {html_text(caveat)}.</b></p>" for caveat in verdict.caveats)}
 <p>{html_text(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html_text(reason)}</li>" for reason in verdict.reasons)}</ul>
@@ -131,7 +114,7 @@ def page(outcome: Outcome) -> str:
 {charts.intervals(rungs)}
 <small>Points are means, bars 95&nbsp;% intervals, on {_judged_on(outcome)}.</small>
 {layout.html_rungs(rungs)}
-{_consequences_table(outcome.consequences)}
+{lights.html(outcome.consequences)}
 {_mistakes_table(outcome)}
 {_folds_table(outcome.crossfit) if outcome.crossfit else ""}
 {f"<h2>General skills</h2><p>{html_text(skills)}</p>" if (skills := general_skills(verdict)) else ""}
@@ -149,7 +132,7 @@ def page(outcome: Outcome) -> str:
 <p><small>{html_text(outcome.reproduction.sentence)}</small></p>
 <h2>Findings in the data</h2>
 {findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}"""
-    return layout.html_page(_HEADLINES[verdict.outcome], body, _STYLE)
+    return layout.html_page(HEADLINES[verdict.outcome], body, _STYLE + lights.STYLE)
 
 
 def plan_rows(outcome: Outcome) -> list[list[str]]:
@@ -261,48 +244,6 @@ def general_skills(verdict: Verdict) -> str:
         f"{found.sentence[:1].upper()}{found.sentence[1:]}. {result}. (Dropped means: by more than {MARGIN:g} nats per "
         f"token, with a probability of at least {SURE:.0%}; it is {found.p_dropped:.1%}.)"
     )
-
-
-def _consequences(found: Sequence[Consequence]) -> list[str]:
-    """The table of lights, and what the lit ones look like."""
-    if not found:
-        return []
-    found = by_light(found)
-    shown = [f"- {one.name}: {markdown_text(example)}" for one in found for example in one.examples]
-    rows = [[" ".join(LIGHTS[one.status][::2]), one.name, _plain(one)] for one in found]
-    return [
-        "",
-        "## What training may have made worse",
-        "",
-        *markdown_table(("", "consequence", "what was measured"), rows),
-        *(["", "Examples:", "", *shown] if shown else []),
-    ]
-
-
-def _consequences_table(found: Sequence[Consequence]) -> str:
-    """The same as HTML."""
-    if not found:
-        return ""
-    found = by_light(found)
-    rows = "".join(
-        f'<tr><td class=light style="color:{LIGHTS[one.status][1]}">● {LIGHTS[one.status][2]}</td>'
-        f"<td class=name>{one.name}</td><td>{html_text(_plain(one))}"
-        f"{''.join(f'<br><small>{html_text(example)}</small>' for example in one.examples)}</td></tr>"
-        for one in found
-    )
-    return f"<h2>What training may have made worse</h2><table class=wide>{rows}</table>"
-
-
-def by_light(found: Sequence[Consequence]) -> list[Consequence]:
-    """What fails first, what was not measured last."""
-    order = ("fail", "warn", "ok", "not_measured")
-    return sorted(found, key=lambda one: order.index(one.status))
-
-
-def _plain(one: Consequence) -> str:
-    """Its sentence; the light says already that it was not measured."""
-    text = one.sentence.removeprefix("not measured: ")
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def ended(adapter: Adapter) -> str:

@@ -12,7 +12,7 @@ from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.evaluate.forgetting import Forgetting
 from heldout.pipeline.evaluate.statistics import AS_GOOD, WORTH, Comparison, compare
-from heldout.pipeline.ladder import Rung, best_baseline
+from heldout.pipeline.ladder import Rung, best_baseline, three_digits
 
 SHIP, DONT_SHIP, INCONCLUSIVE = "ship", "dont_ship", "inconclusive"
 
@@ -219,7 +219,7 @@ def _outcome(case: _Case) -> tuple[str, str, list[str]]:
     low, high = comparison.interval
     pieces, unit = case.pieces
     facts = (
-        f"on {comparison.n} {case.answers} the tuned model scores {tuned.scores.mean:.1%} "
+        f"on {comparison.n} {case.answers} {_the(tuned)} scores {tuned.scores.mean:.1%} "
         f"({tuned.scores.metric}), the best baseline ({baseline.name}) {baseline.scores.mean:.1%}: "
         f"{_points(comparison.difference)} points, 95 % interval {_points(low)} to {_points(high)}"
     )
@@ -234,7 +234,7 @@ def _outcome(case: _Case) -> tuple[str, str, list[str]]:
         worse = max(case.better, key=lambda rung: rung.scores.mean)
         lead = 100 * (worse.scores.mean - tuned.scores.mean)
         instead = (
-            f"{worse.name} scores {worse.scores.mean:.1%}, {lead:.1f} points more than the tuned model "
+            f"{worse.name} scores {worse.scores.mean:.1%}, {lead:.1f} points more than {_the(tuned)} "
             f"({tuned.scores.mean:.1%}){_faster(worse, tuned)}: use that instead"
         )
         return DONT_SHIP, "cheaper_is_better", [instead, facts, visible]
@@ -309,9 +309,14 @@ def _per_answer(rung: Rung, best: Rung) -> str:
     if not best.scores.milliseconds:
         return ""
     return (
-        f"; an answer takes it {rung.scores.milliseconds:.3g} ms and {rung.scores.prompt_tokens:.0f} prompt tokens "
-        f"instead of {best.scores.milliseconds:.3g} ms and {best.scores.prompt_tokens:.0f}"
+        f"; an answer takes it {three_digits(rung.scores.milliseconds)} ms and {rung.scores.prompt_tokens:.0f} prompt "
+        f"tokens instead of {three_digits(best.scores.milliseconds)} ms and {best.scores.prompt_tokens:.0f}"
     )
+
+
+def _the(tuned: Rung) -> str:
+    """How sentences call it: not every model that is judged was tuned."""
+    return "the tuned model" if tuned.name == "tuned" else "the model"
 
 
 def _faster(rung: Rung, than: Rung) -> str:
@@ -319,7 +324,8 @@ def _faster(rung: Rung, than: Rung) -> str:
     if not (rung.scores.milliseconds and than.scores.milliseconds):
         return ", at a fraction of its cost"
     here, there = rung.scores.milliseconds, than.scores.milliseconds
-    return f", and is {there / here:.2g} times as fast ({here:.3g} ms an answer, not {there:.3g})"
+    times, takes = three_digits(there / here), three_digits(here)
+    return f", and is {times} times as fast ({takes} ms an answer, not {three_digits(there)})"
 
 
 def _an_answer(rung: Rung) -> dict[str, float]:

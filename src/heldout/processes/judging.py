@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,16 @@ from heldout.engine.over_chat import ChatEngine
 from heldout.engine.remote import RemoteChat
 from heldout.errors import InvalidValue
 from heldout.pipeline import evaluation_report
+from heldout.pipeline.checks.groups import fingerprint
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.graders.read import Ask, grader_json, grader_metric, read_grader
 from heldout.pipeline.evaluation import Answerer, Evaluation, Judged, Pairing, compare_models, evaluate_model, read_rows
+from heldout.pipeline.judgement import Judgement, judge
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.foreground import make_folder, source
 from heldout.processes.talk import find_model
 from heldout.settings import Settings, read_settings
+from heldout.store.db import open_db
 
 if TYPE_CHECKING:
     from heldout.engine.local import LocalEngine
@@ -71,8 +75,9 @@ def evaluate(
     run = _Run(settings or read_settings(), watch or Silent(), out)
     rows = read_rows(source(file), source(train) if train else None, run.watch, seed=seed, keep_leaks=keep_leaks)
     scored_by = run.metric(rows, metric, grader, judge)
+    answerer = run.answerer(model, base)
     done = evaluate_model(
-        run.answerer(model, base),
+        answerer,
         rows,
         scored_by,
         run.watch,
@@ -80,6 +85,9 @@ def evaluate(
         cheap=run.vectors(rows, scored_by),
         encoder=catalogue.bundled_encoder(),
     )
+    if rows.split:
+        judgement = run.judge(done, model, answerer, rows, scored_by)
+        done = replace(done, verdict=judgement.verdict, consequences=judgement.consequences)
     done = replace(done, notes=(*done.notes, *run.told))
     run.end(done)
     return done
@@ -148,6 +156,27 @@ class _Run:
             model=ref,
             is_prompted=not decides,
             notes=_template_note(adapter, engine.folder(ref.base_model)) if adapter and not decides else (),
+        )
+
+    def judge(
+        self, done: Evaluation, model: str | Path | Endpoint, answerer: Answerer, rows: Judged, metric: Metric
+    ) -> Judgement:
+        """The verdict, and what training made worse in an adapter or a folder of weights."""
+        assert rows.split is not None
+        ref = answerer.model
+        is_folder = ref.adapter is None and Path(ref.base_model).is_dir()
+        database = open_db(self.settings.database)
+        look = hashlib.sha256(f"evaluate/{answerer.name}".encode()).hexdigest()
+        return judge(
+            done,
+            answerer,
+            rows.split,
+            metric,
+            self.watch,
+            clusters=rows.clusters,
+            is_trained=not isinstance(model, Endpoint) and (is_folder or rungs.was_trained(ref)),
+            seconds=self.settings.eval_budget,
+            look=lambda examples: database.look(look, [fingerprint(one.messages) for one in examples]),
         )
 
     def vectors(self, rows: Judged, metric: Metric) -> Engine | None:

@@ -6,6 +6,9 @@ is adding a file here and its function to CONSEQUENCES.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from heldout.pipeline.consequences import (
     bias,
     calibration,
@@ -35,14 +38,16 @@ CONSEQUENCES: tuple[Measure, ...] = (
 INFORMING = frozenset({forgetting.NAME})
 
 
-def measure_all(subject: Subject) -> tuple[Consequence, ...]:
-    """Every consequence, told as it is measured."""
+def measure_all(
+    subject: Subject, known: Mapping[Measure, Consequence] = MappingProxyType({})
+) -> tuple[Consequence, ...]:
+    """Every consequence, told as it is measured; those in `known` are not measured again."""
     subject.watch.message(
         f"Measuring the consequences of training, with at most {subject.budget.seconds:.0f} s of probes"
     )
     found = []
     for measure in CONSEQUENCES:
-        one = measure(subject)
+        one = known.get(measure) or measure(subject)
         found.append(one)
         subject.watch.message(
             f"Consequences, {one.name}: {'' if one.status == 'not_measured' else f'{one.status}, '}{one.sentence}",

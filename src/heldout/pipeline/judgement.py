@@ -1,0 +1,110 @@
+"""A verdict on a model that no job of ours has trained, and what its training may have made worse."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from heldout.pipeline.consequences import forgetting as forgetting_light
+from heldout.pipeline.consequences import hallucination, measure_all
+from heldout.pipeline.consequences.base import Budget, Consequence, Measure, Subject, not_measured
+from heldout.pipeline.evaluate.answers import Metric
+from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
+from heldout.pipeline.evaluation import Answerer, Evaluation
+from heldout.pipeline.ladder import best_baseline
+from heldout.pipeline.types import Example, Split
+from heldout.pipeline.verdict import Verdict, decide
+from heldout.pipeline.watch import Watch
+
+#: Probes have at least so many seconds, and else as many as the answers took.
+AT_LEAST = 60.0
+
+NO_BASE = "what the model was before its training is not known"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a job's report says of its tuned model, of any model whose training rows are at hand."""
+
+    verdict: Verdict
+    consequences: tuple[Consequence, ...] = ()  # of models that were trained and can be asked here
+
+
+def judge(
+    done: Evaluation,
+    answerer: Answerer,
+    split: Split,
+    metric: Metric,
+    watch: Watch,
+    *,
+    clusters: Sequence[int],
+    is_trained: bool,
+    seconds: float | None,
+    look: Callable[[Sequence[Example]], int],
+) -> Judgement:
+    """Compare the model with the cheaper rungs, as a job does with its own.
+
+    Args:
+        done: its answers, and the rungs.
+        split: the rows it was trained on, and those that it answered.
+        is_trained: it was trained, and answers in this process: the consequences of training can be measured.
+        seconds: that probes may take; None: as many as the answers took.
+        look: as in `Tools`.
+    """
+    lost: Forgetting | None = None
+    found: tuple[Consequence, ...] = ()
+    if is_trained:
+        budget = Budget(max(AT_LEAST, done.seconds) if seconds is None else seconds)
+        lost = _forgetting(answerer, watch) if not budget.used_up else None
+        subject = Subject(
+            engine=answerer.engine,
+            model=answerer.model,
+            is_encoder=not answerer.is_prompted,
+            # Who trained it may have stopped by any of the rows: all of them are training rows here.
+            split=replace(split, train=(*split.train, *split.valid), valid=()),
+            answered=done.examples,
+            metric=metric,
+            max_tokens=done.max_tokens,
+            tuned=done.rung,
+            baseline=best_baseline(done.rungs),
+            rungs=done.rungs,
+            crossfit=False,
+            forgetting=lost,
+            budget=budget,
+            watch=watch,
+        )
+        found = measure_all(subject, {} if answerer.model.adapter else _without_base())
+    verdict = decide(
+        done.rungs,
+        done.rung,
+        forgetting=lost,
+        consequences=found,
+        caveats=split.caveats,
+        clusters=clusters,
+        look=look(done.examples),
+    )
+    return Judgement(verdict=verdict, consequences=found)
+
+
+def _forgetting(answerer: Answerer, watch: Watch) -> Forgetting | None:
+    if not (answerer.model.adapter and answerer.is_prompted):
+        return None
+    with tempfile.TemporaryDirectory(prefix="heldout-evaluate-") as directory:
+        return measure_forgetting(
+            answerer.engine,
+            answerer.model.base_model,
+            Path(answerer.model.adapter),
+            replay_ratio=0.0,
+            directory=Path(directory),
+            watch=watch,
+        )
+
+
+def _without_base() -> dict[Measure, Consequence]:
+    """What is a comparison with the model before training."""
+    return {
+        forgetting_light.measure: not_measured(forgetting_light.NAME, NO_BASE),
+        hallucination.measure: not_measured(hallucination.NAME, NO_BASE),
+    }
