@@ -57,8 +57,7 @@ def markdown(done: Done) -> str:
 def page(done: Done) -> str:
     """The report as one HTML file that needs nothing else."""
     columns, rows = example_table(done)
-    body = f"""<h1>{html_text(title(done))}</h1>
-{"".join(f"<p>{html_text(sentence)}.</p>" for sentence in sentences(done))}
+    body = f"""{_head(done)}
 {"".join(f"<p><small>Mind: {html_text(note)}.</small></p>" for note in done.notes)}
 {charts.intervals(_ladder(done))}
 <small>Points are means, bars 95&nbsp;% intervals, on {len(done.examples)} rows of the file.</small>
@@ -69,7 +68,16 @@ def page(done: Done) -> str:
 {"".join(_case(columns, row) for row in rows) or "<p>None.</p>"}
 <h2>Findings in the data</h2>
 {findings_page.cards(done.findings, {}) or "<p>None.</p>"}"""
-    return layout.html_page(title(done), body, lights.STYLE)
+    return layout.html_page(title(done), body, layout.VERDICT_STYLE + lights.STYLE)
+
+
+def _head(done: Done) -> str:
+    """The verdict and its reasons, or what was asked and the result."""
+    if isinstance(done, Evaluation) and done.verdict:
+        reasons = "".join(f"<li>{html_text(reason)}</li>" for reason in done.verdict.reasons)
+        return f"{layout.html_headline(done.verdict.outcome)}<p>{html_text(title(done))}</p><ul>{reasons}</ul>"
+    result = "".join(f"<p>{html_text(sentence)}.</p>" for sentence in sentences(done))
+    return f"<h1>{html_text(title(done))}</h1>{result}"
 
 
 def _case(columns: Sequence[str], row: Sequence[str]) -> str:

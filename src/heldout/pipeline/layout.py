@@ -19,6 +19,11 @@ UNBROKEN = 24
 #: What a verdict says, in a word or three.
 HEADLINES = {"ship": "Ship it", "dont_ship": "Don't ship it", "inconclusive": "Inconclusive"}
 
+VERDICT_STYLE = """
+h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
+h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
+"""
+
 _STYLE = """
 :root { color-scheme: light }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; color: #1c2530;
@@ -41,6 +46,11 @@ pre { background: #f3f5f8; border-radius: 4px; padding: .6em .8em; white-space: 
 @media print { body { max-width: none; margin: 0; padding: 0; font-size: 10.5pt } svg, pre { print-color-adjust: exact;
   break-inside: avoid } tr, li { break-inside: avoid } h2 { break-after: avoid } p, li { orphans: 3; widows: 3 } }
 """
+
+
+def html_headline(outcome: str) -> str:
+    """The verdict, for who reads nothing else."""
+    return f'<h1 class="{outcome}">{HEADLINES[outcome]}</h1>'
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> list[str]:

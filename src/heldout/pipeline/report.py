@@ -28,11 +28,6 @@ FOLD_COLUMNS = ("fold", "trained on", "stopped by", "answered", "best step (epoc
 PLAN_COLUMNS = ("hyperparameter", "value", "from", "why")
 AGAIN, FILE_COLUMNS = "Run it again", ("file", "used as", "bytes", "sha256")
 
-_STYLE = """
-h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
-h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
-"""
-
 MISTAKES = "Wrong answers to learn from"
 #: Characters of a text in them.
 SHOWN = 300
@@ -105,7 +100,7 @@ def page(outcome: Outcome) -> str:
     """The report as one HTML file that needs nothing else."""
     verdict, adapter = outcome.verdict, outcome.adapter
     rungs = (*outcome.rungs, outcome.tuned)
-    body = f"""<h1 class="{verdict.outcome}">{HEADLINES[verdict.outcome]}</h1>
+    body = f"""{layout.html_headline(verdict.outcome)}
 {"".join(f"<p><b>Mind: {html_text(caveat)}.</b></p>" for caveat in verdict.caveats)}
 <p>{html_text(outcome.base_model)}, {_parts(outcome)}.</p>
 <ul>{"".join(f"<li>{html_text(reason)}</li>" for reason in verdict.reasons)}</ul>
@@ -132,7 +127,7 @@ def page(outcome: Outcome) -> str:
 <p><small>{html_text(outcome.reproduction.sentence)}</small></p>
 <h2>Findings in the data</h2>
 {findings_page.cards(_ordered(outcome), {}) or "<p>None.</p>"}"""
-    return layout.html_page(HEADLINES[verdict.outcome], body, _STYLE + lights.STYLE)
+    return layout.html_page(HEADLINES[verdict.outcome], body, layout.VERDICT_STYLE + lights.STYLE)
 
 
 def plan_rows(outcome: Outcome) -> list[list[str]]:
