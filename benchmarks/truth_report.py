@@ -14,6 +14,8 @@ from heldout.pipeline.evaluate.statistics import AS_GOOD, wilson
 Cell = dict[str, Any]
 
 ARMS = ("best-prompt", "trl-default", "trl-advised", "three-epochs", "ours")
+#: Arms that are one training to its end.
+TRAINED = ("trl-default", "trl-advised", "three-epochs")
 #: Columns of the table before and behind the arms' scores.
 FIRST = ("cell", "n", "seed", "verdict", "ends with")
 LAST = ("ceiling", "unseen", "interval", "true gain", "minutes")
@@ -142,9 +144,23 @@ def report(cells: Sequence[Cell], of: int = 0) -> str:
             f"{100 * one['ceiling']:.1f} | {100 * one['ceiling_unseen']:.1f} | {100 * low:+.1f} to {100 * high:+.1f} | "
             f"{100 * gain(one):+.1f} | {one['cell_seconds'] / 60:.1f} |"
         )
+    lines += ["", *losses(cells)]
     lines += ["", "| measure | pass mark | found | cells | |", "|---|---|--:|--:|---|"]
     lines += [f"| {' | '.join(map(str, mark))} |" for mark in marks(cells)]
     return "\n".join(lines)
+
+
+def losses(cells: Sequence[Cell]) -> list[str]:
+    """Lines of the table of training losses: of an answer's tokens, nats, mean of the last eight steps; TRL's defaults
+    learn whole conversations."""
+    lines = [
+        f"| training loss at the end | n | seed | {' | '.join(TRAINED)} |",
+        f"|---|--:|--:|{'--:|' * len(TRAINED)}",
+    ]
+    for one in sorted(cells, key=lambda one: (_place(one["name"]), one["n"], one["seed"])):
+        found = " | ".join(f"{one['train_loss'][arm]:.3f}" for arm in TRAINED)
+        lines.append(f"| {one['name']} | {one['n']} | {one['seed']} | {found} |")
+    return lines
 
 
 def _wrong(cell: Cell) -> Iterator[tuple[str, bool]]:
