@@ -166,7 +166,9 @@ class _Run:
         ref = answerer.model
         is_folder = ref.adapter is None and Path(ref.base_model).is_dir()
         database = open_db(self.settings.database)
-        look = hashlib.sha256(f"evaluate/{answerer.name}".encode()).hexdigest()
+        # The same model has the same look, by whatever name it is called.
+        where = Path(ref.adapter).resolve() if ref.adapter else ref.base_model
+        look = hashlib.sha256(f"evaluate/{where}".encode()).hexdigest()
         return judge(
             done,
             answerer,
