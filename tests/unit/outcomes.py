@@ -58,7 +58,9 @@ def make_outcome(folder: Path) -> Outcome:
             precision="float32",
             learning_rate=1e-3,
             stopped="all 3 steps taken",
-            selection=select([Candidate(kind="best_loss", step=2, valid_loss=0.5, scores=())], metric="exact match"),
+            selection=select(
+                [Candidate(kind="best_loss", step=2, valid_loss=0.5, scores=(1.0,) * 19 + (0.0,))], metric="exact match"
+            ),
             proofs=(),
         ),
         plan=plan,

@@ -91,6 +91,7 @@ def test_the_json_report_has_every_key_scripts_read(written: Path, outcome: Outc
     assert [point["step"] for point in training["curve"]] == [1, 2, 3]
     assert [point["valid_loss"] for point in training["curve"]] == [None, 1.25, 1.75]
     assert (training["trained_tokens"], training["trained_parameters"]) == (12_345, 678)
+    assert training["optimism"] == pytest.approx(0.05)
     assert found["adapter"] == str(written / "adapter")
 
 
@@ -106,6 +107,8 @@ def test_the_markdown_report_has_a_table_of_the_rungs(written: Path) -> None:
     assert "| 3 | 0.5000 | 1.7500 | 1.5000 |" in lines
     assert not any(line.startswith("| 1 |") for line in lines), "nothing was validated at step 1"
     assert any("9.5 examples a second, peak memory 1.50 GiB" in line for line in lines)
+    told = "On the 20 validation rows that chose it, it scores 95.0%, on the holdout 90.0%: +5.0 points of optimism."
+    assert any(told in line for line in lines)
 
 
 def test_the_html_report_shows_texts_as_texts(written: Path) -> None:

@@ -42,6 +42,15 @@ class Outcome:
     consequences: tuple[Consequence, ...] = ()  # what training may have made worse
     more_data: MoreData | None = None  # what twice as many examples would gain; only where answers are labels
 
+    @property
+    def optimism(self) -> float | None:
+        """By how much the kept checkpoint is better on the validation rows that chose it than on the holdout (share of
+        right answers). None by cross-fitting, without validation rows, and where answers are not right or wrong."""
+        on_valid = self.adapter.selection.chosen.score
+        if self.crossfit or on_valid is None or not self.tuned.scores.binary:
+            return None
+        return on_valid - self.tuned.scores.mean
+
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report; docs/report.md and report.schema.json describe every key."""
         adapter = self.adapter
@@ -76,6 +85,7 @@ class Outcome:
                 "last_step": adapter.last_step,
                 "stopped": adapter.stopped,
                 "selection": adapter.selection.as_dict(),
+                "optimism": self.optimism,
                 "learning_rate": adapter.learning_rate,
                 "predicted_memory_bytes": self.plan.predicted_memory_bytes,
                 "precision": adapter.precision,

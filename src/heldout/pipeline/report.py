@@ -76,7 +76,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         "## Training",
         "",
-        f"{ended(adapter)} {adapter.trained_parameters:,} parameters, "
+        f"{ended(adapter)}{optimism(outcome)} {adapter.trained_parameters:,} parameters, "
         f"{adapter.trained_tokens:,} tokens, {adapter.examples_per_second:.1f} examples a second, peak memory "
         f"{adapter.peak_memory_bytes / 2**30:.2f} GiB, {adapter.seconds:.0f} s.",
         "",
@@ -116,7 +116,7 @@ def page(outcome: Outcome) -> str:
 {f"<h2>More data?</h2><p>{html_text(outcome.more_data.sentence)}</p>" if outcome.more_data else ""}
 <h2>Training</h2>
 {charts.losses(adapter.curve, adapter.best_step, outcome.plan.total_steps)}
-<p>{html_text(ended(adapter))}
+<p>{html_text(ended(adapter) + optimism(outcome))}
 {adapter.trained_parameters:,} parameters, {adapter.trained_tokens:,} tokens,
 {adapter.examples_per_second:.1f} examples a second, peak memory {adapter.peak_memory_bytes / 2**30:.2f} GiB.</p>
 <h2>Plan</h2>
@@ -244,6 +244,17 @@ def general_skills(verdict: Verdict) -> str:
 def ended(adapter: Adapter) -> str:
     """Why training ended, and why this checkpoint was taken: two sentences."""
     return " ".join(f"{text[:1].upper()}{text[1:]}." for text in (adapter.stopped, adapter.selection.reason))
+
+
+def optimism(outcome: Outcome) -> str:
+    """What choosing the checkpoint made of its score: a sentence, or nothing where that is not known."""
+    if outcome.optimism is None:
+        return ""
+    n, held = len(outcome.adapter.selection.chosen.scores), outcome.tuned.scores.mean
+    return (
+        f" On the {n} validation rows that chose it, it scores {outcome.optimism + held:.1%}, on the holdout "
+        f"{held:.1%}: {100 * outcome.optimism:+.1f} points of optimism."
+    )
 
 
 def _validations(adapter: Adapter) -> list[str]:
