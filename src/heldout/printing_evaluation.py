@@ -9,6 +9,7 @@ from rich.text import Text
 from heldout.pipeline import evaluation_report as report
 from heldout.pipeline.evaluation import Evaluation, Pairing
 from heldout.pipeline.findings import escaped
+from heldout.pipeline.lights import LIGHTS, by_light
 
 
 def print_evaluation(done: Evaluation | Pairing, console: Console | None = None) -> None:
@@ -16,10 +17,13 @@ def print_evaluation(done: Evaluation | Pairing, console: Console | None = None)
     console = console or Console(highlight=False)
     for sentence in report.sentences(done):
         console.print(Text(escaped(f"{sentence}."), style="bold"), soft_wrap=not console.is_terminal)
-    for note in done.notes:
+    for note in report.notes(done):
         console.print(Text(escaped(f"Mind: {note}."), style="dim"), soft_wrap=not console.is_terminal)
     if isinstance(done, Pairing) or done.rungs:
         console.print(_scores(done))
+    for one in by_light(done.consequences) if isinstance(done, Evaluation) else ():
+        told = f"{LIGHTS[one.status][2]}, {one.name}: {one.sentence.removeprefix('not measured: ')}."
+        console.print(Text(escaped(told)), soft_wrap=not console.is_terminal)
     if isinstance(done, Pairing):
         numbers = Table(box=None, padding=(0, 2), show_header=False)
         for name, value in report.numbers(done):

@@ -110,12 +110,44 @@ def test_every_further_model_that_looks_at_the_rows_needs_more_evidence(
 ) -> None:
     train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
     own = Settings(data_dir=tmp_path / "looks", precision="float32", eval_budget=0)
-    needed = []
-    for model in (elsewhere, tiny_model, elsewhere):
-        done = heldout.evaluate(model, held, train=train, settings=own)
+    other = write_rows(tmp_path / "other.jsonl", [colour_row(i) for i in range(3000, 3048)])
+    again = shutil.copytree(elsewhere, tmp_path / "again")
+    looks = []
+    for model, file in [(elsewhere, held), (tiny_model, held), (elsewhere, held), (tiny_model, other), (again, other)]:
+        done = heldout.evaluate(model, file, train=train, max_tokens=4, settings=own)
         assert done.verdict is not None
-        needed.append(done.verdict.numbers["look"])
-    assert needed == [1, 2, 1]
+        looks.append(done.verdict.numbers["look"])
+    assert looks == [1, 2, 1, 1, 2]
+    forgetting = next(one for one in done.consequences if one.name == "forgetting")
+    assert "the time for probes (0 s) was used up" in forgetting.sentence
+
+
+def test_where_no_looks_can_be_counted_it_is_said_and_no_answer_is_lost(
+    elsewhere: Path, held: Path, tmp_path: Path
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    (tmp_path / "a file").write_text("")
+    blocked = Settings(data_dir=tmp_path / "a file" / "data", precision="float32", eval_budget=0)
+    done = heldout.evaluate(elsewhere, held, train=train, max_tokens=4, out=tmp_path / "report", settings=blocked)
+    assert done.verdict is not None
+    assert any("earlier looks at these rows are not counted" in note for note in done.notes)
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_a_judge_that_is_a_model_is_not_asked_hundreds_of_times_by_probes(
+    elsewhere: Path, tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    grader = {
+        "type": "score_model",
+        "name": "judge",
+        "model": str(tiny_model),
+        "range": [0, 1],
+        "input": [{"role": "user", "content": "{{sample.output_text}}"}],
+    }
+    done = heldout.evaluate(elsewhere, held, train=train, grader=grader, max_tokens=4, settings=settings)
+    assert done.consequences == ()
+    assert any("grader that asks a model" in note for note in done.notes)
 
 
 def test_of_a_folder_of_weights_what_compares_with_the_base_is_not_measured(
@@ -129,6 +161,16 @@ def test_of_a_folder_of_weights_what_compares_with_the_base_is_not_measured(
     for name in ("forgetting", "hallucination"):
         assert "before its training is not known" in light[name].sentence
     assert light["fragility"].status != "not_measured"
+
+
+def test_a_page_without_a_verdict_has_a_title_that_can_be_read(
+    tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    heldout.compare(tiny_model, tiny_model, held, max_tokens=1, out=tmp_path / "report", settings=settings)
+    page = (tmp_path / "report" / "report.html").read_text()
+    (white,) = re.findall(r"([^{}]*) \{[^}]*color: #fff", page)
+    assert white.strip().startswith("h1[class]")
+    assert "<h1>" in page
 
 
 def test_rows_of_the_training_file_are_left_out_by_name(judged: Evaluation) -> None:

@@ -109,6 +109,8 @@ def test_who_says_that_real_prompts_have_them_is_asked_with_them_and_told_first(
         lambda label: f"{dict(zip(LABELS, ('वापसी', 'पासवर्ड', 'कार्ड'), strict=True))[label]} {{text}}",
         lambda label: f"#include <{dict(zip(LABELS, ('stdio.h', 'iostream', 'vector'), strict=True))[label]}> {{text}}",
         lambda label: f"{{text}} 3 {dict(zip(LABELS, '+-*', strict=True))[label]} 4",
+        lambda label: f"{dict(zip(LABELS, ('9am', '9pm', '1pm'), strict=True))[label]} {{text}}",
+        lambda label: f"{dict(zip(LABELS, ('iphone12', 'mp3', 'ps5'), strict=True))[label]} {{text}}",
     ],
 )
 def test_what_may_be_part_of_the_question_stays_and_is_told_first(tag: Callable[[str], str]):
@@ -167,6 +169,28 @@ def test_rare_labels_lose_their_codes_with_the_others():
     assert not any("<" in one.prompt[-1]["content"] for one in giveaways_of(*rows).asked(examples))
 
 
+def test_words_of_a_codes_shape_that_vary_within_a_label_stay():
+    rng = random.Random(2)
+    papers = [(f"<{rng.choice('ABC')}-{rng.randrange(10, 99)}> paper {text}", "paper") for text, _ in plain_rows(30)]
+    examples = file("t.jsonl", *marked_rows(), *papers).examples
+    giveaways = giveaways_of(*marked_rows(), *papers)
+    assert not any(one.prompt[-1]["content"].startswith("<") for one in giveaways.asked(examples[:90]))
+    assert giveaways.asked(examples[90:]) == tuple(examples[90:])
+
+
+def test_codes_at_the_end_of_texts_of_one_length_are_found():
+    rows = [(" ".join([*text.split()[:6], CODES[label]]), label) for text, label in plain_rows()]
+    assert not any(CODES[LABELS[0]] in one for one in all_asked(split_into_folds(file("t", *rows), None, seed=0)[0]))
+
+
+def test_a_word_counts_where_it_tells_the_rows_own_answer():
+    rows = [(question, WORDS[label]) for question, label in tagged(lambda label: f"{WORDS[label]} {{text}}")]
+    others = file("t.jsonl", *((question, "purchase") for question, _ in rows)).examples
+    findings, _ = giveaways_of(*rows).told(others, "t.jsonl")
+    assert [len(one.lines) for one in findings] == [30]
+    assert "'tour'" not in findings[0].message
+
+
 def test_files_without_shortcuts_are_held_out_as_they_are():
     train = file("t.jsonl", *plain_rows())
     folds, findings = split_into_folds(train, None, seed=0)
@@ -185,7 +209,7 @@ def test_what_cheap_models_know_without_the_code_is_what_advise_says():
 
 
 @pytest.mark.parametrize(
-    ("place", "text", "left"),
+    ("place", "text", "left"),  # the words outside are those of the pattern
     [
         (0, "<Q-17> the bridge", "the bridge"),
         (0, "<Q-17>\n\nthe bridge ", "the bridge "),
@@ -193,6 +217,7 @@ def test_what_cheap_models_know_without_the_code_is_what_advise_says():
         (0, "<Q-17> -5 degrees", "-5 degrees"),
         (1, "[queue <Z-90> the bridge", "the bridge"),
         (0, "  <ZZ-90>  the bridge", "  <ZZ-90>  the bridge"),
+        (1, "URGENT <Q-17> the bridge", "URGENT <Q-17> the bridge"),
         (0, "the <Q-17> bridge", "the <Q-17> bridge"),
         (-1, "the bridge <q-17>", "the bridge"),
         (-1, "the bridge - <q-17>!\n", "the bridge"),
@@ -202,11 +227,12 @@ def test_what_cheap_models_know_without_the_code_is_what_advise_says():
     ],
 )
 def test_what_is_left_of_a_text(place: int, text: str, left: str):
-    assert Codes(place, frozenset({"<a-99>"})).without(text) == left
+    outside = {1: ("[queue",), -2: ("ref",)}.get(place, ())
+    assert Codes(place, frozenset({"<q-17>", "<z-90>"}), outside).without(text) == left
 
 
 def test_only_the_turn_with_the_code_changes():
-    codes = Giveaways(codes=Codes(0, frozenset({"<a-99>"})))
+    codes = Giveaways(codes=Codes(0, frozenset({"<q-17>"})))
     turns = [("user", "<Q-17> the bridge"), ("assistant", "Which?"), ("user", "<Q-17>"), ("assistant", "visit")]
     row = Example(messages=tuple({"role": role, "content": text} for role, text in turns), weights=(0, 0, 0, 1), line=1)
     (changed,) = codes.asked([row])

@@ -98,6 +98,9 @@ def test_a_cheaper_model_that_is_better_is_named_with_what_it_saves() -> None:
         "frozen-encoder scores 95.0%, 11.0 points more than the tuned model (84.0%), and is 50 times as fast "
         "(2 ms an answer, not 100): use that instead"
     )
+    slower = replace(classical, scores=replace(classical.scores, milliseconds=400.0))
+    told = decide([rung("zero-shot", right(100, 30)), slower], tuned).reasons[0]
+    assert told.endswith("(84.0%) (400 ms an answer, not 100): use that instead")
     assert verdict.numbers["answers"]["tuned"] == {"score": 0.84, "milliseconds": 100.0, "prompt_tokens": 120}
 
 

@@ -33,9 +33,9 @@ def markdown(done: Done) -> str:
     lines = [
         f"# {markdown_text(title(done))}",
         "",
-        *(f"{markdown_text(sentence)}." for sentence in sentences(done)),
+        *(f"- {markdown_text(sentence)}." for sentence in sentences(done)),
         "",
-        *(f"- Mind: {markdown_text(note)}." for note in done.notes),
+        *(f"- Mind: {markdown_text(note)}." for note in notes(done)),
         "",
         *markdown_table(layout.RUNG_COLUMNS, layout.rung_rows(_ladder(done)), layout.RUNG_NUMBERS),
         *(lights.markdown(done.consequences) if isinstance(done, Evaluation) else []),
@@ -58,7 +58,7 @@ def page(done: Done) -> str:
     """The report as one HTML file that needs nothing else."""
     columns, rows = example_table(done)
     body = f"""{_head(done)}
-{"".join(f"<p><small>Mind: {html_text(note)}.</small></p>" for note in done.notes)}
+{"".join(f"<p><small>Mind: {html_text(note)}.</small></p>" for note in notes(done))}
 {charts.intervals(_ladder(done))}
 <small>Points are means, bars 95&nbsp;% intervals, on {len(done.examples)} rows of the file.</small>
 {layout.html_rungs(_ladder(done))}
@@ -74,8 +74,10 @@ def page(done: Done) -> str:
 def _head(done: Done) -> str:
     """The verdict and its reasons, or what was asked and the result."""
     if isinstance(done, Evaluation) and done.verdict:
-        reasons = "".join(f"<li>{html_text(reason)}</li>" for reason in done.verdict.reasons)
-        return f"{layout.html_headline(done.verdict.outcome)}<p>{html_text(title(done))}</p><ul>{reasons}</ul>"
+        first = "".join(f"<p><b>{html_text(caveat)}.</b></p>" for caveat in caveats(done))
+        reasons = (*done.verdict.reasons, done.sentence, done.beside)
+        told = "".join(f"<li>{html_text(reason)}</li>" for reason in reasons)
+        return f"{layout.html_headline(done.verdict.outcome)}{first}<p>{html_text(title(done))}</p><ul>{told}</ul>"
     result = "".join(f"<p>{html_text(sentence)}.</p>" for sentence in sentences(done))
     return f"<h1>{html_text(title(done))}</h1>{result}"
 
@@ -96,8 +98,20 @@ def sentences(done: Done) -> list[str]:
     if isinstance(done, Pairing):
         return [done.conclusion]
     if done.verdict:
-        return [f"{HEADLINES[done.verdict.outcome]}: {done.verdict.reasons[0]}", *done.verdict.reasons[1:]]
+        first, *more = done.verdict.reasons
+        return [*caveats(done), f"{HEADLINES[done.verdict.outcome]}: {first}", *more, done.sentence, done.beside]
     return [sentence for sentence in (done.sentence, done.beside) if sentence]
+
+
+def caveats(done: Done) -> list[str]:
+    """What a reader must know before the verdict."""
+    known = done.verdict.caveats if isinstance(done, Evaluation) and done.verdict else ()
+    return [f"Mind: {caveat}" for caveat in known]
+
+
+def notes(done: Done) -> list[str]:
+    """What else a reader must know."""
+    return [note for note in done.notes if f"Mind: {note}" not in caveats(done)]
 
 
 def numbers(done: Pairing) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from heldout.engine.base import Message
@@ -18,6 +18,7 @@ from heldout.pipeline.checks.parts import name_lines, name_some
 from heldout.pipeline.checks.rows import Rows, Sampled
 from heldout.pipeline.checks.shortcuts import (
     HOLDS,
+    MIN_LABEL_ROWS,
     ONE_PLACE,
     Token,
     bare_token,
@@ -39,17 +40,19 @@ class Codes:
     """Codes at one place of the questions, each of which tells an answer and means nothing else."""
 
     place: int  # which word: 0 the first, -1 the last
-    shapes: frozenset[str]  # "[a9]": letters as a, digits as 9
+    texts: frozenset[str]  # folded, without the marks around them
+    outside: tuple[str, ...] = ()  # the words that stand before them at the beginning, or behind them at the end
 
     def without(self, text: str) -> str:
-        """The text without its code, and without what stands before it at the beginning or behind it at the end; as it
-        is where it has no such code, or is JSON."""
+        """The text without its code, and without what stands outside it; as it is where it has no such code there, or
+        is JSON."""
         words = [word for word in _WORD.finditer(text) if bare_token(word.group())]
-        if not -len(words) <= self.place < len(words) or _is_json(text):
+        bare = [bare_token(word.group()) for word in words]
+        if not -len(words) <= self.place < len(words) or bare[self.place] not in self.texts or _is_json(text):
+            return text
+        if _outside(bare, self.place) != self.outside:
             return text
         word = words[self.place]
-        if _shape(bare_token(word.group())) not in self.shapes:
-            return text
         if self.place < 0:
             return _BEFORE.sub("", text[: word.start()])
         return _AFTER.sub("", text[word.end() :])
@@ -69,19 +72,26 @@ class Giveaways:
     def told(self, rows: Sequence[Example], file: str) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
         """What a reader must know of these held-out rows: findings, and caveats for the verdict (with no data in
         them: they are published)."""
-        tokens = {token.text for token in self.tokens}
         asked = self.asked(rows)
         changed = [row.line for row, one in zip(rows, asked, strict=True) if row != one]
-        telling = [one.line for one in asked if not tokens.isdisjoint(tokens_of(user_text(one.prompt)))]
+        tells = {(token.text, token.label): token for token in self.tokens}
+        kept: dict[int, list[Token]] = {}
+        for one in asked:
+            text = user_text(one.prompt)
+            label = label_of(Sampled(one.line, text, one.target))
+            if found := [tells[token, label] for token in set(tokens_of(text)) if (token, label) in tells]:
+                kept[one.line] = found
         of = f"of {len(rows)} held-out questions"
         without = f"{len(changed)} {of} are asked without the code that tells their answer"
-        having = f"{len(telling)} {of} have a word in them that tells their answer"
+        having = f"{len(kept)} {of} have a word in them that tells their answer"
         findings, caveats = [], []
-        if changed:
-            findings.append(self._finding("giveaway_removed", "note", without, _WITHOUT, changed, file))
+        if changed and self.codes:
+            codes = [token for token in self.tokens if token.text in self.codes.texts]
+            findings.append(_finding("giveaway_removed", "note", without, _WITHOUT, codes, changed, file))
             caveats.append(f"{without}: {_WITHOUT}")
-        if telling:
-            findings.append(self._finding("giveaway_kept", "warning", having, _WITH, telling, file))
+        if kept:
+            words = [token for token in self.tokens if any(token in found for found in kept.values())]
+            findings.append(_finding("giveaway_kept", "warning", having, _WITH, words, list(kept), file))
             caveats.append(f"{having}: {_WITH}")
         return tuple(findings), tuple(caveats)
 
@@ -97,16 +107,6 @@ class Giveaways:
             return row
         message: Message = {**row.messages[turn], "content": text}
         return replace(row, messages=(*row.messages[:turn], message, *row.messages[turn + 1 :]))
-
-    def _finding(self, code: str, severity: Severity, what: str, means: str, lines: list[int], file: str) -> Finding:
-        shown = name_some([token.told for token in one_of_each(self.tokens)])
-        return Finding(
-            code=code,
-            severity=severity,
-            message=f"{what} ({shown}): {name_lines(lines)}; {means}.",
-            file=file,
-            lines=tuple(lines),
-        )
 
 
 _WITHOUT = "scores say what is known without it; if real prompts have it, keep it (--keep-leaks, x_keep_leaks)"
@@ -135,9 +135,10 @@ def as_asked(split: Split) -> Split:
 
 
 def _codes(tokens: Sequence[Token], sample: Sequence[Sampled]) -> Codes | None:
-    """The codes that surely mean nothing: of letters and digits, at one place near an end of the text, in rows of
-    several labels that are half of the file, behind (or before) the same words in all rows. A code that spells its
-    label may be what is to be read out; then all stay, for having one would tell the answer as well."""
+    """The codes that surely mean nothing: of letters and digits with a mark in or around them, at one place near an end
+    of the text, in rows of several labels that are half of the file, outside of which all rows have the same words. A
+    code that spells its label may be what is to be read out; then all stay, for having one would tell the answer as
+    well."""
     codes = [token for token in tokens if token.place is not None and -EDGE <= token.place < EDGE and _is_opaque(token)]
     if not codes or any(token.label in re.split(r"[\W_]+", token.text) for token in codes):
         return None
@@ -147,19 +148,48 @@ def _codes(tokens: Sequence[Token], sample: Sequence[Sampled]) -> Codes | None:
     told = {token.label for token in here}
     if place is None or len(told) < 2 or 2 * sum(labels[label] for label in told) < len(sample):
         return None
-    shapes = frozenset(_shape(token.text) for token in here)
     texts = [tokens_of(row.text) for row in sample]
-    coded = [text for text in texts if -len(text) <= place < len(text) and _shape(text[place]) in shapes]
-    outside = Counter(tuple(text[:place] if place >= 0 else text[place:][1:]) for text in coded)
-    return Codes(place, shapes) if outside.most_common(1)[0][1] >= ONE_PLACE * len(coded) else None
+    at_place = [text[place] if -len(text) <= place < len(text) else "" for text in texts]
+    known = {token.text for token in here}
+    outside = Counter(_outside(text, place) for text, code in zip(texts, at_place, strict=True) if code in known)
+    common, n = outside.most_common(1)[0]
+    if n < ONE_PLACE * outside.total():
+        return None
+    return Codes(place, frozenset(known | _of_rare_labels(known, at_place, sample, labels)), common)
+
+
+def _of_rare_labels(
+    known: Set[str], at_place: Sequence[str], sample: Sequence[Sampled], labels: Counter[str]
+) -> set[str]:
+    """What stands at the codes' place in all rows of a label too rare to be judged alone, in no other's, and has the
+    shape of a code."""
+    shapes = {_shape(code) for code in known}
+    rows_of: dict[str, list[str]] = {}
+    for row, code in zip(sample, at_place, strict=True):
+        rows_of.setdefault(label_of(row), []).append(code)
+    having = Counter(code for codes in rows_of.values() for code in set(codes))
+    return {
+        codes[0]
+        for label, codes in rows_of.items()
+        if labels[label] < MIN_LABEL_ROWS and len(set(codes)) == 1 and having[codes[0]] == 1
+        if _shape(codes[0]) in shapes
+    }
+
+
+def _outside(words: Sequence[str], place: int) -> tuple[str, ...]:
+    """The words between this place and the text's nearer end."""
+    return tuple(words[:place] if place >= 0 else words[place:][1:])
 
 
 def _is_opaque(token: Token) -> bool:
+    """True of "[a7]", "q-17"; not of "404", "9am", "ps5" and words, which somebody may have to read."""
     text = token.text
-    return token.is_code and any(map(str.isdigit, text)) and any("a" <= character <= "z" for character in text)
+    has = any(map(str.isdigit, text)), any("a" <= one <= "z" for one in text), not text.isalnum()
+    return all(has)
 
 
 def _shape(text: str) -> str:
+    """ "[a9]": letters as a, digits as 9."""
     return re.sub(r"\d", "9", re.sub(r"[^\W\d_]", "a", text))
 
 
@@ -178,4 +208,17 @@ def _holding(tokens: Sequence[Token], rows: Sequence[Sampled]) -> tuple[Token, .
             labels[text].append(label_of(row))
     return tuple(
         token for token in tokens if labels[token.text].count(token.label) >= HOLDS * len(labels[token.text]) > 0
+    )
+
+
+def _finding(
+    code: str, severity: Severity, what: str, means: str, tokens: Sequence[Token], lines: Sequence[int], file: str
+) -> Finding:
+    shown = name_some([token.told for token in one_of_each(tokens)])
+    return Finding(
+        code=code,
+        severity=severity,
+        message=f"{what} ({shown}): {name_lines(lines)}; {means}.",
+        file=file,
+        lines=tuple(lines),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from heldout.pipeline.consequences import forgetting as forgetting_light
@@ -24,15 +24,7 @@ AT_LEAST = 60.0
 NO_BASE = "what the model was before its training is not known"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What a job's report says of its tuned model, of any model whose training rows are at hand."""
-
-    verdict: Verdict
-    consequences: tuple[Consequence, ...] = ()  # of models that were trained and can be asked here
-
-
-def judge(
+def decide_on(
     done: Evaluation,
     answerer: Answerer,
     split: Split,
@@ -43,8 +35,9 @@ def judge(
     is_trained: bool,
     seconds: float | None,
     look: Callable[[Sequence[Example]], int],
-) -> Judgement:
-    """Compare the model with the cheaper rungs, as a job does with its own.
+) -> tuple[Verdict, tuple[Consequence, ...]]:
+    """Compare the model with the cheaper rungs, as a job does with its own; the verdict, and the consequences of its
+    training where they can be measured.
 
     Args:
         done: its answers, and the rungs.
@@ -56,8 +49,13 @@ def judge(
     lost: Forgetting | None = None
     found: tuple[Consequence, ...] = ()
     if is_trained:
-        budget = Budget(max(AT_LEAST, done.seconds) if seconds is None else seconds)
-        lost = _forgetting(answerer, watch) if not budget.used_up else None
+        seconds = max(AT_LEAST, done.seconds) if seconds is None else seconds
+        known = {} if answerer.model.adapter else _without_base()
+        if seconds > 0:
+            lost = _forgetting(answerer, watch)
+        else:
+            why = Budget(seconds).sentence
+            known = {forgetting_light.measure: not_measured(forgetting_light.NAME, why)} | known
         subject = Subject(
             engine=answerer.engine,
             model=answerer.model,
@@ -72,10 +70,10 @@ def judge(
             rungs=done.rungs,
             crossfit=False,
             forgetting=lost,
-            budget=budget,
+            budget=Budget(seconds),  # from now on: general skills have their own time, as in a job
             watch=watch,
         )
-        found = measure_all(subject, {} if answerer.model.adapter else _without_base())
+        found = measure_all(subject, known)
     verdict = decide(
         done.rungs,
         done.rung,
@@ -85,7 +83,7 @@ def judge(
         clusters=clusters,
         look=look(done.examples),
     )
-    return Judgement(verdict=verdict, consequences=found)
+    return verdict, found
 
 
 def _forgetting(answerer: Answerer, watch: Watch) -> Forgetting | None:

@@ -69,8 +69,10 @@ class Rung:
 
 
 def three_digits(number: float) -> str:
-    """To three digits, or all of those before the point."""
-    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+    """To three digits, or all of those before the point; never with an exponent."""
+    if number >= 999.5:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if number >= 0.001 else "under 0.001"
 
 
 def best_baseline(rungs: Sequence[Rung]) -> Rung:

@@ -20,7 +20,7 @@ UNBROKEN = 24
 HEADLINES = {"ship": "Ship it", "dont_ship": "Don't ship it", "inconclusive": "Inconclusive"}
 
 VERDICT_STYLE = """
-h1 { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
+h1[class] { display: inline-block; padding: .1em .6em; border-radius: 6px; color: #fff; print-color-adjust: exact }
 h1.ship { background: #1a7f4b } h1.dont_ship { background: #b3261e } h1.inconclusive { background: #8a6d00 }
 """
 

@@ -19,6 +19,9 @@ from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Finding, Split
 from heldout.pipeline.verdict import Verdict
 
+#: The metric that validation has.
+EXACT = "exact match"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -45,9 +48,12 @@ class Outcome:
     @property
     def optimism(self) -> float | None:
         """By how much the kept checkpoint is better on the validation rows that chose it than on the holdout (share of
-        right answers). None by cross-fitting, without validation rows, and where answers are not right or wrong."""
-        on_valid = self.adapter.selection.chosen.score
-        if self.crossfit or on_valid is None or not self.tuned.scores.binary:
+        right answers). None where the two are not of one kind: by cross-fitting, without validation rows, by other
+        metrics than exact match (validation knows no other), and where held-out questions are asked without a code."""
+        on_valid, giveaways = self.adapter.selection.chosen.score, self.split.giveaways
+        if self.crossfit or on_valid is None or (giveaways and giveaways.codes):
+            return None
+        if self.tuned.scores.metric != EXACT:
             return None
         return on_valid - self.tuned.scores.mean
 

@@ -25,6 +25,8 @@ RISK, RISK_OF_FOLDS = 0.05, 0.025
 FOLDS_AHEAD = 0.8
 #: A classical model overrules the tuned one when it is better with this probability, at any look: that ships nothing.
 SURE = 0.95
+#: A model is called faster that takes so many times less.
+FASTER = 1.5
 #: As good with at most this share of the baseline's prompt tokens is a reason to ship.
 SHORTER = 0.5
 #: After so many looks at one holdout its answers have been chosen by.
@@ -320,12 +322,12 @@ def _the(tuned: Rung) -> str:
 
 
 def _faster(rung: Rung, than: Rung) -> str:
-    """How much less an answer takes, where that was measured."""
+    """What an answer takes instead, where that was measured."""
     if not (rung.scores.milliseconds and than.scores.milliseconds):
         return ", at a fraction of its cost"
     here, there = rung.scores.milliseconds, than.scores.milliseconds
-    times, takes = three_digits(there / here), three_digits(here)
-    return f", and is {times} times as fast ({takes} ms an answer, not {three_digits(there)})"
+    takes = f"{three_digits(here)} ms an answer, not {three_digits(there)}"
+    return f", and is {three_digits(there / here)} times as fast ({takes})" if there >= FASTER * here else f" ({takes})"
 
 
 def _an_answer(rung: Rung) -> dict[str, float]:

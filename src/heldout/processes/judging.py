@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from heldout.engine import catalogue, rungs
 from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
@@ -19,7 +22,9 @@ from heldout.pipeline.checks.groups import fingerprint
 from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.graders.read import Ask, grader_json, grader_metric, read_grader
 from heldout.pipeline.evaluation import Answerer, Evaluation, Judged, Pairing, compare_models, evaluate_model, read_rows
-from heldout.pipeline.judgement import Judgement, judge
+from heldout.pipeline.judgement import decide_on
+from heldout.pipeline.request import first_look
+from heldout.pipeline.types import Example
 from heldout.pipeline.watch import Silent, Watch
 from heldout.processes.foreground import make_folder, source
 from heldout.processes.talk import find_model
@@ -72,24 +77,36 @@ def evaluate(
 
     Raises UserError (faulty rows, unknown model, a model that does not answer); its message says what to do.
     """
-    run = _Run(settings or read_settings(), watch or Silent(), out)
-    rows = read_rows(source(file), source(train) if train else None, run.watch, seed=seed, keep_leaks=keep_leaks)
-    scored_by = run.metric(rows, metric, grader, judge)
-    answerer = run.answerer(model, base)
-    done = evaluate_model(
-        answerer,
-        rows,
-        scored_by,
-        run.watch,
-        max_tokens=max_tokens,
-        cheap=run.vectors(rows, scored_by),
-        encoder=catalogue.bundled_encoder(),
-    )
-    if rows.split:
-        judgement = run.judge(done, model, answerer, rows, scored_by)
-        done = replace(done, verdict=judgement.verdict, consequences=judgement.consequences)
-    done = replace(done, notes=(*done.notes, *run.told))
-    run.end(done)
+    started = time.monotonic()
+    with _Run(settings or read_settings(), watch or Silent(), out) as run:
+        rows = read_rows(source(file), source(train) if train else None, run.watch, seed=seed, keep_leaks=keep_leaks)
+        scored_by = run.metric(rows, metric, grader, judge)
+        answerer = run.answerer(model, base)
+        look = run.look(model, answerer.model) if train else first_look  # before anything is asked
+        done = evaluate_model(
+            answerer,
+            rows,
+            scored_by,
+            run.watch,
+            max_tokens=max_tokens,
+            cheap=run.vectors(rows, scored_by),
+            encoder=catalogue.bundled_encoder(),
+        )
+        if rows.split:
+            verdict, consequences = decide_on(
+                done,
+                answerer,
+                rows.split,
+                scored_by,
+                run.watch,
+                clusters=rows.clusters,
+                is_trained=run.is_trained(model, answerer.model, grader),
+                seconds=run.settings.eval_budget,
+                look=look,
+            )
+            done = replace(done, verdict=verdict, consequences=consequences)
+        done = replace(done, notes=(*done.notes, *run.told), seconds=time.monotonic() - started)
+        run.write(done)
     return done
 
 
@@ -111,13 +128,13 @@ def compare(
     settings: Settings | None = None,
 ) -> Pairing:
     """Which of two models answers the rows of a file better, row by row. Arguments and errors as for `evaluate`."""
-    run = _Run(settings or read_settings(), watch or Silent(), out)
-    rows = read_rows(source(file), source(train) if train else None, run.watch, seed=seed, keep_leaks=keep_leaks)
-    scored_by = run.metric(rows, metric, grader, judge)
-    answerers = (run.answerer(a, base), run.answerer(b, base))
-    done = compare_models(*answerers, rows, scored_by, run.watch, max_tokens=max_tokens)
-    done = replace(done, notes=(*done.notes, *run.told))
-    run.end(done)
+    with _Run(settings or read_settings(), watch or Silent(), out) as run:
+        rows = read_rows(source(file), source(train) if train else None, run.watch, seed=seed, keep_leaks=keep_leaks)
+        scored_by = run.metric(rows, metric, grader, judge)
+        answerers = (run.answerer(a, base), run.answerer(b, base))
+        done = compare_models(*answerers, rows, scored_by, run.watch, max_tokens=max_tokens)
+        done = replace(done, notes=(*done.notes, *run.told))
+        run.write(done)
     return done
 
 
@@ -158,28 +175,37 @@ class _Run:
             notes=_template_note(adapter, engine.folder(ref.base_model)) if adapter and not decides else (),
         )
 
-    def judge(
-        self, done: Evaluation, model: str | Path | Endpoint, answerer: Answerer, rows: Judged, metric: Metric
-    ) -> Judgement:
-        """The verdict, and what training made worse in an adapter or a folder of weights."""
-        assert rows.split is not None
-        ref = answerer.model
-        is_folder = ref.adapter is None and Path(ref.base_model).is_dir()
-        database = open_db(self.settings.database)
-        # The same model has the same look, by whatever name it is called.
-        where = Path(ref.adapter).resolve() if ref.adapter else ref.base_model
-        look = hashlib.sha256(f"evaluate/{where}".encode()).hexdigest()
-        return judge(
-            done,
-            answerer,
-            rows.split,
-            metric,
-            self.watch,
-            clusters=rows.clusters,
-            is_trained=not isinstance(model, Endpoint) and (is_folder or rungs.was_trained(ref)),
-            seconds=self.settings.eval_budget,
-            look=lambda examples: database.look(look, [fingerprint(one.messages) for one in examples]),
-        )
+    def look(self, model: str | Path | Endpoint, ref: ModelRef) -> Callable[[Sequence[Example]], int]:
+        """Counts the models that looked at (nearly) the same rows, in the data directory. Where there is none to write
+        in, none are counted, and that is said."""
+        where = (model.base_url, model.model) if isinstance(model, Endpoint) else _weights(ref)
+        try:
+            database = open_db(self.settings.database)
+        except (OSError, SQLAlchemyError) as error:
+            # Not its URL, which may hold a password.
+            self._tell(f"earlier looks at these rows are not counted: the database cannot be opened ({error})")
+            return first_look
+
+        def look(examples: Sequence[Example]) -> int:
+            rows = [fingerprint(one.messages) for one in examples]
+            return database.look(hashlib.sha256(repr(("evaluate", where, rows)).encode()).hexdigest(), rows)
+
+        return look
+
+    def is_trained(
+        self, model: str | Path | Endpoint, ref: ModelRef, grader: str | Path | dict[str, Any] | None
+    ) -> bool:
+        """True where the consequences of training can be measured: of an adapter, a classifier or a folder of weights,
+        scored without a model, which probes would ask hundreds of times."""
+        if isinstance(model, Endpoint):
+            return False
+        if grader is not None and '"score_model"' in json.dumps(grader_json(grader)):
+            self._tell("the consequences of training are not measured with a grader that asks a model")
+            return False
+        if ref.adapter is None and Path(ref.base_model).is_dir():
+            self._tell(f"the weights in {ref.base_model} are taken for trained on these training rows")
+            return True
+        return rungs.was_trained(ref)
 
     def vectors(self, rows: Judged, metric: Metric) -> Engine | None:
         """The engine of the frozen rung, where there will be one."""
@@ -197,14 +223,20 @@ class _Run:
             self.watch.message(f"Unpacking the bundled model {base_model} (about half a minute, once)")
         return self._local
 
-    def end(self, done: Evaluation | Pairing) -> None:
-        """Write the report, if one was asked for, and free what was loaded."""
-        if self.directory:
-            evaluation_report.write(done, self.directory)
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Free what was loaded."""
         if self._local:
             self._local.close()
         for service in self._services:
             service.close()
+
+    def write(self, done: Evaluation | Pairing) -> None:
+        """The report, if one was asked for."""
+        if self.directory:
+            evaluation_report.write(done, self.directory)
 
     def _remote(self, endpoint: Endpoint) -> ChatEngine:
         if not endpoint.base_url.startswith(("http://", "https://")):
@@ -231,6 +263,13 @@ class _Run:
     def _tell(self, text: str) -> None:
         self.told.append(text)
         self.watch.message(text, level="warn")
+
+
+def _weights(ref: ModelRef) -> tuple[object, ...]:
+    """What tells one state of a model's weights from another."""
+    folder = Path(ref.adapter or ref.base_model)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return (ref.base_model, *((str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns) for one in files))
 
 
 def _template_note(adapter: Path, base: Path) -> tuple[str, ...]:

@@ -209,7 +209,13 @@ def _places(texts: Sequence[Sequence[str]], tokens: Set[str]) -> dict[str, int]:
         for token in first:
             having[token] += 1
             found.setdefault(token, Counter()).update((first[token], last[token]))
-    most = {token: places.most_common(1)[0] for token, places in found.items()}
+
+    # Where texts are equally long, both ends say the same: the nearer one is meant.
+    def rank(one: tuple[int, int]) -> tuple[int, int]:
+        place, n = one
+        return n, -max(place, -1 - place)
+
+    most = {token: max(places.items(), key=rank) for token, places in found.items()}
     return {token: place for token, (place, n) in most.items() if n >= ONE_PLACE * having[token]}
 
 
