@@ -143,8 +143,8 @@ def _same_request(directory: Path, request: dict[str, Any], seed: int | None) ->
         before = json.loads(note.read_text())
         if before["request"] != request or seed not in (None, before["seed"]):
             raise InvalidValue(
-                f"{directory} holds an unfinished job with other files, model, options or seed; choose "
-                "another --out, or delete the folder"
+                f"{directory} holds an unfinished job with other files, model, hyperparameters, options or seed; "
+                "choose another --out, or delete the folder"
             )
         return int(before["seed"])
     seed = random.randrange(2**31) if seed is None else seed
