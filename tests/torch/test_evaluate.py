@@ -33,6 +33,7 @@ from heldout.store.db import open_db
 from tests.conftest import colour_row, write_rows
 from tests.documents import faults
 from tests.torch.conftest import Recording, examples
+from tests.torch.encoders import make_tiny_encoder
 
 HELD = range(2000, 2048)
 
@@ -350,6 +351,36 @@ def test_a_served_model_is_scored_as_the_same_model_here(tiny_model: Path, held:
         pair = heldout.compare(asked, tiny_model, held, max_tokens=6, settings=settings)
     assert pair.scores_a.answers == pair.scores_b.answers
     assert pair.scores_a.prompt_tokens == pair.scores_b.prompt_tokens > 0
+
+
+def test_a_model_behind_an_api_has_a_verdict_and_no_consequences(
+    tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    served = settings.model_copy(update={"model_aliases": {"hosted": str(tiny_model)}})
+    chat = LocalChat(served, open_db(served.database), open_blobs(served.blobs), local_engine(served))
+    with serving(create_chat_app(settings=served, chat=chat)) as url:
+        asked = heldout.Endpoint(model="hosted", base_url=f"{url}/v1")
+        done = heldout.evaluate(asked, held, train=train, max_tokens=6, settings=settings)
+    assert done.verdict is not None
+    assert done.verdict.because == "cheaper_is_better"
+    assert done.consequences == ()
+    assert faults(json.loads(json.dumps(done.as_dict()))) == []
+
+
+def test_a_classifier_is_judged_with_its_consequences(held: Path, settings: Settings, tmp_path: Path) -> None:
+    encoder = make_tiny_encoder(tmp_path / "tiny-bert")
+    train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    own = settings.model_copy(update={"data_dir": tmp_path / "data"})
+    heldout.tune(
+        train, model=str(encoder), out=tmp_path / "out", seed=1, settings=own, n_epochs=2, early_stopping=False
+    )
+    done = heldout.evaluate(tmp_path / "out", held, train=train, settings=own)
+    assert done.verdict is not None
+    light = {one.name: one.status for one in done.consequences}
+    assert len(light) == len(CONSEQUENCES)
+    assert light["forgetting"] == "not_measured", "it is only asked for labels"
+    assert light["calibration"] != "not_measured"
 
 
 @contextlib.contextmanager
