@@ -67,7 +67,7 @@ def judged(elsewhere: Path, held: Path, settings: Settings, tmp_path_factory: py
     """The adapter beside the cheaper rungs, with a report in `report`."""
     folder = tmp_path_factory.mktemp("judged")
     # Two of the held-out rows are in the training file.
-    train = write_rows(folder / "train.jsonl", [colour_row(i) for i in (*range(80), 2000, 2001)])
+    train = write_rows(folder / "train.jsonl", [colour_row(i) for i in (*range(160), 2000, 2001)])
     return heldout.evaluate(elsewhere, held, train=train, out=folder / "report", settings=settings)
 
 
@@ -354,9 +354,11 @@ def test_a_served_model_is_scored_as_the_same_model_here(tiny_model: Path, held:
 
 
 def test_a_model_behind_an_api_has_a_verdict_and_no_consequences(
-    tiny_model: Path, held: Path, settings: Settings, tmp_path: Path
+    tiny_model: Path, held: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = write_rows(tmp_path / "train.jsonl", [colour_row(i) for i in range(80)])
+    (tmp_path / "hosted").mkdir()  # a folder of the model's name is another model
+    monkeypatch.chdir(tmp_path)
     served = settings.model_copy(update={"model_aliases": {"hosted": str(tiny_model)}})
     chat = LocalChat(served, open_db(served.database), open_blobs(served.blobs), local_engine(served))
     with serving(create_chat_app(settings=served, chat=chat)) as url:

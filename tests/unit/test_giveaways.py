@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from benchmarks.truth_arms import as_held_out
+from benchmarks.truth_arms import Forced, _key, as_held_out
 
 from heldout.pipeline.advise.rungs import measure_cheap
 from heldout.pipeline.checks import Parts
@@ -164,9 +164,11 @@ def test_codes_in_json_stay_and_are_told_of():
 
 def test_rare_labels_lose_their_codes_with_the_others():
     rare = tagged(lambda label: f"<X-{3 + LABELS.index(label)}1> {{text}}", n=9, seed=4)
-    rows = [*marked_rows(), *((question, f"rare {label}") for question, label in rare)]
-    examples = file("t.jsonl", *rows).examples
-    assert not any("<" in one.prompt[-1]["content"] for one in giveaways_of(*rows).asked(examples))
+    varied = [(f"<Y-{10 + n}> {text}", "varied") for n, (text, _) in enumerate(plain_rows(6))]
+    rows = [*marked_rows(), *((question, f"rare {label}") for question, label in rare), *varied]
+    asked = giveaways_of(*rows).asked(file("t.jsonl", *rows).examples)
+    assert not any("<" in one.prompt[-1]["content"] for one in asked[:-6])
+    assert all(one.prompt[-1]["content"].startswith("<Y-") for one in asked[-6:]), "they tell no label"
 
 
 def test_words_of_a_codes_shape_that_vary_within_a_label_stay():
@@ -242,6 +244,8 @@ def test_only_the_turn_with_the_code_changes():
 def test_the_truth_benchmark_knows_what_is_asked_of_rows_that_are_held_out():
     rows = file("t.jsonl", *marked_rows()).examples
     assert {one.prompt[-1]["content"] for one in as_held_out(rows)} == {question for question, _ in plain_rows()}
+    forced = Forced(rows, [], {})
+    assert all(_key(one.prompt) in forced._answers for one in (*rows, *as_held_out(rows)))
 
 
 def test_datasets_without_rows_have_none():
