@@ -75,12 +75,14 @@ class Giveaways:
         asked = self.asked(rows)
         changed = [row.line for row, one in zip(rows, asked, strict=True) if row != one]
         tells = {(token.text, token.label): token for token in self.tokens}
-        kept: dict[int, list[Token]] = {}
+        kept: list[int] = []
+        seen: set[Token] = set()
         for one in asked:
             text = user_text(one.prompt)
             label = label_of(Sampled(one.line, text, one.target))
-            if found := [tells[token, label] for token in set(tokens_of(text)) if (token, label) in tells]:
-                kept[one.line] = found
+            if found := {tells[token, label] for token in tokens_of(text) if (token, label) in tells}:
+                kept.append(one.line)
+                seen |= found
         of = f"of {len(rows)} held-out questions"
         without = f"{len(changed)} {of} are asked without the code that tells their answer"
         having = f"{len(kept)} {of} have a word in them that tells their answer"
@@ -90,8 +92,8 @@ class Giveaways:
             findings.append(_finding("giveaway_removed", "note", without, _WITHOUT, codes, changed, file))
             caveats.append(f"{without}: {_WITHOUT}")
         if kept:
-            words = [token for token in self.tokens if any(token in found for found in kept.values())]
-            findings.append(_finding("giveaway_kept", "warning", having, _WITH, words, list(kept), file))
+            words = [token for token in self.tokens if token in seen]
+            findings.append(_finding("giveaway_kept", "warning", having, _WITH, words, kept, file))
             caveats.append(f"{having}: {_WITH}")
         return tuple(findings), tuple(caveats)
 
