@@ -103,7 +103,7 @@ def base_folder(model: str = MODEL) -> Path:
     """Where the bundled model lies unpacked."""
     from heldout.engine import catalogue, weights
 
-    return weights.prepare(catalogue.resolve(model, {}), Settings().cache)
+    return weights.prepare(catalogue.resolve(model, {}, allow_paths=True), Settings().cache)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,12 +1,15 @@
 """Training speed and memory against a stock trainer, side by side on this machine.
 
     .venv/bin/python benchmarks/training.py [--tasks banking12 snips-slots disfluency] [--steps 6] [--rounds 1]
+                                            [--model DIRECTORY] [--batch 8]
 
-Same rows, same bundled model, LoRA r=16 on all linear layers, batch 8. Every contender runs in a process
-of its own, in turns; the table shows medians over the rounds. Steps are timed after two warm-up steps.
+Same rows, same model (the bundled one unless another is named), LoRA r=16 on all linear layers, batch 8. Every
+contender runs in a process of its own, in turns; the table shows medians over the rounds. Steps are timed after
+two warm-up steps. Memory is the process's; on a GPU, what torch holds of it.
 
     heldout      our loop with its defaults (dropout 0.05, gradient clipping)
-    trl-default  TRL SFTTrainer as it comes for chat rows: whole-sequence loss, gradient checkpointing, fp32
+    trl-default  TRL SFTTrainer as it comes for chat rows: whole-sequence loss, gradient checkpointing, fp32 (on a
+                 GPU with bf16 products)
     trl-best     TRL with prompt/completion rows, no checkpointing, and the faster precision of this machine
     trl-bf16     the same in bfloat16, whatever this machine makes of it
     trl-liger    (GPU) the same with Liger's kernels, where liger-kernel is installed
@@ -35,7 +38,7 @@ from benchmarks.common import MODEL, OWN, SHARED, base_folder, examples_of, plan
 
 from heldout.pipeline.types import Split
 
-BATCH, WARM = 8, 2
+WARM = 2
 CONTENDERS = ("heldout", "trl-default", "trl-best", "trl-bf16", "trl-liger")
 TASKS = ("banking12", "snips-slots", "disfluency")
 
@@ -44,35 +47,39 @@ def file_of(task: str) -> Path:
     return OWN / "tickets.train.jsonl" if task == "tickets" else SHARED / "tasks" / task / "train.jsonl"
 
 
-def run_heldout(task: str, steps: int) -> dict[str, float]:
+def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float]:
     import torch
 
+    from heldout.engine import device
     from heldout.train import loop
     from heldout.train.memory import keep_freed_memory
 
     examples = examples_of(file_of(task))
     split = Split(train=examples, valid=examples[:8], holdout=(), seed=0, groups=len(examples))
-    plan = plan_of(split, 0, batch_size=BATCH)
-    plan = trainer().fit(plan, split, base_model=MODEL)
-    trainee: Any = trainer().build(plan, split, MODEL, None)
+    plan = plan_of(split, 0, model, batch_size=size)
+    plan = trainer().fit(plan, split, base_model=model)
+    trainee: Any = trainer().build(plan, split, model, None)
     keep_freed_memory()
     rows = trainee.rows(examples, task)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), lr=plan.learning_rate, fused=True)
     spent = work = loss = 0.0
     peaks = []
-    for step in range(1, WARM + steps + 1):
-        batch = [rows[row] for row in loop.batch_rows(plan, len(rows), step)]
-        peaks.append(product_rate(trainee.head.weight.dtype, trainee.device))
-        started = time.perf_counter()
-        loss = loop.gradients(trainee, batch, step).loss
-        loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate))
-        if trainee.device.type == "cuda":
-            torch.cuda.synchronize()
-        if step > WARM:
-            spent += time.perf_counter() - started
-            work += products(trainee, batch)
+    with device.repeatable():
+        for step in range(1, WARM + steps + 1):
+            batch = [rows[row] for row in loop.batch_rows(plan, len(rows), step)]
+            peaks.append(product_rate(trainee.head.weight.dtype, trainee.device))
+            if trainee.device.type == "cuda" and step == WARM + 1:
+                torch.cuda.reset_peak_memory_stats()  # the product above is not training's
+            started = time.perf_counter()
+            loss = loop.gradients(trainee, batch, step).loss
+            loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate))
+            if trainee.device.type == "cuda":
+                torch.cuda.synchronize()
+            if step > WARM:
+                spent += time.perf_counter() - started
+                work += products(trainee, batch)
     return {
-        "examples_per_second": steps * BATCH / spent,
+        "examples_per_second": steps * size / spent,
         "loss": loss,
         "share_of_peak": work / spent / statistics.median(peaks),
         "predicted_memory_bytes": plan.predicted_memory_bytes,
@@ -102,21 +109,22 @@ def products(trainee: Any, batch: list[Any]) -> float:
 
 
 def product_rate(dtype: Any, device: Any) -> float:
-    """Floating point operations a second of a 1024 x 1024 x 1024 product; the best of a few."""
+    """Floating point operations a second of a 1024 x 1024 x 1024 product, on a GPU of 8192; the best of a few."""
     import torch
 
-    x, w = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    side = 1024 if torch.device(device).type == "cpu" else 8192
+    x, w = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(8):
         started = time.perf_counter()
         torch.nn.functional.linear(x, w)
         if x.device.type == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+        best = max(best, 2 * side**3 / (time.perf_counter() - started))
     return best
 
 
-def run_trl(task: str, steps: int, contender: str) -> dict[str, float]:
+def run_trl(task: str, steps: int, contender: str, model_name: str, size: int) -> dict[str, float]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -125,7 +133,7 @@ def run_trl(task: str, steps: int, contender: str) -> dict[str, float]:
 
     from heldout.engine import weights
 
-    folder = base_folder()
+    folder = base_folder(model_name)
     best = contender != "trl-default"
     low = contender in ("trl-bf16", "trl-liger") or (best and weights.choose_precision() == torch.bfloat16)
     rows = rows_of(file_of(task))
@@ -135,21 +143,24 @@ def run_trl(task: str, steps: int, contender: str) -> dict[str, float]:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
             output_dir=out,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=size,
             max_steps=WARM + steps,
             learning_rate=2e-4,
             use_cpu=not torch.cuda.is_available(),
             use_liger_kernel=contender == "trl-liger",
-            bf16=low,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
             **({"gradient_checkpointing": False} if best else {}),
+            # On a GPU its default is bf16 products; a processor may emulate them.
+            **({} if torch.cuda.is_available() and not best else {"bf16": low}),
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if low else torch.float32)
         trainer = SFTTrainer(
@@ -161,19 +172,23 @@ def run_trl(task: str, steps: int, contender: str) -> dict[str, float]:
             callbacks=[Clock()],
         )
         result = trainer.train()
-    return {"examples_per_second": steps * BATCH / (marks[-1] - marks[WARM - 1]), "loss": result.training_loss}
+    return {"examples_per_second": steps * size / (marks[-1] - marks[WARM - 1]), "loss": result.training_loss}
 
 
-def child(task: str, steps: int, contender: str) -> None:
+def child(task: str, steps: int, contender: str, model: str, size: int) -> None:
     from heldout.train.memory import PeakMemory
 
     with PeakMemory() as peak:
-        found = run_heldout(task, steps) if contender == "heldout" else run_trl(task, steps, contender)
+        if contender == "heldout":
+            found = run_heldout(task, steps, model, size)
+        else:
+            found = run_trl(task, steps, contender, model, size)
     print(json.dumps({**found, "peak_memory_bytes": peak.bytes}))
 
 
-def measure(task: str, steps: int, contender: str) -> dict[str, float]:
+def measure(task: str, steps: int, contender: str, model: str, size: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", contender, "--tasks", task, "--steps", str(steps)]
+    command += ["--model", model, "--batch", str(size)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         sys.exit(f"{contender} failed:\n{finished.stderr[-3000:]}")
@@ -210,22 +225,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
+    parser.add_argument("--model", default=MODEL, help="a base model's name or directory; tokenizer and template in it")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        child(asked.tasks[0], asked.steps, asked.child)
+        child(asked.tasks[0], asked.steps, asked.child, asked.model, asked.batch)
         return
     for task in asked.tasks:
         rows_of(file_of(task))
     chosen = asked.contenders or contenders()
-    print(f"batch {BATCH}, {asked.steps} steps, {asked.rounds} rounds; {machine()}\n", flush=True)
+    print(
+        f"{Path(asked.model).name}, batch {asked.batch}, {asked.steps} steps, {asked.rounds} rounds; {machine()}\n",
+        flush=True,
+    )
     print("| task | trainer | examples/s | heldout is faster by | peak memory | heldout's share | share of peak |")
     print("|---|---|--:|--:|--:|--:|--:|")
     for task in asked.tasks:
         found: dict[str, list[dict[str, float]]] = {one: [] for one in chosen}
         for round_ in range(1, asked.rounds + 1):
             for contender in chosen:
-                found[contender].append(measure(task, asked.steps, contender))
+                found[contender].append(measure(task, asked.steps, contender, asked.model, asked.batch))
                 rate = found[contender][-1]["examples_per_second"]
                 print(
                     f"{task} round {round_}/{asked.rounds} {contender}: {rate:.2f} examples/s",

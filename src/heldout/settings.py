@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     inference_threads: int = Field(default=0, ge=0)  # of the inference process; 0 as above
     nice: int = Field(default=10, ge=0, le=19)  # added to a job process's niceness
     eval_budget: float | None = Field(default=None, ge=0)  # seconds for probes of a tuned model; none: by its training
-    memory_limit: ByteSize = ByteSize(0)  # "8GB", "512MiB" or bytes; 0: see `memory_bytes`
+    memory_limit: ByteSize = ByteSize(0)  # "8GB", "512MiB" or bytes; 0: what there is
 
     price_input: float | None = Field(default=None, ge=0)  # per million prompt tokens of a hosted model
     price_output: float | None = Field(default=None, ge=0)  # per million answer tokens of a hosted model
@@ -109,11 +109,6 @@ class Settings(BaseSettings):
     def chat_threads(self) -> int:
         """Threads the inference process answers with: as set, else every core it may use."""
         return self.inference_threads or _cores()
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes a job may plan to fill: as set, else what the machine, or the container, has."""
-        return int(self.memory_limit) or machine.memory_bytes()
 
     @property
     def of_jobs(self) -> dict[str, str]:

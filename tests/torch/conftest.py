@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from heldout.engine import cache, sharing
+from heldout.engine import cache, device
 from heldout.engine.base import ModelRef
+from heldout.engine.device import Portions
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import ChatTemplate
 from heldout.engine.weights import load_tokenizer
@@ -213,6 +214,5 @@ def plain(tiny_model: Path, trained: Adapter) -> dict[str | None, Any]:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read a few tokens at a time, two rows at once, or one."""
-    monkeypatch.setattr(cache, "TOKENS", 9)
+    monkeypatch.setattr(device, "portions", lambda: Portions(cached=4096, rows=2, read=9, padded=512))
     monkeypatch.setattr(cache, "CHUNK", 7)
-    monkeypatch.setattr(sharing, "BATCH_ROWS", 2)

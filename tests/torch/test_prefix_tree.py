@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from heldout.engine.template import Tokens
-from heldout.train import attention
 from heldout.train.attention import Layout, attend, attend_anew, attend_backward
 from heldout.train.packing import WORTH_SHARING, micro_batches, pack, prefix_tree
 
@@ -148,11 +147,10 @@ def test_attention_over_a_tree_is_that_of_every_example_alone(heads: int, kv_hea
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         anew = attend_anew(q, k, v, one.layout, 0.3)
         torch.testing.assert_close(anew, wanted, rtol=1e-4, atol=1e-5)
-        # The mask by which a GPU computes all at once.
-        mask = attention._mask(one.layout)
+        # The bias by which a GPU computes all at once.
         keys, values = (x.repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1)[None] for x in (k, v))
         at_once = torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=0.3
+            q.transpose(0, 1)[None], keys, values, attn_mask=one.layout.bias(torch.float32), scale=0.3
         )
         torch.testing.assert_close(at_once[0].transpose(0, 1), wanted, rtol=1e-4, atol=1e-5)
 

@@ -72,7 +72,9 @@ def test_gradients_of_many_answers_to_one_prompt_are_the_same_bits_every_time(
     assert all(torch.equal(once(), first) for _ in range(10))
 
 
-def test_a_layouts_mask_is_made_once_for_all_layers() -> None:
+def test_a_layouts_bias_is_made_once_for_all_layers() -> None:
     layout: Layout = pack([Tokens((1, 2, 3, 4), (False, False, True, True))]).layout
-    assert layout.mask is layout.mask
-    assert layout.mask.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    bias = layout.bias(torch.float32)
+    assert layout.bias(torch.float32) is bias
+    assert bias.stride(2) % 8 == 0, "torch would copy it in every layer"
+    assert (bias[0, 0] == 0).tolist() == [[True, False, False], [True, True, False], [True, True, True]]

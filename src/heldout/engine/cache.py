@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AttentionInterface
 
+from heldout.engine import device
+
 IMPLEMENTATION = "heldout_decode"
 
 #: Queries computed at once; bounds the score matrix of a long prompt.
 CHUNK = 512
-#: Tokens computed at once where several rows have them.
-TOKENS = 768
 
 #: What several rows start with: {layer: (keys, values)}, each [kv_heads, tokens, d].
 Prefix: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -163,10 +163,10 @@ def read(model: Any, rows: Rows, own: Sequence[Sequence[int]]) -> list[torch.Ten
 def _spans(lengths: Sequence[int]) -> Iterator[slice]:
     """Neighbouring rows that are read at once: little is filled up, and what is computed stays in a processor's
     cache."""
-    start, longest = 0, 0
+    start, longest, most = 0, 0, device.portions().read
     for i, length in enumerate(lengths):
         longest = max(longest, length)
-        if i > start and (i + 1 - start) * longest > TOKENS:
+        if i > start and (i + 1 - start) * longest > most:
             yield slice(start, i)
             start, longest = i, length
     yield slice(start, len(lengths))

@@ -20,13 +20,11 @@ from torch.func import functional_call
 from torch.nn.functional import linear, normalize
 from transformers import AutoModel, AutoTokenizer
 
+from heldout.engine import device
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, TokenChoice
 from heldout.engine.labels import CLASSIFIER, Labels, text_of
 from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 
-#: Padded tokens of one forward pass without gradients: with more, activations leave a core's cache and short
-#: texts are padded further (docs/experiments.md).
-BATCH_TOKENS = 512
 #: Trained classifiers kept loaded on top of one encoder.
 LOADED_CLASSIFIERS = 8
 
@@ -47,8 +45,7 @@ class Encoder:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.context = context(self.network.config, self.tokenizer)
         self.width = int(self.network.config.hidden_size)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.network.requires_grad_(False).eval().to(device)
+        self.network.requires_grad_(False).eval().to(device.chosen())
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +97,7 @@ class Encoder:
         done = 0
         tell(done, len(ids))
         with torch.no_grad():
-            for rows in batches([len(one) for one in ids], limit=BATCH_TOKENS):
+            for rows in batches([len(one) for one in ids], limit=device.portions().padded):
                 out[rows] = self.vectors([ids[row] for row in rows], tensors)
                 done += len(rows)
                 tell(done, len(ids))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from heldout.engine import cache
+from heldout.engine import cache, device
 from heldout.engine.base import Sampling
 from heldout.engine.cache import Prefix, Rows
 from heldout.engine.expected import AHEAD, Expected
@@ -73,6 +73,7 @@ def generate(
     """
     tell = progress or (lambda done, total: None)
     tell(0, len(prompts))
+    portions = device.portions()
     generator = _generator(model, sampling)
     if not expected or sampling.temperature > 0:
         expected = Expected()
@@ -80,7 +81,8 @@ def generate(
     answers: dict[int, Answer] = {}
     for shared, members in families(prompts):
         prefix = cache.prefix_of(model, prompts[members[0]][:shared])
-        for batch in batches([len(prompts[i]) - shared + limits[i] + min(limits[i], ahead) for i in members]):
+        lengths = [len(prompts[i]) - shared + limits[i] + min(limits[i], ahead) for i in members]
+        for batch in batches(lengths, portions.cached, portions.rows):
             rows = [_Open(members[i], prompts[members[i]][shared:], limits[members[i]]) for i in batch]
             before = len(answers)
             _answer(
@@ -121,7 +123,7 @@ def _answer(
         read = cache.read(model, rows, [[*one.unread, *guess] for one, guess in zip(carried, guesses, strict=True)])
         states = [hidden[place:] for hidden, place in zip(read, asked, strict=True)]
         chosen = torch.cat([choose(some) for some in torch.cat(states).split(POSITIONS)])
-        said = chosen.split([len(some) for some in states])
+        said = chosen.cpu().split([len(some) for some in states])  # once for all rows: on a GPU each would wait
         kept = []
         for one, guess, words in zip(carried, guesses, map(torch.Tensor.tolist, said), strict=True):
             right = next((i for i, token in enumerate(guess) if token != words[i]), len(guess))

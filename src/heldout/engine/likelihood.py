@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from heldout.engine import cache
+from heldout.engine import cache, device
 from heldout.engine.cache import Prefix, Rows
 from heldout.engine.generate import POSITIONS
 from heldout.engine.sharing import batches, families
@@ -59,7 +59,7 @@ def log_probs(
     answers: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(conversations):
         answers.setdefault(one.ids[: one.supervised.index(True)], []).append(i)
-    prompts = list(answers)
+    prompts, portions = list(answers), device.portions()
     found: dict[int, float] = {}
     for shared, members in _together(prompts):
         prefix = cache.prefix_of(model, prompts[members[0]][:shared])
@@ -68,7 +68,7 @@ def log_probs(
             for member in members
             for tree in _trees(conversations, answers[prompts[member]], shared, len(prompts[member]))
         ]
-        for batch in batches([len(tree.tokens) for tree in trees], cache.TOKENS):
+        for batch in batches([len(tree.tokens) for tree in trees], portions.read, portions.rows):
             some = [trees[i] for i in batch]
             places = [place for tree in some for place in tree.places]
             found.update(zip(places, _read(model, prefix, some), strict=True))

@@ -8,9 +8,6 @@ from typing import NamedTuple
 
 from heldout.engine.template import common_prefix
 
-#: Own tokens of all rows of one batch, prompt and answer, at most. Bounds the cache's memory.
-BATCH_TOKENS = 4096
-BATCH_ROWS = 48
 #: Tokens that a further beginning must save: each is read alone, and its rows have batches of their own.
 WORTH = 512
 #: Times that prompts part before they are left as they are: rows that are each the beginning of the next part often.
@@ -73,13 +70,12 @@ def _parts(prompts: Sequence[Sequence[int]], order: list[int], shared: int) -> I
     yield part
 
 
-def batches(lengths: Sequence[int], tokens: int | None = None) -> Iterator[list[int]]:
-    """Places of rows of similar length, longest first, so little padding is computed: at most so many tokens, or
-    BATCH_TOKENS."""
-    most = BATCH_TOKENS if tokens is None else tokens
+def batches(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
+    """Places of rows of similar length, longest first, so little padding is computed: at most so many tokens (one row
+    may have more) and so many rows."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (lengths[batch[0]] * (len(batch) + 1) > most or len(batch) >= BATCH_ROWS):
+        if batch and (lengths[batch[0]] * (len(batch) + 1) > tokens or len(batch) >= rows):
             yield batch
             batch = []
         batch.append(i)

@@ -24,6 +24,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from heldout.engine import device
 from heldout.engine.catalogue import Source
 from heldout.errors import InvalidValue, ModelNotFound
 
@@ -89,8 +90,9 @@ def keep_precision(directory: Path, setting: str = "auto") -> torch.dtype:
 
 
 def _faster_precision() -> torch.dtype:
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.is_gpu():
+        # Emulated, it would be slower than fp32; torch counts that as support unless told not to.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if _gemm_rate(torch.bfloat16) > 1.2 * _gemm_rate(torch.float32) else torch.float32
 
 
@@ -224,8 +226,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"The model in {folder} cannot be loaded: {error}") from error
     refuse_unknown_arithmetic(folder, model.config.to_dict())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.requires_grad_(False).eval().to(device)
+    return model.requires_grad_(False).eval().to(device.chosen())
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

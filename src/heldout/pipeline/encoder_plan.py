@@ -45,7 +45,9 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
         **steps(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
         "eval_every": eval_every(steps_per_epoch, n, len(split.valid)),
         "max_length": _max_length(asked, facts.context),
-        "micro_tokens": Choice(256, "padded tokens: few, so that short texts are not padded to long ones"),
+        "micro_tokens": Choice(4096, "padded tokens: a GPU's time goes into starting operations")
+        if facts.gpu
+        else Choice(256, "padded tokens: few, so that short texts are not padded to long ones"),
         "checkpointing": Choice(False, "not needed: encoders are small"),
         "predicted_memory_bytes": Choice(0, "not predicted"),
         **_rate(asked, facts),

@@ -25,9 +25,13 @@ HEAD_ROWS, HEAD_COPIES = 256, 2
 SLACK = 1.05
 #: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
 KEPT_SCORES = 1 << 22
-#: Packed tokens of a validation (fewer with small micro-batches); cached tokens of an evaluated batch, and places
-#: whose logits are in memory at once (engine/sharing.py, engine/generate.py).
-VALID_TOKENS, CACHED_TOKENS, PREDICTED = 4096, 4096, 256
+#: On a GPU: cuBLAS's workspaces; the interpreter lives elsewhere.
+GPU_RUNTIME = 100 << 20
+#: Packed tokens of a validation (fewer with small micro-batches): nothing is kept for a backward pass, so more fit.
+VALID_TOKENS = 4096
+#: Cached tokens of an evaluated batch and how many are read at once (engine/device.py), on a processor and on a GPU;
+#: places whose logits are in memory at once (engine/generate.py).
+CACHED_TOKENS, READ_TOKENS, PREDICTED = (4096, 16_384), (512, 4096), 256
 #: A micro-batch is not cut below this many packed tokens: each costs a pass over all weights.
 SMALLEST = 64
 
@@ -45,6 +49,7 @@ class Shapes:
     kv_heads: int
     head_width: int
     number: int  # bytes of a weight and of an activation: 4 or 2
+    gpu: bool = False  # the memory is a GPU's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +87,9 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     step = _step(shapes, sizes, packed, trained_layers, checkpointing=plan.checkpointing)
     predictions = min(sizes.predictions, packed)
     logits = min(HEAD_ROWS, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
-    cached = CACHED_TOKENS * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
-    answering = cached + _passing(shapes, sizes, CACHED_TOKENS // 8) + PREDICTED * shapes.vocabulary * 4 * 2
-    validated = max(min(VALID_TOKENS, 2 * plan.micro_tokens), sizes.longest)
+    cached = CACHED_TOKENS[shapes.gpu] * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
+    answering = cached + _passing(shapes, sizes, READ_TOKENS[shapes.gpu]) + PREDICTED * shapes.vocabulary * 4 * 2
+    validated = max(valid_tokens(plan), sizes.longest)
     validating = _passing(shapes, sizes, validated) + HEAD_ROWS * shapes.vocabulary * 8
     return Need(
         # The place for s B beside every W is part of the weights.
@@ -92,8 +97,13 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
         adapter=sizes.trained * 4 * 4,
         training=step + logits + _dropout_pool(plan, shapes, packed),
         evaluation=max(validating, answering),
-        runtime=RUNTIME + (COMPILED if number == 2 else 0),
+        runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (COMPILED if number == 2 else 0),
     )
+
+
+def valid_tokens(plan: TrainPlan) -> int:
+    """Packed tokens that are computed at once where no backward pass follows."""
+    return max(plan.micro_tokens, min(VALID_TOKENS, 2 * plan.micro_tokens))
 
 
 def fit(plan: TrainPlan, shapes: Shapes, sizes: Sizes, limit: int) -> TrainPlan:
@@ -139,7 +149,6 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
     """Activations of one step: what every layer keeps, and what the one at work needs besides."""
     hidden, wide = shapes.hidden, shapes.intermediate
     q, kv = shapes.heads * shapes.head_width, shapes.kv_heads * shapes.head_width
-    scores = shapes.heads * packed * sizes.longest
     kept = packed * (
         hidden  # its input
         + 2 * (hidden + sizes.ranks)  # both normed inputs with the inner values beside them
@@ -147,10 +156,17 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
         + q  # attention's result
         + 2 * wide  # gate and up
     )
-    # q, k and v in the groups' order, and the weights; in float32 whatever the rest is in (train/attention.py).
-    attention = packed * (q + 2 * kv) + (scores if scores <= KEPT_SCORES else 0)
-    a_layer = kept * shapes.number + attention * 4
-    working = packed * (6 * wide + 6 * hidden) * shapes.number + (3 * packed * q + 3 * min(scores, KEPT_SCORES)) * 4
+    if shapes.gpu:
+        attention = packed * (q + 2 * kv) * shapes.number
+        # Computed again in the backward pass, with keys repeated; one bias for all layers, and what it is made of.
+        attending = 8 * packed * q * shapes.number + packed * packed * (shapes.number + 2)
+    else:
+        # q, k and v in the groups' order, and the weights; in float32 whatever the rest is in (train/attention.py).
+        scores = shapes.heads * packed * sizes.longest
+        attention = (packed * (q + 2 * kv) + (scores if scores <= KEPT_SCORES else 0)) * 4
+        attending = 3 * (packed * q + min(scores, KEPT_SCORES)) * 4
+    a_layer = kept * shapes.number + attention
+    working = packed * (6 * wide + 6 * hidden) * shapes.number + attending
     held = packed * hidden * layers * shapes.number + a_layer if checkpointing else a_layer * layers
     return held + working
 
@@ -158,9 +174,12 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
 def _passing(shapes: Shapes, sizes: Sizes, tokens: int) -> int:
     """Activations of one layer when nothing is kept."""
     q = shapes.heads * shapes.head_width
-    scores = min(3 * shapes.heads * tokens * sizes.longest, 3 * KEPT_SCORES * 4)
+    scores = 3 * shapes.heads * tokens * sizes.longest
+    if not shapes.gpu:
+        scores = min(scores, 3 * KEPT_SCORES * 4)
     return (tokens * (5 * shapes.hidden + 4 * q + 4 * shapes.intermediate) + scores) * shapes.number
 
 
 def _dropout_pool(plan: TrainPlan, shapes: Shapes, packed: int) -> int:
-    return max(1 << 21, 2 * packed * shapes.intermediate) * 8 if plan.lora_dropout else 0
+    numbers = max(1 << 21, 2 * packed * shapes.intermediate) if plan.lora_dropout else 0
+    return numbers * (shapes.number if shapes.gpu else 8)

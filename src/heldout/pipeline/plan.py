@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from heldout.pipeline.types import Split
 
 
-#: Packed tokens of a micro-batch where memory is no concern: more are not faster.
-MICRO_TOKENS = 2048
+#: Packed tokens of a micro-batch where memory is no concern: more are not faster, on a processor and on a GPU.
+MICRO_TOKENS = (2048, 8192)
 #: Tokens of an example of a chat model, at most, unless told otherwise.
 MAX_LENGTH = 4096
 
@@ -131,7 +131,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         **steps(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
         "eval_every": eval_every(an_epoch, n, n_valid),
         "max_length": _max_length(asked, facts.context),
-        "micro_tokens": Choice(MICRO_TOKENS, "fits in memory"),
+        "micro_tokens": Choice(MICRO_TOKENS[facts.gpu], "fits in memory"),
         "checkpointing": Choice(False, "not needed: a third more work for less memory"),
         "predicted_memory_bytes": Choice(0, "not predicted"),
         **_rate(asked, facts.hidden_size, batch.value, total),

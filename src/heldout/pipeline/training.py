@@ -23,6 +23,7 @@ class ModelFacts:
     context: int  # tokens
     parameters: int
     kind: str = "chat"  # or "encoder": a classifier on an encoder
+    gpu: bool = False  # where it is trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,14 @@ def local_tools(settings: Settings, base_model: str, watch: Watch) -> Tools:
     if not engine.is_prepared(base_model):
         watch.message(f"Unpacking the bundled model {base_model} (about half a minute, once)")
         engine.folder(base_model)
-    trainer = TorchTrainer(**_options(settings), memory_limit=settings.memory_bytes)
+    trainer = TorchTrainer(**_options(settings), memory_limit=int(settings.memory_limit))
     return Tools(engine=engine, trainer=trainer, watch=watch)
 
 
 def check_tools(settings: Settings, base_model: str) -> ModelTools:
     """What checks may ask of a base model where there is no job. Raises ModelNotFound."""
     use_threads(settings.job_threads)
-    trainer = TorchTrainer(**_options(settings), memory_limit=settings.memory_bytes)
+    trainer = TorchTrainer(**_options(settings), memory_limit=int(settings.memory_limit))
     return model_tools(base_model, trainer.facts(base_model), trainer, LocalEngine(**_options(settings)))
 
 

@@ -105,9 +105,31 @@ class Layout:
         )
 
     @cached_property
-    def mask(self) -> torch.Tensor:
-        """[L, L]: True where a token may look. One for all layers: on a GPU, making it costs more than a layer."""
-        return _mask(self).to(self.position_ids.device)
+    def until(self) -> torch.Tensor:
+        """[L]: where the tokens end that may look at this one: those of its segment and of all below it, which in
+        depth-first order lie behind it in one piece."""
+        ends = [one.end for one in self.segments]
+        for one in self.segments:
+            for above in one.ancestors:
+                ends[above] = max(ends[above], one.end)
+        lengths = torch.tensor([len(one) for one in self.segments])
+        return torch.tensor(ends).repeat_interleave(lengths).to(self.position_ids.device)
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """[1, 1, L, L]: 0 where a token may look, else minus infinity. One for all layers: on a GPU making it costs
+        more than a layer."""
+        if dtype not in self._biases:
+            length = len(self.until)
+            places = torch.arange(length, device=self.until.device)
+            hidden = (places[None, :] > places[:, None]) | (places[:, None] >= self.until[None, :])
+            # Rows of whole 16 bytes: torch's kernels copy what begins elsewhere, in every layer.
+            room = torch.zeros(length, -(-length // 8) * 8, dtype=dtype, device=hidden.device)
+            self._biases[dtype] = room[None, None, :, :length].masked_fill_(hidden, -math.inf)
+        return self._biases[dtype]
+
+    @cached_property
+    def _biases(self) -> dict[torch.dtype, torch.Tensor]:
+        return {}
 
     def scores(self) -> int:
         """Attention weights of one head."""
@@ -274,7 +296,7 @@ def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layou
 
     if q.device.type != "cpu":
         everything = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], repeat(k), repeat(v), attn_mask=layout.mask, scale=scale
+            q.transpose(0, 1)[None], repeat(k), repeat(v), attn_mask=layout.bias(q.dtype), scale=scale
         )
         return everything[0].transpose(0, 1)
     pieces = []
@@ -387,17 +409,6 @@ def _zero_behind(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def _future(n: int, device: torch.device) -> torch.Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
-
-
-def _mask(layout: Layout) -> torch.Tensor:
-    """[L, L]: True where a token may look."""
-    length = layout.segments[-1].end
-    mask = torch.zeros(length, length, dtype=torch.bool)
-    for one in layout.segments:
-        for above in one.ancestors:
-            mask[one.start : one.end, layout.segments[above].start : layout.segments[above].end] = True
-        mask[one.start : one.end, one.start : one.end] = torch.ones(len(one), len(one), dtype=torch.bool).tril_()
-    return mask
 
 
 def _softmax_backward(weights: torch.Tensor, grad: torch.Tensor, scale: float) -> torch.Tensor:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, dropout
 from transformers import AutoConfig, AutoTokenizer
 
+from heldout.engine import device
 from heldout.engine.catalogue import ENCODER
-from heldout.engine.encoder import BATCH_TOKENS, Encoder, batches, context
+from heldout.engine.encoder import Encoder, batches, context
 from heldout.engine.labels import Labels, classifier_config, text_of, varies_in_system
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.encoder_memory import EncoderShapes
@@ -103,7 +104,9 @@ class ClassifierTrainee:
 
     def micro_batches(self, rows: Sequence[Row], *, training: bool) -> list[list[int]]:
         """See Trainee.micro_batches: rows of similar length."""
-        return batches([len(row) for row in rows], limit=self.plan.micro_tokens if training else BATCH_TOKENS)
+        return batches(
+            [len(row) for row in rows], limit=self.plan.micro_tokens if training else device.portions().padded
+        )
 
     def weight(self, row: Row) -> float:
         """See Trainee.weight: one prediction, the class."""
@@ -189,6 +192,7 @@ def facts(folder: Path, parameters: int) -> ModelFacts:
         context=context(config, tokenizer),
         parameters=parameters,
         kind=ENCODER,
+        gpu=device.is_gpu(),
     )
 
 

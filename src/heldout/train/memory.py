@@ -10,6 +10,9 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import torch
+
+from heldout.engine import device
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
@@ -30,8 +33,10 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Hand to the kernel what was freed and kept: when training has ended, the engine loads the model anew."""
+    """Hand back what was freed and kept: when training has ended, the engine loads the model anew."""
     gc.collect()
+    if device.is_gpu():
+        torch.cuda.empty_cache()
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
@@ -43,7 +48,8 @@ def _glibc() -> Any:
 
 
 class PeakMemory:
-    """Samples resident memory every 20 ms: `with PeakMemory() as peak: …; peak.bytes`."""
+    """The most memory held in a block: `with PeakMemory() as peak: …`, then `peak.bytes`. Of a GPU where models compute
+    on one, what torch holds of it; else the process's resident memory, sampled every 20 ms."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -52,12 +58,19 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        if device.is_gpu():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            return self
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if device.is_gpu():
+            self.bytes = torch.cuda.max_memory_reserved()
+            return
         self._done.set()
         self._thread.join()
 

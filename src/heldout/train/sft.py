@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from heldout.engine import weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidTrainingFile, InvalidValue, ModelNotFound
-from heldout.pipeline.memory import Shapes, Sizes
+from heldout.pipeline.memory import Shapes, Sizes, valid_tokens
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
 from heldout.pipeline.watch import Watch
@@ -37,8 +37,6 @@ SHAPES = (
 )
 #: Lines that are named in one refusal.
 SHOWN = 20
-#: Packed tokens of one validation pack: nothing is kept for a backward pass, so more fit than in training.
-VALID_TOKENS = 4096
 
 
 class ChatTrainee:
@@ -204,11 +202,6 @@ def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activatio
     return trainee
 
 
-def valid_tokens(plan: TrainPlan) -> int:
-    """Packed tokens that are computed at once where no backward pass follows."""
-    return min(VALID_TOKENS, 2 * plan.micro_tokens)
-
-
 def config_of(folder: Path) -> dict[str, Any]:
     """The chat model's config. Raises ModelNotFound when it is none that can be trained."""
     config = weights.config_of(folder)
@@ -223,7 +216,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
-def shapes(config: Mapping[str, Any], parameters: int, number: int) -> Shapes:
+def shapes(config: Mapping[str, Any], parameters: int, number: int, *, gpu: bool) -> Shapes:
     """A base model's sizes from its config.json; `number` is the bytes of a weight."""
     heads = config["num_attention_heads"]
     return Shapes(
@@ -236,6 +229,7 @@ def shapes(config: Mapping[str, Any], parameters: int, number: int) -> Shapes:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_width=config.get("head_dim") or config["hidden_size"] // heads,
         number=number,
+        gpu=gpu,
     )
 
 

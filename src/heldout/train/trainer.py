@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from heldout import machine
-from heldout.engine import catalogue, weights
-from heldout.engine.encoder import BATCH_TOKENS
+from heldout.engine import catalogue, device, weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidState, InvalidTrainingFile
 from heldout.pipeline import encoder_memory, memory
@@ -45,8 +43,8 @@ class TorchTrainer:
         allow_paths: bool = False,
         memory_limit: int = 0,
     ) -> None:
-        """`memory_limit`: bytes this process may fill; 0: what the machine has."""
-        self.memory_limit = memory_limit or machine.memory_bytes()
+        """`memory_limit`: bytes this process may fill where it computes; 0: what there is."""
+        self._memory_limit = memory_limit
         self.cache = cache
         self.aliases = aliases
         self.allow_paths = allow_paths
@@ -64,6 +62,7 @@ class TorchTrainer:
             layers=config["num_hidden_layers"],
             context=weights.context_of(config),
             parameters=_stored_parameters(folder),
+            gpu=device.is_gpu(),
         )
 
     def count_tokens(self, examples: Sequence[Example], *, base_model: str) -> list[int]:
@@ -80,9 +79,10 @@ class TorchTrainer:
     def fit(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None) -> TrainPlan:
         """See Trainer.fit."""
         folder = self._folder(base_model)
+        limit = self._memory_limit or device.memory_bytes()
         if catalogue.kind_of(folder) == catalogue.ENCODER:
             encoder, longest = classifier.shapes(plan, folder, _stored_parameters(folder), split)
-            return encoder_memory.fit(plan, encoder, self.memory_limit, longest=longest, valid_tokens=BATCH_TOKENS)
+            return encoder_memory.fit(plan, encoder, limit, longest=longest, valid_tokens=device.portions().padded)
         precision = (
             weights.keep_precision(directory, self._precision)
             if directory
@@ -93,11 +93,11 @@ class TorchTrainer:
         template = ChatTemplate(weights.load_tokenizer(folder))
         rows, others = _tokenize(template, split, plan.max_length)
         copies, _ = that_fit(split.copies, lambda some: sft.tokenize(template, some, plan.max_length, "copies"))
-        shapes = sft.shapes(config, _stored_parameters(folder), precision.itemsize)
+        shapes = sft.shapes(config, _stored_parameters(folder), precision.itemsize, gpu=device.is_gpu())
         turns = max(1, 2 * max(map(len, copies), default=0))  # epochs until every copy was seen
         steps = range(1, turns * math.ceil(len(rows) / plan.batch_size) + 1)
         batches = [loop.batch(plan, rows, copies, step) for step in steps]
-        plan = memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), self.memory_limit)
+        plan = memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), limit)
         body.refuse(config, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
         return plan
 
@@ -121,7 +121,7 @@ class TorchTrainer:
     def _train(
         self, plan: TrainPlan, split: Split, base_model: str, directory: Path, watch: Watch, cache: Path | None
     ) -> Adapter:
-        with PeakMemory() as peak:
+        with PeakMemory() as peak, device.repeatable():
             trainee = self.build(plan, split, base_model, cache)
             keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
@@ -176,9 +176,9 @@ class TorchTrainer:
         keep_freed_memory()
         train = trainee.rows(split.train, "the training data")
         valid = trainee.rows(split.valid, "the validation data")
-        return timing.time_parts(
-            plan, trainee, train, valid, directory=directory, seconds=seconds, build=time.perf_counter() - began
-        )
+        build = time.perf_counter() - began
+        with device.repeatable():
+            return timing.time_parts(plan, trainee, train, valid, directory=directory, seconds=seconds, build=build)
 
     def build(self, plan: TrainPlan, split: Split, base_model: str, cache: Path | None) -> Trainee[Any]:
         """The base model, ready to be trained by this plan."""

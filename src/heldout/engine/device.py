@@ -1,0 +1,74 @@
+"""Where models compute: this machine's GPU where torch sees one, else its processor; and how much is computed at once.
+
+`CUDA_VISIBLE_DEVICES` decides which GPU a process sees, and the first it sees is used; empty, it hides them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from heldout import machine
+
+# Read when torch first multiplies on a GPU: without it the order of its sums is not fixed (see `repeatable`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portions:
+    """How much is computed at once where answers are made. Whatever is computed, its numbers do not depend on it but
+    for rounding."""
+
+    cached: int  # tokens of all rows of a batch, prompt and answer: bounds the memory of keys and values
+    rows: int  # of a batch
+    read: int  # tokens read at once
+    padded: int  # an encoder's tokens, padding counted
+
+
+#: A processor is fastest while activations stay in its cache; a GPU's time goes into starting operations, whatever
+#: their size.
+PROCESSOR = Portions(cached=4096, rows=48, read=768, padded=512)
+GPU = Portions(cached=16_384, rows=256, read=4096, padded=16_384)
+
+
+def is_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def chosen() -> torch.device:
+    """Where this process loads its models."""
+    return torch.device("cuda" if is_gpu() else "cpu")
+
+
+def portions() -> Portions:
+    """Those of the device that this process computes on."""
+    return GPU if is_gpu() else PROCESSOR
+
+
+def memory_bytes() -> int:
+    """Bytes that this process may fill where it computes: what is free on the GPU or held by this process already;
+    on a processor what the machine, or the container, has."""
+    if not is_gpu():
+        return machine.memory_bytes()
+    free, _ = torch.cuda.mem_get_info()
+    return int(free) + torch.cuda.memory_reserved()
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Within, the same operations give the same bits on a GPU too, as they do on a processor: a resumed job ends where
+    an uninterrupted one does. An operation that cannot raises RuntimeError."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if is_gpu():
+        torch.use_deterministic_algorithms(True)
+        # Filling what is allocated is for finding errors and costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
