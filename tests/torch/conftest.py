@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,16 @@ PLAN = TrainPlan(
     seed=0,
     reasons={},
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_processor() -> Iterator[None]:
+    """Where there is a GPU these tests leave it alone, but for test_gpu.py: what is exact here is compared with models
+    on the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that a test starts
+        patch.setattr(device, "is_gpu", lambda: False)
+        yield
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.watch import Silent
 from heldout.train import attention, body, head, loop, packing, sft
 from heldout.train.dropout import Dropout
+from heldout.train.graphs import Graphs, fill
 from heldout.train.method import TEMPERATURES
 from heldout.train.packing import pack
 from heldout.train.sft import ChatTrainee
@@ -102,6 +103,29 @@ def test_scores_that_are_too_large_to_keep_are_computed_anew(
     monkeypatch.setattr(attention, "KEPT_SCORES", 0)
     trainee = build(families[family])
     check_step(families[family], trainee, tokens_of(trainee.template, "everything"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [LLAMA, "qwen2, 3 queries a key"])
+def test_a_pack_that_is_filled_up_for_a_gpu_says_the_same(families: dict[str, Path], family: str, kind: str) -> None:
+    trainee = build(families[family], replace(PLAN, micro_tokens=200))
+    trainee.graphs = Graphs(trainee.run_filled, trainee.parameters.values())
+    rows = tokens_of(trainee.template, kind)
+    one = pack(rows)
+    filled = fill(one, torch.zeros(len(one.ids), 2), 1.0)
+    assert len(filled.x) + len(filled.rows) > len(one.ids) + len(one.rows), "something is filled up"
+    assert len(filled.rows) == len(filled.rows.unique()), "gradients are written to their places"
+    check_step(families[family], trainee, rows)
+
+
+def test_smoothing_and_prompt_loss_are_the_same_in_a_pack_that_is_filled_up(families: dict[str, Path]) -> None:
+    plan = replace(PLAN, label_smoothing=0.1, prompt_loss_weight=0.3, micro_tokens=200)
+    plain, trainee = (build(families[LLAMA], plan) for _ in range(2))
+    trainee.graphs = Graphs(trainee.run_filled, trainee.parameters.values())
+    rows = tokens_of(plain.template, "everything")
+    (loss, found), (wanted_loss, wanted) = step_of(trainee, rows), step_of(plain, rows)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert difference(found, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("v_proj", "down_proj"), ("k_proj", "o_proj", "up_proj")])

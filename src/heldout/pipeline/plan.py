@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 #: Packed tokens of a micro-batch where memory is no concern: more are not faster, on a processor and on a GPU.
-MICRO_TOKENS = (2048, 8192)
+MICRO_TOKENS = (2048, 4096)
 #: Tokens of an example of a chat model, at most, unless told otherwise.
 MAX_LENGTH = 4096
 

@@ -12,7 +12,7 @@ every position above it and then one for every slot of its own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -73,8 +73,11 @@ class Layout:
     """Where each of the L tokens of one packed sequence belongs."""
 
     position_ids: torch.Tensor  # [1, L]
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # a processor's; none on a GPU, which attends everywhere at once
     segments: tuple[Segment, ...]
+    # [L]: where the tokens end that may look at this one: those of its segment and of all below it, which in
+    # depth-first order lie behind it in one piece.
+    until: torch.Tensor
 
     @staticmethod
     def of(segments: list[Segment]) -> Layout:
@@ -82,38 +85,25 @@ class Layout:
         positions = [torch.arange(one.offset, one.offset + len(one)) for one in segments]
         groups = [_group([one], segments) for one in segments if not one.own]
         groups += [_group(bucket, segments) for bucket in _buckets([one for one in segments if one.own])]
-        return Layout(position_ids=torch.cat(positions)[None], groups=tuple(groups), segments=tuple(segments))
+        return Layout(
+            position_ids=torch.cat(positions)[None],
+            groups=tuple(groups),
+            segments=tuple(segments),
+            until=_until(segments),
+        )
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
         if self.position_ids.device == device:
             return self
-
-        def moved(group: Group) -> Group:
-            return replace(
-                group,
-                gather=group.gather.to(device),
-                scatter=group.scatter.to(device),
-                packed=group.packed.to(device),
-                hidden=group.hidden.to(device),
-            )
-
         return Layout(
-            position_ids=self.position_ids.to(device),
-            groups=tuple(moved(group) for group in self.groups),
-            segments=self.segments,
+            position_ids=self.position_ids.to(device), groups=(), segments=self.segments, until=self.until.to(device)
         )
 
-    @cached_property
-    def until(self) -> torch.Tensor:
-        """[L]: where the tokens end that may look at this one: those of its segment and of all below it, which in
-        depth-first order lie behind it in one piece."""
-        ends = [one.end for one in self.segments]
-        for one in self.segments:
-            for above in one.ancestors:
-                ends[above] = max(ends[above], one.end)
-        lengths = torch.tensor([len(one) for one in self.segments])
-        return torch.tensor(ends).repeat_interleave(lengths).to(self.position_ids.device)
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path; 0 where segments are not known."""
+        return max((one.offset + len(one) for one in self.segments), default=0)
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         """[1, 1, L, L]: 0 where a token may look, else minus infinity. One for all layers: on a GPU making it costs
@@ -134,6 +124,14 @@ class Layout:
     def scores(self) -> int:
         """Attention weights of one head."""
         return sum(group.rows * group.slots * (group.columns + group.slots) for group in self.groups)
+
+
+def _until(segments: list[Segment]) -> torch.Tensor:
+    ends = [one.end for one in segments]
+    for one in segments:
+        for above in one.ancestors:
+            ends[above] = max(ends[above], one.end)
+    return torch.tensor(ends).repeat_interleave(torch.tensor([len(one) for one in segments]))
 
 
 def _buckets(segments: list[Segment]) -> list[list[Segment]]:
@@ -294,7 +292,7 @@ def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layou
         x = x.transpose(0, 1)
         return (x if heads == kv_heads else x.repeat_interleave(heads // kv_heads, dim=0))[None]
 
-    if q.device.type != "cpu":
+    if not layout.groups:
         everything = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], repeat(k), repeat(v), attn_mask=layout.bias(q.dtype), scale=scale
         )
@@ -314,7 +312,7 @@ def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layou
 
 def keeps_scores(q: torch.Tensor, layout: Layout) -> bool:
     """True when a layer's attention weights are small enough to be kept for the backward pass."""
-    return q.device.type == "cpu" and q.shape[1] * layout.scores() <= KEPT_SCORES
+    return bool(layout.groups) and q.shape[1] * layout.scores() <= KEPT_SCORES
 
 
 class _Attention(torch.autograd.Function):

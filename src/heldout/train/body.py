@@ -82,20 +82,24 @@ class Body:
         drawn = torch.rand(x.shape, generator=generator).mul_(2 * bound).sub_(bound)
         return x + drawn.to(x.device, x.dtype)
 
-    def above(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """Final hidden states at `pack.rows`, [R, h], from what enters the first trained layer."""
+    @property
+    def fused(self) -> bool:
+        """Whether every layer is one operation of ours."""
+        return bool(self._blocks)
+
+    def above(self, x: torch.Tensor, layout: Layout, rows: torch.Tensor) -> torch.Tensor:
+        """Final hidden states at `rows`, [R, h], from what enters the first trained layer."""
         if not self._walks:
             hidden = self._inner(
-                inputs_embeds=x[None], position_ids=pack.layout.position_ids, layout=pack.layout, use_cache=False
+                inputs_embeds=x[None], position_ids=layout.position_ids, layout=layout, use_cache=False
             ).last_hidden_state[0]
-            return hidden[pack.rows]
-        hidden = self._walk(x, pack.layout, self.cut, len(self._inner.layers), pack.rows)
+            return hidden[rows]
+        hidden = self._walk(x, layout, self.cut, len(self._inner.layers), rows)
         return self._inner.norm(hidden)
 
     def _walk(self, x: torch.Tensor, layout: Layout, first: int, last: int, rows: torch.Tensor | None) -> torch.Tensor:
-        longest = max(one.offset + len(one) for one in layout.segments)
-        if longest > self._context:
-            raise InvalidValue(f"an example has {longest} tokens, but the model reads {self._context}")
+        if layout.longest > self._context:
+            raise InvalidValue(f"an example has {layout.longest} tokens, but the model reads {self._context}")
         if first == last:
             return x
         angles = self._inner.rotary_emb(x[None], layout.position_ids)

@@ -24,7 +24,7 @@ from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
-from heldout.train.method import TEMPERATURES, Losses
+from heldout.train.method import TEMPERATURES, Learned, Losses, add_gradients
 
 #: Inverse strength of the penalty on the first head. Stronger than the rung has it: a head that fits train
 #: perfectly would leave the layers nothing to learn from.
@@ -140,6 +140,10 @@ class ClassifierTrainee:
             if not self._training
             else logits.new_empty(0, len(rows)),
         )
+
+    def learn(self, rows: Sequence[Row], number: int, weight: float) -> Learned:
+        """See Trainee.learn."""
+        return add_gradients(self.losses(rows, number), weight)
 
     def _vectors(self, rows: Sequence[Row]) -> torch.Tensor:
         if len(self.trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import torch
@@ -47,11 +48,14 @@ class Dropout:
         """Switch dropout off: validation."""
         self.on = False
 
+    @property
+    def address(self) -> int:
+        """Where the masks are."""
+        return self._pool.data_ptr()
+
     def frozen(self) -> Dropout:
-        """These masks for as long as they are needed, whatever this object does next."""
-        copy = Dropout(self.p, self.seed)
-        copy.on, copy._step, copy._pack, copy._pool = self.on, self._step, self._pack, self._pool
-        return copy
+        """These masks for as long as they are needed, whatever step or pack this object goes on to."""
+        return copy.copy(self)
 
     def mask(
         self, place: int, rows: int, width: int, like: torch.Tensor, *, column_major: bool = False
@@ -65,10 +69,44 @@ class Dropout:
         count = rows * width
         if self._pool.numel() <= count:
             raise ValueError(f"a mask of {count} elements, but the step was started for fewer")
-        key = f"{self.seed}/{self._step}/{self._pack}/{place}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-        start = number % (self._pool.numel() - count)
+        start = self._number(place) % (self._pool.numel() - count)
         # Once for a pool, not for every mask: on a GPU each would be copied there.
         self._pool = self._pool.to(like.device, like.dtype)
         bits = self._pool[start : start + count]
         return bits.view(width, rows).t() if column_major else bits.view(rows, width)
+
+    def _number(self, place: int) -> int:
+        """Where in the pool the mask of this place lies, a number as good as random."""
+        return _hash(self.seed, self._step, self._pack, place)
+
+
+class DrawnOnGpu(Dropout):
+    """The same on a GPU, where drawing bits costs next to nothing: anew for every pack, into the same memory. A place's
+    mask always lies at the same address, as recorded graphs want it (train/graphs.py)."""
+
+    def __init__(self, p: float, seed: int, like: torch.Tensor) -> None:
+        """Masks are where `like` is, and in its type."""
+        super().__init__(p, seed)
+        self._pool = like.new_empty(0)
+
+    def start(self, step: int, largest: int) -> None:
+        """See Dropout.start."""
+        self.on, self._step = self.p > 0, step
+        if self.on and self._pool.numel() <= 2 * largest:
+            self._pool = self._pool.new_empty(max(self.POOL, 1 << (2 * largest).bit_length()))
+
+    def next_pack(self, number: int) -> None:
+        """See Dropout.next_pack. The masks of the pack before are gone."""
+        self._pack = number
+        if self.on:
+            generator = torch.Generator(device=self._pool.device)
+            generator.manual_seed(_hash(self.seed, self._step, number) % (1 << 62))
+            self._pool.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+
+    def _number(self, place: int) -> int:
+        return _hash(self.seed, place)
+
+
+def _hash(*numbers: int) -> int:
+    key = "/".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")

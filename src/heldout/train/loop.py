@@ -209,8 +209,7 @@ def gradients(trainee: Trainee[Row], rows: Sequence[Row], step: int) -> Step:
     weight = sum(trainee.weight(row) for row in rows)
     nats = right = count = 0.0
     for number, chosen in enumerate(trainee.micro_batches(rows, training=True)):
-        found = trainee.losses([rows[i] for i in chosen], number)
-        ((found.loss * found.weights).sum() / weight).backward()
+        found = trainee.learn([rows[i] for i in chosen], number, weight)
         learned = found.weights == 1
         nats += float(found.nll[learned].sum())
         right += float(found.right[learned].sum())

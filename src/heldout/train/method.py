@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,20 @@ class Losses:
     owners: torch.Tensor  # [T] index of the example within the micro-batch
     weights: torch.Tensor  # [T] 1 for what is to be learned; less for prompt tokens
     tempered: torch.Tensor  # [K, T] nll at each of TEMPERATURES; [0, T] in training
+
+
+class Learned(NamedTuple):
+    """What a micro-batch said while its gradients were computed: see Losses."""
+
+    nll: torch.Tensor  # [T]
+    right: torch.Tensor  # [T]
+    weights: torch.Tensor  # [T]
+
+
+def add_gradients(found: Losses, weight: float) -> Learned:
+    """Add those of the weighted losses over `weight` to the parameters'."""
+    ((found.loss * found.weights).sum() / weight).backward()
+    return Learned(found.nll, found.right, found.weights)
 
 
 class Trainee(Protocol[Row]):
@@ -82,6 +96,10 @@ class Trainee(Protocol[Row]):
 
     def losses(self, rows: Sequence[Row], number: int = 0) -> Losses:
         """Run one micro-batch; `number` is its place in the step."""
+        ...
+
+    def learn(self, rows: Sequence[Row], number: int, weight: float) -> Learned:
+        """Run one micro-batch, and add the gradients of its weighted losses over `weight` to the parameters'."""
         ...
 
     def save(self, folder: Path) -> None:

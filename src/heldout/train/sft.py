@@ -22,8 +22,9 @@ from heldout.train import head, lora
 from heldout.train.activations import Activations
 from heldout.train.attention import IMPLEMENTATION
 from heldout.train.body import Body
-from heldout.train.dropout import Dropout
-from heldout.train.method import TEMPERATURES, Losses
+from heldout.train.dropout import DrawnOnGpu, Dropout
+from heldout.train.graphs import Filled, Graphs, fill
+from heldout.train.method import TEMPERATURES, Learned, Losses, add_gradients
 from heldout.train.packing import Pack, micro_batches, pack
 
 #: What must be known of a model's size.
@@ -45,11 +46,14 @@ class ChatTrainee:
     def __init__(self, peft: Any, template: ChatTemplate, plan: TrainPlan, activations: Activations | None) -> None:
         model = peft.get_base_model()
         self.peft, self.template, self.plan, self.activations = peft, template, plan, activations
-        self.dropout = Dropout(plan.lora_dropout, plan.seed)
+        self.head: torch.nn.Linear = model.get_output_embeddings()  # frozen
+        on_gpu = self.device.type == "cuda"
+        masks = (plan.lora_dropout, plan.seed)
+        self.dropout = DrawnOnGpu(*masks, like=self.head.weight) if on_gpu else Dropout(*masks)
         lora.fuse(peft, self.dropout)
         self.body = Body(model, self.dropout, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
-        self.head: torch.nn.Linear = model.get_output_embeddings()  # frozen
         self.parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+        self.graphs = Graphs(self.run_filled, self.parameters.values()) if on_gpu and self.body.fused else None
         self._widest = max(p.shape[-1] for name, p in self.parameters.items() if ".lora_A." in name)
         self._step = 0
         self._training = False
@@ -113,6 +117,8 @@ class ChatTrainee:
         self._step, self._training = step, True
         packed = max(min(self.plan.micro_tokens, sum(map(len, rows))), *map(len, rows))
         self.dropout.start(step, self._widest * packed)
+        if self.graphs:
+            self.graphs.start(self.dropout.address)
 
     def stop(self) -> None:
         """See Trainee.stop."""
@@ -124,7 +130,7 @@ class ChatTrainee:
         plan, training = self.plan, self._training
         self.dropout.next_pack(number)
         one = pack(rows, prompt_weight=plan.prompt_loss_weight if training else 0.0).to(self.device)
-        hidden = self.body.above(self._enter(one, rows, number), one)
+        hidden = self.body.above(self._enter(one, rows, number), one.layout, one.rows)
         # index_select, here and below: where a row is taken several times, its gradient is added up in a fixed order.
         # That of plain indexing is added in whatever order threads come, and a resumed job would end elsewhere.
         loss, nll, right, tempered = head.losses(
@@ -143,6 +149,28 @@ class ChatTrainee:
             weights=one.weights,
             tempered=tempered[:, entries],
         )
+
+    def learn(self, rows: Sequence[Tokens], number: int, weight: float) -> Learned:
+        """See Trainee.learn."""
+        if not self.graphs:
+            return add_gradients(self.losses(rows, number), weight)
+        self.dropout.next_pack(number)
+        one = pack(rows, prompt_weight=self.plan.prompt_loss_weight)
+        x = self._enter(one.to(self.device), rows, number)
+        nll, right = (found.cpu()[one.entries] for found in self.graphs.learn(fill(one, x, weight)))
+        return Learned(nll, right, one.weights)
+
+    def run_filled(self, filled: Filled) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of a filled pack (see graphs.Run)."""
+        hidden = self.body.above(filled.x, filled.layout, filled.rows)
+        loss, nll, right, _ = head.losses(
+            hidden.index_select(0, filled.sources),
+            self.head.weight,
+            filled.targets,
+            smoothing=self.plan.label_smoothing,
+        )
+        (loss * filled.weights).sum().backward()
+        return nll, right
 
     def _enter(self, one: Pack, rows: Sequence[Tokens], number: int) -> torch.Tensor:
         """What enters the first trained layer, [L, h]."""
