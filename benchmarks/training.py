@@ -50,10 +50,15 @@ def file_of(task: str) -> Path:
 def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float]:
     import torch
 
-    from heldout.engine import device
+    from heldout.engine import device, weights
     from heldout.train import loop
     from heldout.train.memory import keep_freed_memory
 
+    peaks = []
+    if device.is_gpu():  # once, and gone before memory is measured; a processor's clock goes up and down with its load
+        peaks.append(product_rate(weights.choose_precision(), device.chosen()))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     examples = examples_of(file_of(task))
     split = Split(train=examples, valid=examples[:8], holdout=(), seed=0, groups=len(examples))
     plan = plan_of(split, 0, model, batch_size=size)
@@ -63,17 +68,15 @@ def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float
     rows = trainee.rows(examples, task)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), lr=plan.learning_rate, fused=True)
     spent = work = loss = 0.0
-    peaks = []
     with device.repeatable():
         for step in range(1, WARM + steps + 1):
             batch = [rows[row] for row in loop.batch_rows(plan, len(rows), step)]
-            peaks.append(product_rate(trainee.head.weight.dtype, trainee.device))
-            if trainee.device.type == "cuda" and step == WARM + 1:
-                torch.cuda.reset_peak_memory_stats()  # the product above is not training's
+            if not device.is_gpu():
+                peaks.append(product_rate(trainee.head.weight.dtype, trainee.device))
             started = time.perf_counter()
             loss = loop.gradients(trainee, batch, step).loss
             loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate))
-            if trainee.device.type == "cuda":
+            if device.is_gpu():
                 torch.cuda.synchronize()
             if step > WARM:
                 spent += time.perf_counter() - started

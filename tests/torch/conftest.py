@@ -101,7 +101,7 @@ def stirred(trainee: ChatTrainee) -> ChatTrainee:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainee.parameters.values():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return trainee
 
 
