@@ -62,7 +62,7 @@ def test_gradients_of_many_answers_to_one_prompt_are_the_same_bits_every_time(
     one = pack(rows)
     assert len(one.targets) * 64 > 1 << 16, "enough numbers for torch to share them out"
     hidden = torch.randn(len(one.rows), 64, requires_grad=True)
-    monkeypatch.setattr(trainee.body, "above", lambda x, one: hidden)
+    monkeypatch.setattr(trainee.body, "above", lambda x, layout, rows: hidden)
 
     def once() -> torch.Tensor:
         (gradient,) = torch.autograd.grad(trainee.losses(rows).loss.sum(), hidden)

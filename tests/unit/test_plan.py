@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -39,6 +39,14 @@ def test_every_auto_becomes_a_number_with_a_reason(n: int, n_valid: int) -> None
             "value": list(value) if isinstance(value, tuple) else value,
             "reason": resolved.reasons[name],
         }
+
+
+def test_a_gpu_computes_more_tokens_at_once() -> None:
+    split = split_of(labelled("train", 240), labelled("valid", 40))
+    here = ModelFacts(hidden_size=576, layers=30, context=2048, parameters=1)
+    one, other = (make_plan(Hyperparameters(), split, replace(here, gpu=gpu), seed=1) for gpu in (False, True))
+    assert one.micro_tokens < other.micro_tokens
+    assert replace(other, micro_tokens=one.micro_tokens) == one
 
 
 @pytest.mark.parametrize(("n", "n_valid"), SIZES)
