@@ -127,7 +127,7 @@ def subject_of(
         tuned=ladder.Rung(name="tuned", kind="tuned", description="", scores=score_answers(metric, holdout, answers)),
         baseline=baseline,
         rungs=(baseline,),
-        crossfit=False,
+        folds=(),
         forgetting=None,
         budget=Budget(600.0),
         watch=Silent(),

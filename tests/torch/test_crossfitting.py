@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ class NotingEngine(LocalEngine):
         progress: Progress | None = None,
     ) -> list[Reply]:
         if model.adapter:
-            folder = next(part for part in Path(model.adapter).parts if part in FOLDERS)
+            folder = next((part for part in Path(model.adapter).parts if part in FOLDERS), "served")
             self.asked += [(folder, str(messages[-1]["content"])) for messages in conversations]
         return super().chat(model, conversations, sampling, progress)
 
@@ -98,7 +99,7 @@ class Done:
     watch: Recording
 
 
-def run(model: Path, folder: Path, watch: Recording, valid: Path | None = None) -> Done:
+def run(model: Path, folder: Path, watch: Recording, valid: Path | None = None, budget: float = 0.0) -> Done:
     """A job on the 40 rows of `rows.jsonl` beside `folder`; a killed one goes on."""
     folder.mkdir(exist_ok=True)
     trainer, engine = NotingTrainer(), NotingEngine()
@@ -110,6 +111,7 @@ def run(model: Path, folder: Path, watch: Recording, valid: Path | None = None) 
             seed=2,
             hyperparameters=Hyperparameters(n_epochs=2, learning_rate=LEARNING.learning_rate),
             directory=folder,
+            eval_budget=budget,
         ),
         Tools(engine=engine, trainer=trainer, watch=watch),
     )
@@ -237,6 +239,65 @@ def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, r
         "seed": 2,
         "sources": {},
     }
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_model: Path, root: Path) -> Done:
+    """The same job with time for probes."""
+    return run(tiny_model, root / "probed", Recording(), budget=600.0)
+
+
+def test_consequences_are_measured_on_the_models_of_the_folds(probed: Done, done: Done) -> None:
+    found = {one.name: one for one in probed.outcome.consequences}
+    for name in ("fragility", "generalisation", "memorisation", "calibration"):
+        assert found[name].status != "not_measured", found[name].sentence
+        assert found[name].sentence.endswith("measured on the models of the folds, each with rows that it never saw")
+    assert found["fragility"].numbers["n"] == found["calibration"].numbers["n"] == ROWS
+    assert probed.outcome.tuned == done.outcome.tuned, "answers are the same, measured or not"
+    assert "served" not in {folder for folder, question in probed.engine.asked if "item" in question}
+    # What a question is about is told by the item's number, which no perturbation changes.
+    held = {
+        folder: {row.line for row in split.holdout} for folder, split, _, _ in probed.trainer.given if folder in FOLDERS
+    }
+    lines = {
+        folder: {int(word) + 1 for asked, text in probed.engine.asked if asked == folder for word in items(text)}
+        for folder in FOLDERS
+    }
+    for folder, own in held.items():
+        assert own < lines[folder], "its own rows, and some that it learned"
+
+
+def items(text: str) -> list[str]:
+    """The number of the item that a question is about."""
+    return re.findall(r"item (\d+)", text.lower())
+
+
+def test_a_job_killed_while_or_after_it_measures_goes_on_and_leaves_no_model_of_a_fold(
+    tiny_model: Path, root: Path, probed: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = root / "killed-late"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, folder, Killing("consequences: reading answers"), budget=600.0)
+    assert any((folder / name / "kept").is_dir() for name in FOLDERS), "they are still to be asked"
+    # The folds' models are gone, and the job is killed before anybody knows that it ended.
+    monkeypatch.setattr(Recording, "message", die_at_the_verdict(Recording.message))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, folder, Recording(), budget=600.0)
+    monkeypatch.undo()
+    assert not any((folder / name / "kept").is_dir() for name in FOLDERS)
+    again = run(tiny_model, folder, Recording(), budget=600.0)
+    assert again.engine.asked == []
+    assert untimed(again.outcome.verdict) == untimed(probed.outcome.verdict)
+    assert again.outcome.consequences == probed.outcome.consequences
+
+
+def die_at_the_verdict(message: Any) -> Any:
+    def told(self: Recording, text: str, **more: Any) -> None:
+        if text.startswith("Verdict: "):
+            raise KeyboardInterrupt
+        message(self, text, **more)
+
+    return told
 
 
 def untimed(verdict: Verdict) -> Verdict:

@@ -99,7 +99,7 @@ def subject(
         "tuned": tuned,
         "baseline": baseline,
         "rungs": (baseline,),
-        "crossfit": False,
+        "folds": (),
         "forgetting": None,
         "budget": Budget(seconds),
         "watch": Silent(),

@@ -184,16 +184,6 @@ def test_prose_has_no_form() -> None:
 # All of them
 
 
-def test_what_must_not_be_measured_by_cross_fitting_says_why() -> None:
-    engine = Speaking(right_label)
-    found = {one.name: one for one in measure_all(subject(engine, TRAIN, HOLDOUT, crossfit=True))}
-    for name in ("fragility", "memorisation", "generalisation"):
-        assert found[name].status == "not_measured"
-        assert "the served model was trained on all rows" in found[name].sentence
-    assert found["format"].status == "ok", "the answers are out of fold"
-    assert engine.asked == []
-
-
 def test_without_time_no_model_is_asked_and_every_one_says_so() -> None:
     engine = Speaking(right_label)
     found = measure_all(subject(engine, TRAIN, HOLDOUT, seconds=0.0))

@@ -19,6 +19,7 @@ from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import SMALL
 from heldout.pipeline.stages import (
+    FoldModel,
     Made,
     Stopwatch,
     answer_room,
@@ -89,6 +90,10 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         metric=metric,
         answering=answering.seconds,
         crossfit=found,
+        fold_models=tuple(
+            FoldModel(directory=one.model_of(fold.best_step).directory, split=split)
+            for one, fold, split in zip(trained, fitted, folds.splits, strict=True)
+        ),
     )
 
 
@@ -147,7 +152,6 @@ def ask_folds(
             fold = crossfit.make_fold(one, chosen, scores)
             fold_records.write_fold(directory, split, fold)
             in_fold.watch.kept()
-        crossfit.discard_models(directory)
         in_fold.watch.message(
             f"the best step was {fold.best_step} ({fold.best_epoch:.2g} epochs); {fold.scores.mean:.1%} "
             f"{metric.name} on {len(split.holdout)} rows it never saw",
@@ -155,6 +159,12 @@ def ask_folds(
         )
         answered.append(fold)
     return tuple(answered)
+
+
+def discard_folds(request: Request) -> None:
+    """Delete the folds' models: nothing will be asked of them any more."""
+    for directory in request.directory.glob("fold-*"):
+        crossfit.discard_models(directory)
 
 
 def tell_folds(folds: Folds, metric: Metric, watch: Watch) -> None:

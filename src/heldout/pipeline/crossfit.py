@@ -101,7 +101,7 @@ def make_fold(trained: TrainedFold, chosen: int, scores: Scores) -> Fold:
 
 
 def discard_models(directory: Path, *, but: Collection[str] = ()) -> None:
-    """Delete a fold's checkpoints and adapters, except in these folders; what it found stays."""
+    """Delete a fold's checkpoints and adapters, except in these folders; what the fold found stays."""
     for folder in [one for one in directory.iterdir() if one.is_dir() and one.name not in but]:
         shutil.rmtree(folder)
 
@@ -130,6 +130,7 @@ def pool_rungs(ladders: Sequence[Sequence[Rung]], watch: Watch) -> tuple[Rung, .
                 description=_pooled_description(name, parts),
                 scores=pool([rung.scores for rung in parts]),
                 shots=_best(parts).shots,
+                fold_shots=tuple(rung.shots for rung in parts),
             )
         )
     return tuple(pooled)

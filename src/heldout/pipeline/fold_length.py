@@ -40,6 +40,10 @@ class TrainedFold:
     valid_losses: tuple[float | None, ...]  # nats, not calibrated, of each model
     valid_lines: tuple[int, ...]  # of the training file; none where validation is a file of its own
 
+    def model_of(self, step: int) -> KeptModel:
+        """The model of this step, which is one of them."""
+        return next(model for model in self.models if model.step == step)
+
     def folders(self, directory: Path) -> set[str]:
         """The folders in the fold's directory that have the models."""
         return {model.directory.relative_to(directory).parts[0] for model in self.models}

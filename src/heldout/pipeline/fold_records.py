@@ -19,7 +19,7 @@ from heldout.pipeline.types import Example, Split
 
 LADDER, TRAINED, FOLD = "ladder.json", "trained.json", "fold.json"
 #: Changes when the records on disk do; a job of another version is not taken up.
-VERSION = 4
+VERSION = 5
 
 
 def read_ladder(directory: Path, split: Split, metric: Metric) -> tuple[Rung, ...] | None:

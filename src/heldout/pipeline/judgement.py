@@ -68,7 +68,7 @@ def decide_on(
             tuned=done.rung,
             baseline=best_baseline(done.rungs),
             rungs=done.rungs,
-            crossfit=False,
+            folds=(),
             forgetting=lost,
             budget=Budget(seconds),  # from now on: general skills have their own time, as in a job
             watch=watch,

@@ -45,6 +45,7 @@ class Rung:
     description: str
     scores: Scores
     shots: tuple[Example, ...] = ()  # that the prompt shows; by cross-fitting those of the best of the folds' prompts
+    fold_shots: tuple[tuple[Example, ...], ...] = ()  # by cross-fitting, those of each fold's prompt
 
     @property
     def costs(self) -> tuple[str, str]:

@@ -12,13 +12,14 @@ from heldout.engine.base import ModelRef
 from heldout.pipeline import ladder, report
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.advise.rungs import measure_cheap
-from heldout.pipeline.by_crossfit import make_by_crossfit
+from heldout.pipeline.by_crossfit import discard_folds, make_by_crossfit
 from heldout.pipeline.by_holdout import make_by_holdout
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.checks.wrong_labels import noise_caveats
 from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.consequences import measure_all
-from heldout.pipeline.consequences.base import Budget, Consequence, Subject, seconds_for_probes
+from heldout.pipeline.consequences.base import Answerer, Budget, Consequence, Subject, seconds_for_probes
+from heldout.pipeline.consequences.records import read_consequences, write_consequences
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
@@ -88,6 +89,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     )
     report.write(outcome, request.directory)
     shutil.rmtree(activations(request), ignore_errors=True)  # large, and of use to this job alone
+    discard_folds(request)
     first = ". ".join((verdict.outcome, *verdict.caveats, verdict.reasons[0]))
     tools.watch.message(f"Verdict: {first}", data={"outcome": verdict.outcome})
     return outcome
@@ -164,11 +166,29 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
     )
 
 
+def fold_answerers(made: Made, base_model: str) -> tuple[Answerer, ...]:
+    """By cross-fitting: who answered which of the rows; none otherwise."""
+    shots = ladder.best_baseline(made.rungs).fold_shots
+    found: list[Answerer] = []
+    for number, one in enumerate(made.fold_models):
+        start = found[-1].places.stop if found else 0
+        found.append(
+            Answerer(
+                model=ModelRef(base_model=base_model, adapter=str(one.directory)),
+                split=as_asked(one.split),
+                places=range(start, start + len(one.split.holdout)),
+                shots=shots[number],
+            )
+        )
+    return tuple(found)
+
+
 def consequences_of(
     made: Made, forgetting: Forgetting | None, evaluating: Stopwatch, request: Request, facts: ModelFacts, tools: Tools
 ) -> tuple[Consequence, ...]:
-    """What training made worse in the served model, in the time that the job has for it after answering for the
-    verdict."""
+    """What training made worse, in the time that the job has for it after answering for the verdict."""
+    if known := read_consequences(request.directory):
+        return known
     seconds = request.eval_budget
     if seconds is None:
         seconds = seconds_for_probes(made.training_seconds, evaluating.seconds)
@@ -183,13 +203,14 @@ def consequences_of(
         tuned=made.tuned,
         baseline=ladder.best_baseline(made.rungs),
         rungs=made.rungs,
-        crossfit=made.crossfit is not None,
+        folds=fold_answerers(made, request.base_model),
         forgetting=forgetting,
         budget=Budget(seconds),
         watch=tools.watch,
     )
     with evaluating:
         found = measure_all(subject)
+    write_consequences(request.directory, found)
     tools.watch.message(
         f"Evaluation took {evaluating.seconds:.0f} s in all, training {made.training_seconds:.0f} s",
         data={"evaluating": evaluating.seconds, "training": made.training_seconds},

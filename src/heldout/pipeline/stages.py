@@ -37,6 +37,14 @@ SERVING_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoldModel:
+    """The tuned model that answered a fold's rows."""
+
+    directory: Path  # of its adapter
+    split: Split  # of the fold
+
+
+@dataclass(frozen=True, kw_only=True)
 class Made:
     """A tuned model, proven to be served as it was trained, and the scores to judge it by."""
 
@@ -50,6 +58,7 @@ class Made:
     metric: Metric
     answering: float  # seconds that the scores took in this process, the tuned models' included
     crossfit: CrossFit | None = None  # where the scores come from, when there is no holdout
+    fold_models: tuple[FoldModel, ...] = ()  # of cross-fitting, in the order of `answered`
 
     @property
     def training_seconds(self) -> float:

@@ -7,6 +7,7 @@ is adding a file here and its function to CONSEQUENCES.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from heldout.pipeline.consequences import (
@@ -34,6 +35,8 @@ CONSEQUENCES: tuple[Measure, ...] = (
     calibration.measure,
 )
 
+#: Those that are about the served model, however its answers were scored.
+OF_THE_SERVED = frozenset({forgetting.NAME, hallucination.NAME})
 #: A fail of these tells, and does not change the outcome.
 INFORMING = frozenset({forgetting.NAME})
 
@@ -48,6 +51,9 @@ def measure_all(
     found = []
     for measure in CONSEQUENCES:
         one = known.get(measure) or measure(subject)
+        if subject.folds and one.status != "not_measured" and one.name not in OF_THE_SERVED:
+            whose = "measured on the models of the folds, each with rows that it never saw"
+            one = replace(one, sentence=f"{one.sentence}; {whose}")
         found.append(one)
         subject.watch.message(
             f"Consequences, {one.name}: {'' if one.status == 'not_measured' else f'{one.status}, '}{one.sentence}",

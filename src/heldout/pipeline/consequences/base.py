@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
+from heldout.engine.base import Engine, Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.forgetting import Forgetting
 from heldout.pipeline.evaluate.scores import likely_answers, with_shots
@@ -17,15 +17,10 @@ from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 
 Status = Literal["ok", "warn", "fail", "not_measured"]
+Found = TypeVar("Found")
 
 #: Probabilities that an excess beats its margin (SCIENCE §3): several guardrails then cost few good models.
 SURE, LIKELY = 0.99, 0.90
-
-#: Why most of it cannot be measured where there is no holdout.
-NONE_UNSEEN = (
-    "there is no holdout: the served model was trained on all rows, so none is left that it has not seen, and the "
-    "models of the folds are not kept"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +83,17 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answerer:
+    """A tuned model that answered rows it never saw: the served one where there is a holdout, one of each fold by
+    cross-fitting."""
+
+    model: ModelRef
+    split: Split  # its own: what it learned from and was chosen by
+    places: range  # of the rows that it answered, among all that were
+    shots: tuple[Example, ...]  # that the baseline's prompt shows before these rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """The tuned model and all that is known of it when its consequences are measured."""
 
@@ -101,7 +107,7 @@ class Subject:
     tuned: Rung
     baseline: Rung  # the best prompt, or the constant answer where that is better
     rungs: tuple[Rung, ...]
-    crossfit: bool  # the answers are those of other models; the served one has seen every row
+    folds: tuple[Answerer, ...]  # who answered, by cross-fitting; none where the served model did
     forgetting: Forgetting | None
     budget: Budget
     watch: Watch
@@ -116,18 +122,82 @@ class Subject:
         """Of every sample: the same job asks the same questions."""
         return self.split.seed
 
+    @property
+    def answerers(self) -> tuple[Answerer, ...]:
+        """Whose answers `tuned` and `baseline` hold: of each answered row the model that never saw it."""
+        everywhere = range(len(self.answered))
+        served = Answerer(model=self.model, split=self.split, places=everywhere, shots=self.baseline.shots)
+        return self.folds or (served,)
+
+    def unseen(self, places: Sequence[int]) -> list[tuple[Answerer, Example]]:
+        """The answered rows at these places, each with the model that never saw it."""
+        return [(next(one for one in self.answerers if at in one.places), self.answered[at]) for at in places]
+
+    def learned(
+        self, count: int, what: str, part: Literal["train", "valid"] = "train", but: Collection[int] = ()
+    ) -> list[tuple[Answerer, Example]]:
+        """At most `count` rows that a model was trained on, or chosen by, each with that model; always the same ones.
+        A row that several folds learned is asked of one of them.
+
+        Args:
+            but: lines of rows to leave out.
+        """
+        owners: dict[int, list[tuple[Answerer, Example]]] = {}
+        for one in self.answerers:
+            for row in one.split.train if part == "train" else one.split.valid:
+                if row.line not in but:
+                    owners.setdefault(row.line, []).append((one, row))
+        rows = list(owners)
+        chosen = [rows[at] for at in sample(rows, count, self.seed, what)]
+        return [random.Random(f"{self.seed}/{what}/{line}").choice(owners[line]) for line in chosen]
+
     def ask(
         self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str, shots: Sequence[Example] = ()
     ) -> list[Reply]:
         """Greedy answers behind `shots`, with progress."""
-        was_shown = bool(shots) or model == self.model
-        expected = likely_answers(self.split.train, self.metric) if was_shown else ()
-        return self.engine.chat(
-            model,
-            [with_shots(prompt, shots) for prompt in prompts],
-            Sampling(max_tokens=self.max_tokens, expected=expected),
-            lambda done, total: self.watch.progress(f"consequences: {stage}", done, total),
+        return self._chat(model, prompts, shots, self._tell(stage, 0, len(prompts)))
+
+    def ask_each(
+        self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str, *, baseline: bool = False
+    ) -> list[Reply]:
+        """Greedy answers to each prompt by its model, or by the baseline with that model's shots; in order."""
+
+        def of_one(one: Answerer, prompts: list[Sequence[Message]], tell: Progress) -> Sequence[Reply]:
+            model, shots = (self.base, one.shots) if baseline else (one.model, ())
+            return self._chat(model, prompts, shots, tell)
+
+        return self._by_model(asked, of_one, stage)
+
+    def read_each(self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str) -> list[float]:
+        """How likely each conversation's last answer is to its model, in nats; in order."""
+        return self._by_model(
+            asked, lambda one, conversations, tell: self.engine.log_probs(one.model, conversations, tell), stage
         )
+
+    def _by_model(
+        self,
+        asked: Sequence[tuple[Answerer, Sequence[Message]]],
+        of_one: Callable[[Answerer, list[Sequence[Message]], Progress], Sequence[Found]],
+        stage: str,
+    ) -> list[Found]:
+        found: dict[int, Found] = {}
+        for one in self.answerers:
+            mine = [i for i, (owner, _) in enumerate(asked) if owner.places == one.places]
+            if mine:
+                tell = self._tell(stage, len(found), len(asked))
+                found.update(zip(mine, of_one(one, [asked[i][1] for i in mine], tell), strict=True))
+        return [found[i] for i in range(len(asked))]
+
+    def _chat(
+        self, model: ModelRef, prompts: Sequence[Sequence[Message]], shots: Sequence[Example], tell: Progress
+    ) -> list[Reply]:
+        was_shown = bool(shots) or model == self.model or model.adapter is not None
+        expected = likely_answers(self.split.train, self.metric) if was_shown else ()
+        sampling = Sampling(max_tokens=self.max_tokens, expected=expected)
+        return self.engine.chat(model, [with_shots(prompt, shots) for prompt in prompts], sampling, tell)
+
+    def _tell(self, stage: str, before: int, total: int) -> Progress:
+        return lambda done, _: self.watch.progress(f"consequences: {stage}", before + done, total)
 
 
 #: A consequence: from what is known to what came of it.
@@ -144,7 +214,7 @@ def status_of(*, fails: float = 0.0, warns: float = 0.0) -> Status:
     return "fail" if fails >= SURE else "warn" if warns >= LIKELY else "ok"
 
 
-def sample(rows: Sequence[Example], count: int, seed: int, what: str) -> list[int]:
+def sample(rows: Sequence[object], count: int, seed: int, what: str) -> list[int]:
     """Places of at most `count` rows, in order; always the same ones."""
     if len(rows) <= count:
         return list(range(len(rows)))

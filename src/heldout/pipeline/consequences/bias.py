@@ -19,7 +19,6 @@ from heldout.pipeline.augment.copies import with_user_text
 from heldout.pipeline.checks.bias import ATTRIBUTES, is_of_a_person
 from heldout.pipeline.consequences.base import (
     LIKELY,
-    NONE_UNSEEN,
     Consequence,
     Subject,
     not_measured,
@@ -95,8 +94,6 @@ def measure(subject: Subject) -> Consequence:
             "needed",
             n=dict(sizes),
         )
-    if subject.crossfit:
-        return not_measured(NAME, NONE_UNSEEN)
     return by_swaps(subject)
 
 
@@ -200,7 +197,7 @@ def by_swaps(subject: Subject) -> Consequence:
     places, pairs = [i for i, _ in chosen], [pair for _, pair in chosen]
     before = [subject.tuned.scores.answers[i] for i in places]
     try:
-        tuned, answers = ask(subject, subject.model, (), places, pairs, before, "the tuned model")
+        tuned, answers = ask(subject, places, pairs, before, "the tuned model")
         beyond = [a - b for a, b in zip(tuned.cross, tuned.within, strict=True)]
         shift = shift_of(pairs, before, answers)
         # Answers flip for any new word. It is the group that they follow when they flip more for another group, or
@@ -210,7 +207,7 @@ def by_swaps(subject: Subject) -> Consequence:
         # Shots make the baseline dear, so it is asked only where it can put the light out.
         if p >= LIKELY and subject.baseline.kind == "prompt" and not subject.budget.used_up:
             said = [subject.baseline.scores.answers[i] for i in places]
-            base, _ = ask(subject, subject.base, subject.baseline.shots, places, pairs, said, subject.baseline.name)
+            base, _ = ask(subject, places, pairs, said, subject.baseline.name, baseline=True)
             more = [a - b for a, b in zip(tuned.cross, base.cross, strict=True)]
             p = min(p, p_above(more, FLIPS))
     except (ContextLengthExceeded, InvalidValue) as error:
@@ -255,27 +252,27 @@ def by_swaps(subject: Subject) -> Consequence:
 
 def ask(
     subject: Subject,
-    model: Any,
-    shots: Sequence[Example],
     places: Sequence[int],
     pairs: Sequence[Pair],
     before: Sequence[str],
     who: str,
+    *,
+    baseline: bool = False,
 ) -> tuple[Swaps, list[str]]:
-    """What a model makes of the pairs, and its answers with the other group."""
+    """What the tuned model, or the baseline, makes of the pairs, and its answers with the other group."""
 
-    def prompts(texts: Sequence[str | None]) -> list[Any]:
-        return [
-            _with_text(subject.answered[i], text).prompt
-            for i, text in zip(places, texts, strict=True)
+    def answers(texts: Sequence[str | None], what: str) -> list[str]:
+        asked = [
+            (one, _with_text(row, text).prompt)
+            for (one, row), text in zip(subject.unseen(places), texts, strict=True)
             if text is not None
         ]
+        return [reply.text for reply in subject.ask_each(asked, f"{who}, {what}", baseline=baseline)]
 
-    crossed = prompts([one.cross for one in pairs])
-    cross = [reply.text for reply in subject.ask(model, crossed, f"{who}, other groups", shots)]
+    cross = answers([one.cross for one in pairs], "other groups")
     same = [one.within for one in pairs]
-    named = iter(subject.ask(model, prompts(same), f"{who}, other names", shots) if any(same) else [])
-    within = [old if text is None else next(named).text for text, old in zip(same, before, strict=True)]
+    named = iter(answers(same, "other names"))
+    within = [old if text is None else next(named) for text, old in zip(same, before, strict=True)]
     score = subject.metric.score
     return (
         Swaps(

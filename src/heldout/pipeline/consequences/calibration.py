@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from heldout.engine.base import Message, Reply
 from heldout.pipeline.consequences.base import (
     LIKELY,
-    NONE_UNSEEN,
+    Answerer,
     Consequence,
     Subject,
     not_measured,
@@ -43,21 +43,20 @@ class Said(NamedTuple):
 def measure(subject: Subject) -> Consequence:
     """Brier score and log loss always, the calibration error from ENOUGH answers on. Warns, and never fails: the
     answers are the same."""
-    if subject.crossfit:
-        return not_measured(NAME, NONE_UNSEEN)
     if subject.metric.form != "label":
         return not_measured(NAME, "the answers are no labels, so none of them has one probability to be right with")
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
     if not subject.is_encoder:
         return _of_a_chat_model(subject)
-    held = [_of(reply, row, subject) for reply, row in _answers(subject, subject.answered, "label probabilities")]
+    held = _answers(subject, subject.unseen(range(len(subject.answered))), "label probabilities")
     if all(one.right is None for one in held):
         return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
     temperature = None
-    if len(subject.split.valid) >= FITTED and not subject.budget.used_up:
-        valid = _answers(subject, subject.split.valid, "label probabilities of valid")
-        temperature = best_temperature([_of(reply, row, subject) for reply, row in valid])
+    # One that is fitted on the models of folds would be none of the served model's.
+    if len(subject.split.valid) >= FITTED and not subject.folds and not subject.budget.used_up:
+        valid = subject.learned(len(subject.split.valid), NAME, "valid")
+        temperature = best_temperature(_answers(subject, valid, "label probabilities of valid"))
     return judge(held, temperature)
 
 
@@ -66,7 +65,7 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
     serves would have one."""
     labels = sorted({row.target for row in subject.split.train})
     count = READINGS // len(labels)
-    rows = [subject.answered[i] for i in sample(subject.answered, count, subject.seed, NAME)]
+    rows = subject.unseen(sample(subject.answered, count, subject.seed, NAME))
     if len(rows) < FEWEST:
         return not_measured(
             NAME,
@@ -82,7 +81,7 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
     return replace(found, sentence=f"{found.sentence}; {subject.budget.sentence}: {len(rows)} would have been read")
 
 
-def read_labels(subject: Subject, rows: Sequence[Example], labels: Sequence[str]) -> list[Said]:
+def read_labels(subject: Subject, rows: Sequence[tuple[Answerer, Example]], labels: Sequence[str]) -> list[Said]:
     """How likely the tuned chat model finds each label behind each prompt, as a share of them all.
 
     FEWEST prompts or a few more at a time, each lot from all over the rows, until the time for probes is used up.
@@ -93,21 +92,16 @@ def read_labels(subject: Subject, rows: Sequence[Example], labels: Sequence[str]
         lot = range(number, len(rows), lots)
         if held and subject.budget.used_up:
             break
-        read = len(held) * len(labels)
-        conversations: list[list[Message]] = [
-            [*rows[at].prompt, {"role": "assistant", "content": label}] for at in lot for label in labels
+        conversations: list[tuple[Answerer, list[Message]]] = [
+            (rows[at][0], [*rows[at][1].prompt, {"role": "assistant", "content": label}])
+            for at in lot
+            for label in labels
         ]
-        found = subject.engine.log_probs(
-            subject.model,
-            conversations,
-            lambda done, _, read=read: subject.watch.progress(  # type: ignore[misc]
-                "consequences: likelihood of labels", read + done, len(rows) * len(labels)
-            ),
-        )
+        found = subject.read_each(conversations, f"likelihood of labels, part {number + 1} of {lots}")
         of_rows = (found[start : start + len(labels)] for start in range(0, len(found), len(labels)))
         for at, log_probs in zip(lot, of_rows, strict=True):
             # At 1, only made to add up to 1.
-            held[at] = cool(Said(tuple(log_probs), _right(labels, rows[at], subject)), 1.0)
+            held[at] = cool(Said(tuple(log_probs), _right(labels, rows[at][1], subject)), 1.0)
     return [held[at] for at in sorted(held)]
 
 
@@ -209,8 +203,9 @@ def cool(one: Said, temperature: float) -> Said:
     return Said(tuple(p - total for p in scaled), one.right)
 
 
-def _answers(subject: Subject, rows: Sequence[Example], stage: str) -> list[tuple[Reply, Example]]:
-    return list(zip(subject.ask(subject.model, [row.prompt for row in rows], stage), rows, strict=True))
+def _answers(subject: Subject, rows: Sequence[tuple[Answerer, Example]], stage: str) -> list[Said]:
+    replies = subject.ask_each([(one, row.prompt) for one, row in rows], stage)
+    return [_of(reply, row, subject) for reply, (_, row) in zip(replies, rows, strict=True)]
 
 
 def _of(reply: Reply, row: Example, subject: Subject) -> Said:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from heldout.engine.base import ModelRef
 from heldout.pipeline.consequences.base import (
     LIKELY,
-    NONE_UNSEEN,
     Consequence,
     Subject,
     in_lots,
@@ -44,8 +42,6 @@ def measure(subject: Subject) -> Consequence:
     Warns when answers flip by more than MARGIN more than the baseline's, or when a perturbation costs more than
     MARGIN. Fails when the tuned model, perturbed, is worse than the perturbed baseline.
     """
-    if subject.crossfit:
-        return not_measured(NAME, NONE_UNSEEN)
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
     # The dearest of all: what comes after it must have its turn.
@@ -103,14 +99,14 @@ def ask_both(
     """What the tuned model and the baseline say to the examples at these places. The baseline is only asked where its
     answers can change the light, and None where it is a constant answer."""
 
-    def answers_of(rung: Rung, model: ModelRef, who: str) -> Answers:
-        return Answers(model, rung.shots, [rung.scores.answers[place] for place in places], who)
+    def answers_of(rung: Rung, who: str) -> Answers:
+        return Answers(rung is not subject.tuned, [rung.scores.answers[place] for place in places], who)
 
-    asking = Asking(subject, perturbations, [subject.answered[place] for place in places])
-    ours = answers_of(subject.tuned, subject.model, "the tuned model")
+    asking = Asking(subject, perturbations, subject.unseen(places))
+    ours = answers_of(subject.tuned, "the tuned model")
     baseline = None
     if subject.baseline.kind != "constant":
-        baseline = answers_of(subject.baseline, subject.base, subject.baseline.name)
+        baseline = answers_of(subject.baseline, subject.baseline.name)
     waiting: list[int] = []
     lots = max(1, min(LOTS, len(places) // (2 * FEWEST)))
     for lot in in_lots(len(places), lots, subject.seed, NAME):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from heldout.pipeline.consequences.base import (
-    NONE_UNSEEN,
+    Answerer,
     Consequence,
     Subject,
     not_measured,
@@ -32,18 +32,17 @@ def measure(subject: Subject) -> Consequence:
     Warns, and never fails: a gap does no harm of its own. What the user gets is the holdout's score, which the outcome
     is about; the gap says how much of the training score to believe.
     """
-    if subject.crossfit:
-        return not_measured(NAME, NONE_UNSEEN)
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
     count = min(TEXT_ITEMS if subject.metric.form == "text" else ITEMS, len(subject.answered), len(subject.split.train))
     if count < FEWEST:
         return not_measured(NAME, f"{FEWEST} examples of train and holdout are needed to see a gap")
     held = [subject.tuned.scores.per_example[i] for i in sample(subject.answered, count, subject.seed, NAME)]
-    parts: dict[str, Sequence[float]] = {"train": _score(subject, subject.split.train, count, "train")}
+    parts: dict[str, Sequence[float]] = {"train": _score(subject, subject.learned(count, NAME), "train")}
     # Other parts are of one size; a small valid is asked as it is.
-    if len(subject.split.valid) >= FEWEST and not subject.budget.used_up:
-        parts["valid"] = _score(subject, subject.split.valid, count, "valid")
+    valid = subject.learned(count, NAME, "valid")
+    if len(valid) >= FEWEST and not subject.budget.used_up:
+        parts["valid"] = _score(subject, valid, "valid")
     parts["holdout"] = held
     return judge(parts, binary=subject.metric.binary)
 
@@ -106,7 +105,6 @@ class Difference:
         return float((self._draws > margin).mean())
 
 
-def _score(subject: Subject, rows: Sequence[Example], count: int, part: str) -> list[float]:
-    chosen = [rows[i] for i in sample(rows, count, subject.seed, NAME)]
-    replies = subject.ask(subject.model, [example.prompt for example in chosen], f"{part} again")
-    return list(subject.metric.score_all(chosen, [reply.text for reply in replies]))
+def _score(subject: Subject, rows: Sequence[tuple[Answerer, Example]], part: str) -> list[float]:
+    replies = subject.ask_each([(one, example.prompt) for one, example in rows], f"{part} again")
+    return list(subject.metric.score_all([example for _, example in rows], [reply.text for reply in replies]))

@@ -44,11 +44,12 @@ class Probe(NamedTuple):
 
     kind: str  # no such thing | out of scope | context removed
     prompt: list[Message]
+    place: int | None = None  # of the answered row whose context was taken away
 
 
 def measure(subject: Subject) -> Consequence:
-    """Ask both models what nobody can answer. By cross-fitting too: no row of the user's is asked about, unless the
-    context is taken from it, and then only from one that was not trained on."""
+    """Ask both models what nobody can answer. By cross-fitting the served model is asked too; only rows whose context
+    was taken away are asked of the fold's model that never saw them."""
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
     train = subject.split.train
@@ -61,16 +62,30 @@ def measure(subject: Subject) -> Consequence:
             "the training answers have no label or value that says that none fits (such as unknown, other or "
             "out_of_scope), so the model was never given a way to decline",
         )
-    asked = probes(train, () if subject.crossfit else subject.answered, subject.seed)
+    asked = probes(train, subject.answered, subject.seed)
     prompts = [probe.prompt for probe in asked]
     try:
-        tuned = [reply.text for reply in subject.ask(subject.model, prompts, "unanswerable questions")]
+        tuned = answers_to(subject, asked)
         if subject.is_encoder:
             return judge_alone(asked, tuned, declines)
         base = [reply.text for reply in subject.ask(subject.base, prompts, "unanswerable questions, base model")]
     except (ContextLengthExceeded, InvalidValue) as error:
         return not_measured(NAME, f"the probes do not fit: {error}")
     return judge(asked, tuned, base, declines)
+
+
+def answers_to(subject: Subject, asked: Sequence[Probe]) -> list[str]:
+    """What the tuned model says to the probes, in order."""
+    bundled = [probe.prompt for probe in asked if probe.place is None]
+    rows = [(probe.place, probe.prompt) for probe in asked if probe.place is not None]
+    owners = [one for one, _ in subject.unseen([place for place, _ in rows])]
+    served = iter(subject.ask(subject.model, bundled, "unanswerable questions"))
+    unseen = iter(
+        subject.ask_each(
+            [(one, prompt) for one, (_, prompt) in zip(owners, rows, strict=True)], "questions without their context"
+        )
+    )
+    return [next(served if probe.place is None else unseen).text for probe in asked]
 
 
 def answers_questions(train: Sequence[Example]) -> bool:
@@ -86,10 +101,13 @@ def probes(train: Sequence[Example], unseen: Sequence[Example], seed: int) -> li
     system = [{"role": "system", "content": text} for text, _ in systems.most_common(1)]
     bundled = (("no such thing", FICTITIOUS), ("out of scope", OUT_OF_SCOPE))
     found = [Probe(kind, [*system, {"role": "user", "content": text}]) for kind, texts in bundled for text in texts]
-    bare = [(row, rest) for row in unseen if (rest := without_context(str(row.prompt[-1]["content"])))]
-    for i in sample([row for row, _ in bare], CONTEXTS, seed, NAME):
-        row, rest = bare[i]
-        found.append(Probe("context removed", [*row.prompt[:-1], {**row.prompt[-1], "content": rest}]))
+    bare = [
+        (place, rest) for place, row in enumerate(unseen) if (rest := without_context(str(row.prompt[-1]["content"])))
+    ]
+    for i in sample(bare, CONTEXTS, seed, NAME):
+        place, rest = bare[i]
+        *before, last = unseen[place].prompt
+        found.append(Probe("context removed", [*before, {**last, "content": rest}], place))
     return found
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.consequences.base import (
-    NONE_UNSEEN,
     SURE,
+    Answerer,
     Consequence,
     Subject,
     in_lots,
@@ -41,17 +41,16 @@ def measure(subject: Subject) -> Consequence:
 
     Only free text can fail: a label that the model is sure of gives nobody away.
     """
-    if subject.crossfit:
-        return not_measured(NAME, NONE_UNSEEN)
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
-    train, unseen = subject.split.train, subject.answered
-    if subject.is_encoder and (known := form_of([row.target for row in train], "label")):
-        unseen = tuple(row for row in unseen if known(row.target))  # of others it has no probability
+    train = subject.split.train
+    unseen = subject.unseen(range(len(subject.answered)))
+    if subject.is_encoder:  # of labels that it does not know it has no probability
+        unseen = [(one, row) for one, row in unseen if knows(one, row)]
     if min(len(train), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and holdout answers are needed to compare their likelihoods")
     try:
-        seen_losses, unseen_losses = read(subject, train, unseen)
+        seen_losses, unseen_losses = read(subject, unseen)
     except ContextLengthExceeded as error:
         return not_measured(NAME, f"an answer does not fit: {error}")
     auc, draws = membership(seen_losses, unseen_losses)
@@ -85,10 +84,16 @@ def measure(subject: Subject) -> Consequence:
     )
 
 
-def read(subject: Subject, train: Sequence[Example], unseen: Sequence[Example]) -> tuple[list[float], list[float]]:
-    """Losses of READ examples of both sides, or of fewer when the time for probes is used up before: FEWEST or a few
-    more of each at a time."""
-    sides = [[rows[i] for i in sample(rows, READ, subject.seed, NAME)] for rows in (train, unseen)]
+def knows(one: Answerer, row: Example) -> bool:
+    """Whether the row's answer is among those that the model learned."""
+    known = form_of([learned.target for learned in one.split.train], "label")
+    return known is None or known(row.target)
+
+
+def read(subject: Subject, unseen: Sequence[tuple[Answerer, Example]]) -> tuple[list[float], list[float]]:
+    """Losses of READ examples that models learned and of those they never saw, or of fewer when the time for probes is
+    used up before: FEWEST or a few more of each at a time."""
+    sides = [subject.learned(READ, NAME), [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)]]
     lots = max(1, min(map(len, sides)) // FEWEST)
     parts = [in_lots(len(side), lots, subject.seed, NAME) for side in sides]
     found: tuple[list[float], list[float]] = ([], [])
@@ -102,16 +107,12 @@ def read(subject: Subject, train: Sequence[Example], unseen: Sequence[Example]) 
     return found
 
 
-def losses(subject: Subject, examples: Sequence[Example]) -> list[float]:
-    """Nats per token of each answer, by the tuned model. A classifier's answer is one decision."""
-    total = subject.engine.log_probs(
-        subject.model,
-        [example.messages for example in examples],
-        lambda done, total: subject.watch.progress("consequences: reading answers", done, total),
-    )
+def losses(subject: Subject, examples: Sequence[tuple[Answerer, Example]]) -> list[float]:
+    """Nats per token of each answer, by its tuned model. A classifier's answer is one decision."""
+    total = subject.read_each([(one, example.messages) for one, example in examples], "reading answers")
     if subject.is_encoder:
         return [-one for one in total]
-    counts = subject.engine.count_tokens(subject.model.base_model, [example.target for example in examples])
+    counts = subject.engine.count_tokens(subject.model.base_model, [example.target for _, example in examples])
     return [-one / (count + 1) for one, count in zip(total, counts, strict=True)]  # 1: the end of the turn
 
 
@@ -136,14 +137,16 @@ def by_heart(subject: Subject) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
         lengths[part] = [i for i, count in enumerate(counts) if count >= LONG]
     if min(map(len, lengths.values())) < FEWEST or subject.budget.used_up:
         return None, ()
-    train = [subject.split.train[i] for i in lengths["train"]]
-    train = [train[i] for i in sample(train, RECITED, subject.seed, "by heart")]
-    replies = subject.ask(subject.model, [example.prompt for example in train], "training answers by heart")
-    seen = [likeness(reply.text, example.target) >= VERBATIM for reply, example in zip(replies, train, strict=True)]
+    long = {subject.split.train[i].line for i in lengths["train"]}
+    short_ones = {row.line for row in subject.split.train} - long
+    train = subject.learned(RECITED, "by heart", but=short_ones)
+    replies = subject.ask_each([(one, example.prompt) for one, example in train], "training answers by heart")
+    said = [(reply.text, example.target) for reply, (_, example) in zip(replies, train, strict=True)]
+    seen = [likeness(text, target) >= VERBATIM for text, target in said]
     unseen = [
         likeness(subject.tuned.scores.answers[i], subject.answered[i].target) >= VERBATIM for i in lengths["holdout"]
     ]
-    first = next((example for example, one in zip(train, seen, strict=True) if one), None)
+    first = next((example for (_, example), one in zip(train, seen, strict=True) if one), None)
     shown = (f"train line {first.line} is answered by heart: {short(first.target, 100)!r}",) if first else ()
     warns, fails = (
         p_rate_above(sum(seen), len(seen), sum(unseen), len(unseen), m) for m in (WARN_VERBATIM, FAIL_VERBATIM)

@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from heldout.engine.base import ModelRef
 from heldout.errors import ContextLengthExceeded, InvalidValue
-from heldout.pipeline.consequences.base import Subject
+from heldout.pipeline.consequences.base import Answerer, Subject
 from heldout.pipeline.consequences.perturbations import Perturbation, perturbed
 from heldout.pipeline.types import Example
 
@@ -39,8 +38,7 @@ class Asked:
 class Answers:
     """What one model answers to the perturbations, as far as it was asked."""
 
-    model: ModelRef
-    shots: Sequence[Example]
+    baseline: bool  # or the tuned model
     before: Sequence[str]  # what it answered to the examples as they are
     who: str
     found: dict[str, Asked] = field(default_factory=dict)  # by the perturbation's name
@@ -53,7 +51,7 @@ class Asking:
 
     subject: Subject
     perturbations: Sequence[Perturbation]
-    examples: Sequence[Example]
+    asked: Sequence[tuple[Answerer, Example]]  # each with the model that never saw it
 
     def ask(self, answers: Answers, lot: Sequence[int], only: Collection[str] | None = None) -> None:
         """Ask a model some more of the examples, by their places, under one perturbation after the other: of `only`, or
@@ -76,13 +74,12 @@ class Asking:
             answers.found[one.name] = answers.found[one.name] + more if one.name in answers.found else more
 
     def _ask(self, answers: Answers, one: Perturbation, lot: Sequence[int]) -> Asked:
-        changed = {i: perturbed(self.examples[i], one, self.subject.seed) for i in lot}
-        places = [i for i in lot if changed[i].messages != self.examples[i].messages]
-        prompts = [changed[i].prompt for i in places]
-        stage = f"{answers.who}, {one.name}"
-        replies = self.subject.ask(answers.model, prompts, stage, answers.shots) if prompts else []
+        changed = {i: perturbed(self.asked[i][1], one, self.subject.seed) for i in lot}
+        places = [i for i in lot if changed[i].messages != self.asked[i][1].messages]
+        prompts = [(self.asked[i][0], changed[i].prompt) for i in places]
+        replies = self.subject.ask_each(prompts, f"{answers.who}, {one.name}", baseline=answers.baseline)
         texts = [reply.text for reply in replies]
-        metric, asked = self.subject.metric, [self.examples[i] for i in places]
+        metric, asked = self.subject.metric, [self.asked[i][1] for i in places]
         before = [answers.before[i] for i in places]
         return Asked(
             tried=tuple(lot),
