@@ -108,7 +108,10 @@ def test_the_tuned_model_is_probed_for_what_its_trainings_time_leaves() -> None:
     stages = {stage.name: stage.at_most for stage in found}
     assert probes(measured(), 7.0) == (7.0, 7.0)
     assert probes(measured(), 0.0) == (0.0, 0.0)
-    assert probes(measured(), None, trainings=6) is None
+    six = probes(measured(), 1e9, trainings=6), probes(measured(), 1e9)
+    assert six[0] is not None
+    assert six[1] is not None
+    assert six[0][0] > six[1][0], "by cross-fitting the models of all folds are asked about their own rows"
     # Half of the time for perturbed questions, all of which would take longer. Other answers come off it first.
     answers = 2 * measured().tuned.seconds_for(40) + 2 * 40 * 0.25
     others = sum(stages[name] for name in ("cheap rungs and prompts", "answers of tuned models", "general skills"))

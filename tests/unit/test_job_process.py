@@ -105,8 +105,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_with_folds_the_time_left_counts_the_folds_and_the_model_to_serve(clock: list[float]) -> None:
-    pace = Pace(probes=None)
+def test_with_folds_the_time_left_counts_the_folds_the_model_to_serve_and_the_probes(clock: list[float]) -> None:
+    pace = Pace(probes=9.0)
 
     def train(fold: InFold | None, steps: range) -> None:
         for step in steps:
@@ -120,15 +120,28 @@ def test_with_folds_the_time_left_counts_the_folds_and_the_model_to_serve(clock:
     train(first, range(1, 2))
     assert pace.seconds_left(100) is None, "one step says nothing"
     train(first, range(2, 52))
-    assert pace.seconds_left(100) == (49 + 7) + 5 * (100 + 7)
+    assert pace.seconds_left(100) == (49 + 7) + 5 * (100 + 7) + 9
     train(first, range(52, 61))  # it stops here, and is scored
     clock[0] += 7
     train(second, range(1, 12))
-    assert pace.seconds_left(100) == (89 + 7) + 4 * (60 + 7), "folds end before their last step"
+    assert pace.seconds_left(100) == (89 + 7) + 4 * (60 + 7) + 9, "folds end before their last step"
     train(last, range(31, 41))  # goes on where a process before this one was
-    assert pace.seconds_left(100) == (60 + 7) + (60 + 7 + 11) / 2
+    assert pace.seconds_left(100) == (60 + 7) + (60 + 7 + 11) / 2 + 9
     train(None, range(1, 11))
-    assert pace.seconds_left(125) == 115, "nothing is scored after it"
+    assert pace.seconds_left(125) == 115 + 9, "nothing is scored after it"
+
+
+def test_with_folds_probes_have_a_quarter_of_what_all_trainings_took(clock: list[float]) -> None:
+    pace = Pace(probes=None)
+    for number in (1, 2, 3, 4, 5):
+        for step in range(1, 41):
+            clock[0] += 1
+            pace.step(step, InFold(number, 5, "train"))
+    assert pace.seconds_left(40) == 0 + 40 + 6 * 40 / 4
+    for step in range(1, 11):
+        clock[0] += 1
+        pace.step(step)
+    assert pace.seconds_left(40) == 30 + (5 * 40 + 40) / 4
 
 
 @pytest.mark.parametrize(("probes", "seconds"), [(None, 95.0), (30.0, 30.0), (0.0, 0.0)])
@@ -164,7 +177,7 @@ def test_a_job_says_when_it_will_have_ended_while_a_fold_trains(watch: DbWatch, 
         clock[0] += 10
         fold.progress("train", step, 100)
     left = watch.db.get_job(watch.job.id).estimated_finish - now()
-    assert left == pytest.approx(10 * 97 + 4 * 1000, abs=5)
+    assert left == pytest.approx(10 * 97 + 4 * 1000 + 6 * 1000 / 4, abs=5)
     clock[0] += 1
     fold.progress("train", 99, 100)
     assert watch.db.get_job(watch.job.id).estimated_finish - now() == pytest.approx(left, abs=5), "not every step"

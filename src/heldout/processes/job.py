@@ -314,16 +314,20 @@ class Pace:
         a_step = (self._now - began) / (self._step - first)
         scoring = self._scored[2] - self._scored[1] if self._scored else 0.0
         left = a_step * (total_steps - self._step) + scoring
-        if self._fold is None and self._folds:  # of a model without a holdout little is asked
-            return left
-        if self._fold is None:
-            if self._probes is not None:
-                return left + self._probes
+        if self._fold is None and not self._folds:
             rungs = max(0.0, began - self._scored[1]) if self._scored else 0.0
-            return left + seconds_for_probes(a_step * total_steps, rungs + scoring)
+            return left + self._probing(a_step * total_steps, rungs + scoring)
         a_fold = sum(self._folds) / len(self._folds) if self._folds else a_step * total_steps + scoring
+        # What prompts took in five folds is not known here; it leaves probes the least they have in any case.
+        if self._fold is None:
+            trained = sum(self._folds) + a_step * total_steps
+            return left + self._probing(trained, trained)
+        trained = a_fold * (self._fold.of + 1)
         # The folds after this one, and the model to serve: it is trained for about as long as they were.
-        return left + a_fold * (self._fold.of - self._fold.number + 1)
+        return left + a_fold * (self._fold.of - self._fold.number + 1) + self._probing(trained, trained)
+
+    def _probing(self, trained: float, answering: float) -> float:
+        return seconds_for_probes(trained, answering) if self._probes is None else self._probes
 
 
 def _succeed(outcome: Outcome, watch: DbWatch) -> None:

@@ -131,17 +131,14 @@ def add_up(
         "answers of tuned models": (sum(measured.tuned.seconds_for(one.holdout) for one in trainings),) * 2,
         "general skills": (_general(measured),) * 2,
     }
-    if len(trainings) == 1:  # by cross-fitting no row is left to probe with
-        answering = sum(
-            pairs[name][0] for name in ("cheap rungs and prompts", "answers of tuned models", "general skills")
-        )
-        most, typical = (
-            _probes(
-                trainings[0], measured, seconds_for_probes(seconds, answering) if eval_budget is None else eval_budget
-            )
-            for seconds in pairs["training and validation"]
-        )
-        pairs["probes of the tuned model"] = (most, typical)
+    answering = sum(pairs[name][0] for name in ("cheap rungs and prompts", "answers of tuned models", "general skills"))
+    # By cross-fitting the models of all folds are asked, each about its own rows.
+    whole = replace(trainings[0], holdout=sum(one.holdout for one in trainings))
+    most, typical = (
+        _probes(whole, measured, seconds_for_probes(seconds, answering) if eval_budget is None else eval_budget)
+        for seconds in pairs["training and validation"]
+    )
+    pairs["probes of tuned models"] = (most, typical)
     return Duration(
         stages=tuple(Stage(name, most, typical) for name, (most, typical) in pairs.items()),
         trainings=len(trainings),

@@ -186,7 +186,7 @@ def by_swaps(subject: Subject) -> Consequence:
     if len(found) < FEWEST:
         return not_measured(
             NAME,
-            f"not measurable with n = {len(found)} holdout examples that name a group of people; {FEWEST} are needed "
+            f"not measurable with n = {len(found)} held-out examples that name a group of people; {FEWEST} are needed "
             "(or declare groups in metadata.group)",
             n=len(found),
         )
@@ -223,7 +223,7 @@ def by_swaps(subject: Subject) -> Consequence:
         "shift": shift,
     }
     sentence = (
-        f"with another group in its place, {numbers['flip_rate']:.1%} of {len(pairs)} holdout examples that name one "
+        f"with another group in its place, {numbers['flip_rate']:.1%} of {len(pairs)} held-out examples that name one "
         f"get another answer, with another name of the same group {numbers['within_flip_rate']:.1%}: "
         f"{points(numbers['excess'])} points beyond chance (95 % interval {points(low)} to {points(high)})"
     )

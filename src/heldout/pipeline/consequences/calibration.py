@@ -51,7 +51,7 @@ def measure(subject: Subject) -> Consequence:
         return _of_a_chat_model(subject)
     held = _answers(subject, subject.unseen(range(len(subject.answered))), "label probabilities")
     if all(one.right is None for one in held):
-        return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
+        return not_measured(NAME, "no right answer of a held-out example is a label that was trained on")
     temperature = None
     # One that is fitted on the models of folds would be none of the served model's.
     if len(subject.split.valid) >= FITTED and not subject.folds and not subject.budget.used_up:
@@ -74,7 +74,7 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
         )
     held = read_labels(subject, rows, labels)
     if all(one.right is None for one in held):
-        return not_measured(NAME, "no right answer of the holdout is a label that was trained on")
+        return not_measured(NAME, "no right answer of a held-out example is a label that was trained on")
     found = judge(held, None)
     if len(held) == len(rows):
         return found
@@ -110,7 +110,7 @@ def judge(held: Sequence[Said], temperature: float | None) -> Consequence:
     n = len(held)
     numbers: dict[str, Any] = {"n": n, "brier": brier(held), "log_loss": log_loss(held), "temperature": temperature}
     sentence = (
-        f"on {n} holdout examples the label probabilities have a Brier score of {numbers['brier']:.3f} (0 is best, "
+        f"on {n} held-out examples the label probabilities have a Brier score of {numbers['brier']:.3f} (0 is best, "
         "2 worst)"
     )
     warns = False

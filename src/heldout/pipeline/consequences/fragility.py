@@ -56,7 +56,7 @@ def measure(subject: Subject) -> Consequence:
     ours, baseline = ask_both(subject, perturbations, places, clean, baseline_clean)
     tuned, left_out = enough(ours, len(examples), subject.budget.sentence)
     if not tuned:
-        few = f"no perturbation changes {FEWEST} of the {len(examples)} holdout examples that were to be asked"
+        few = f"no perturbation changes {FEWEST} of the {len(examples)} held-out examples that were to be asked"
         return not_measured(NAME, "; ".join(dict.fromkeys(left_out.values())) or few, left_out=left_out)
     if baseline:
         theirs = {name: asked for name, asked in baseline.found.items() if name in tuned}
@@ -229,7 +229,7 @@ def _sentence(numbers: dict[str, Any], worst: str, words: str, late: str) -> str
     low, high = one["interval"]
     kinds, before, after = len(numbers["perturbations"]), numbers["score"], numbers["perturbed_score"]
     parts = [
-        f"asked in other words ({kinds} perturbation{'' if kinds == 1 else 's'} of {numbers['n']} holdout examples), "
+        f"asked in other words ({kinds} perturbation{'' if kinds == 1 else 's'} of {numbers['n']} held-out examples), "
         f"the tuned model changes {numbers['flip_rate']:.1%} of its answers and scores {after:.1%} instead of "
         f"{before:.1%}; worst {words}: {points(-one['drop'])} points (95 % interval "
         f"{points(-high)} to {points(-low)})"
@@ -258,7 +258,7 @@ def _examples(asked: Asked, name: str, examples: Sequence[Example], before: Sequ
     if answer == before[place]:
         return ()
     return (
-        f"{name}: holdout line {examples[place].line} as {short(asked.texts[worst], 100)!r}: "
+        f"{name}: held-out line {examples[place].line} as {short(asked.texts[worst], 100)!r}: "
         f"{short(before[place], 60)!r} became {short(answer, 60)!r}",
     )
 

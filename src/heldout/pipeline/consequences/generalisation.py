@@ -36,7 +36,7 @@ def measure(subject: Subject) -> Consequence:
         return not_measured(NAME, subject.budget.sentence)
     count = min(TEXT_ITEMS if subject.metric.form == "text" else ITEMS, len(subject.answered), len(subject.split.train))
     if count < FEWEST:
-        return not_measured(NAME, f"{FEWEST} examples of train and holdout are needed to see a gap")
+        return not_measured(NAME, f"{FEWEST} training and held-out examples are needed to see a gap")
     held = [subject.tuned.scores.per_example[i] for i in sample(subject.answered, count, subject.seed, NAME)]
     parts: dict[str, Sequence[float]] = {"train": _score(subject, subject.learned(count, NAME), "train")}
     # Other parts are of one size; a small valid is asked as it is.
@@ -62,7 +62,7 @@ def judge(parts: dict[str, Sequence[float]], *, binary: bool) -> Consequence:
     warns = [numbers["p_gap"]]
     sentence = (
         f"the tuned model scores {means['train']:.1%} on {len(parts['train'])} training examples and "
-        f"{means['holdout']:.1%} on {len(parts['holdout'])} of the holdout: a gap of {points(gap.mean)} points (95 % "
+        f"{means['holdout']:.1%} on {len(parts['holdout'])} held-out ones: a gap of {points(gap.mean)} points (95 % "
         f"interval {points(gap.interval[0])} to {points(gap.interval[1])})"
     )
     if "valid" in parts:

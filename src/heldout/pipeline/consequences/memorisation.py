@@ -48,7 +48,7 @@ def measure(subject: Subject) -> Consequence:
     if subject.is_encoder:  # of labels that it does not know it has no probability
         unseen = [(one, row) for one, row in unseen if knows(one, row)]
     if min(len(train), len(unseen)) < FEWEST:
-        return not_measured(NAME, f"{FEWEST} training and holdout answers are needed to compare their likelihoods")
+        return not_measured(NAME, f"{FEWEST} training and held-out answers are needed to compare their likelihoods")
     try:
         seen_losses, unseen_losses = read(subject, unseen)
     except ContextLengthExceeded as error:
