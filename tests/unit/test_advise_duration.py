@@ -14,6 +14,7 @@ from heldout.pipeline.advise.costs import Costs, Prices, add_costs, count_tokens
 from heldout.pipeline.advise.duration import Training, add_up, training_of
 from heldout.pipeline.advise.measure import READING_WEIGHTS, Answering, Measured, measure
 from heldout.pipeline.advise.rungs import Cheap
+from heldout.pipeline.consequences.base import SECONDS
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import Scores
 from heldout.pipeline.general_prompts import HELD_BACK
@@ -115,9 +116,9 @@ def test_the_tuned_model_is_probed_for_what_its_trainings_time_leaves() -> None:
     # Half of the time for perturbed questions, all of which would take longer. Other answers come off it first.
     answers = 2 * measured().tuned.seconds_for(40) + 2 * 40 * 0.25
     others = sum(stages[name] for name in ("cheap rungs and prompts", "answers of tuned models", "general skills"))
-    left = [max(t / 4, 0.95 * t - others) for t in (trained.at_most, trained.typical)]
+    left = [max(SECONDS, t / 4, 0.95 * t - others) for t in (trained.at_most, trained.typical)]
     assert left[0] > trained.at_most / 4
-    assert left[1] == trained.typical / 4, "that in any case"
+    assert left[1] == SECONDS, "that in any case"
     assert probes(measured(), None) == pytest.approx(tuple(min(t, t / 2 + answers) for t in left))
 
 

@@ -256,9 +256,9 @@ def test_the_time_for_probes_is_a_setting(monkeypatch: pytest.MonkeyPatch, value
 
 @pytest.mark.parametrize(
     ("training", "answering", "left"),
-    [(100.0, 0.0, 95.0), (100.0, 60.0, 35.0), (100.0, 300.0, 25.0)],
+    [(100.0, 0.0, 95.0), (100.0, 60.0, 35.0), (100.0, 300.0, 25.0), (9.0, 20.0, 20.0)],
 )
-def test_evaluation_takes_no_longer_than_the_training_but_for_a_quarter(
+def test_evaluation_takes_no_longer_than_the_training_but_for_a_quarter_and_twenty_seconds(
     training: float, answering: float, left: float
 ) -> None:
     assert seconds_for_probes(training, answering) == left

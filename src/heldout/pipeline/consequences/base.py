@@ -46,6 +46,8 @@ class Consequence:
 
 #: Of a training's time, what evaluation may take (what begins in time may end later), and what probes have in any case.
 AT_MOST, AT_LEAST = 0.95, 0.25
+#: And they have so many seconds in any case: a training of few rows, or on a GPU, takes less than there is to ask.
+SECONDS = 20.0
 
 
 def seconds_for_probes(training: float, answering: float) -> float:
@@ -56,7 +58,7 @@ def seconds_for_probes(training: float, answering: float) -> float:
         answering: seconds that the rest of evaluation took: the rungs, the tuned model's answers, general skills. They
             decide the verdict and are not cut, so evaluation is longer where they leave less than AT_LEAST.
     """
-    return max(AT_LEAST * training, AT_MOST * training - answering)
+    return max(SECONDS, AT_LEAST * training, AT_MOST * training - answering)
 
 
 class Budget:
