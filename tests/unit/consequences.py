@@ -33,10 +33,11 @@ class Speaking:
         tuned: Says,
         base: Says = lambda messages: "",
         loss: Callable[[Sequence[Message]], float] = lambda messages: 1.0,
+        base_loss: Callable[[Sequence[Message]], float] = lambda messages: 1.0,
         longest: int = 10_000,
     ) -> None:
         self.says = {MODEL: tuned, BASE: base}
-        self.loss = loss
+        self.losses = {MODEL: loss, BASE: base_loss}
         self.longest = longest
         self.asked: list[tuple[ModelRef, list[Message]]] = []
 
@@ -58,8 +59,8 @@ class Speaking:
     def log_probs(
         self, model: ModelRef, conversations: Sequence[Sequence[Message]], progress: Progress | None = None
     ) -> list[float]:
-        assert model == MODEL
-        return [-self.loss(messages) * (len(last(messages).split()) + 1) for messages in conversations]
+        loss = self.losses[model]
+        return [-loss(messages) * (len(last(messages).split()) + 1) for messages in conversations]
 
     def count_tokens(self, base_model: str, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]

@@ -93,6 +93,25 @@ def test_losses_that_are_alike_are_no_memory_and_smaller_ones_of_train_are() -> 
     assert learned.numbers["auc"] == 1.0
     assert learned.numbers["train_loss"] == pytest.approx(0.1)
     assert learned.status == "warn", "labels give nobody away"
+    assert learned.numbers["base_auc"] == 0.5
+
+
+def test_what_the_base_model_finds_as_much_likelier_is_no_memory() -> None:
+    """A holdout of another kind: everybody tells the two sides apart, also who never saw either."""
+    train, holdout = [prose(i, "train") for i in range(60)], [prose(i, "holdout") for i in range(60)]
+    known = {last(row.prompt) for row in train}
+
+    def of_two_kinds(messages: Sequence[Message]) -> float:
+        return 0.1 if last(messages[:-1]) in known else 2.0
+
+    def spoken(base: Any) -> Consequence:
+        engine = Speaking(lambda messages: "", loss=of_two_kinds, base_loss=base)
+        return memorisation.measure(subject(engine, train, holdout))
+
+    memory, kinds = spoken(lambda messages: 1.0), spoken(of_two_kinds)
+    assert memory.status == "fail", memory.sentence
+    assert (kinds.status, kinds.numbers["auc"], kinds.numbers["base_auc"]) == ("ok", 1.0, 1.0)
+    assert "to the base model in 100% of the same pairs" in kinds.sentence
 
 
 def prose(i: int, part: str) -> Example:
@@ -134,6 +153,26 @@ def test_a_gap_between_train_and_holdout_is_warned_of_with_its_interval() -> Non
     assert low < 0.3 < high
     assert found.numbers["optimism"] == pytest.approx(0.05)
     assert found.numbers["p_optimism"] < 0.9
+
+
+@pytest.mark.parametrize("constant", [None, "card"])
+def test_a_gap_that_the_baseline_has_too_lies_in_the_rows(constant: str | None) -> None:
+    """Of training rows a third and of held-out ones none is about cards: who always says so is ahead on train."""
+    others = [row for row in HOLDOUT if row.target != "card"]
+
+    def always_card(messages: Sequence[Message]) -> str:
+        return "card"
+
+    def by_heart(messages: Sequence[Message]) -> str:
+        return right_label(messages) if "train" in last(messages) else "card"
+
+    same = generalisation.measure(subject(Speaking(always_card, always_card), TRAIN, others, constant=constant))
+    assert same.numbers["gap"] > 0.2
+    assert same.numbers["beyond"] == pytest.approx(0.0, abs=1e-9)
+    assert same.status == "ok", same.sentence
+    learned = generalisation.measure(subject(Speaking(by_heart, always_card), TRAIN, others, constant=constant))
+    assert learned.numbers["gap"] > learned.numbers["beyond"] > 0.5
+    assert learned.status == "warn", learned.sentence
 
 
 def test_equal_scores_are_no_gap_and_nothing_of_train_is_taken_for_the_holdout() -> None:

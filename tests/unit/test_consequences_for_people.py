@@ -307,9 +307,27 @@ def sure_of_a(messages: Sequence[Message]) -> float:
     return 3.0 - 0.5 * math.log(0.9 if messages[-1]["content"] == "a" else 0.1)
 
 
+def as_sure_as_right(messages: Sequence[Message]) -> float:
+    return 3.0 - 0.5 * math.log(0.7 if messages[-1]["content"] == "a" else 0.3)
+
+
+def test_probabilities_that_are_no_worse_than_the_best_prompts_were_not_made_worse_by_training() -> None:
+    def surer(messages: Sequence[Message]) -> float:
+        return 3.0 - 0.5 * math.log(0.99 if messages[-1]["content"] == "a" else 0.01)
+
+    talking = Speaking(lambda messages: "a", loss=sure_of_a, base_loss=surer)
+    found = calibration.measure(subject(talking, rows(100, 0.7), rows(300, 0.7)))
+    assert found.numbers["calibration_error"] > calibration.WARN
+    assert found.numbers["baseline_brier"] > found.numbers["brier"]
+    assert found.status == "ok", found.sentence
+    alone = calibration.measure(subject(talking, rows(100, 0.7), rows(300, 0.7), constant="a"))
+    assert alone.status == "warn", "a constant answer has no probabilities to compare with"
+
+
 def test_a_chat_model_reads_every_label_behind_every_prompt() -> None:
-    talking = Speaking(lambda messages: "a", loss=sure_of_a)
+    talking = Speaking(lambda messages: "a", loss=sure_of_a, base_loss=as_sure_as_right)
     found = calibration.measure(subject(talking, rows(100, 0.7), rows(300, 0.7), valid=rows(200, 0.7)))
+    assert found.numbers["baseline_brier"] == pytest.approx(0.7 * 2 * 0.3**2 + 0.3 * 2 * 0.7**2)
     assert found.numbers["calibration_error"] == pytest.approx(0.2, abs=0.01)
     assert found.numbers["brier"] == pytest.approx(0.7 * 2 * 0.1**2 + 0.3 * 2 * 0.9**2)
     assert found.numbers["temperature"] is None

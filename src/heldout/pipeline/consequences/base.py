@@ -170,11 +170,19 @@ class Subject:
 
         return self._by_model(asked, of_one, stage)
 
-    def read_each(self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str) -> list[float]:
-        """How likely each conversation's last answer is to its model, in nats; in order."""
-        return self._by_model(
-            asked, lambda one, conversations, tell: self.engine.log_probs(one.model, conversations, tell), stage
-        )
+    def read_each(
+        self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str, *, baseline: bool = False
+    ) -> list[float]:
+        """How likely each conversation's last answer is to its model, or to the baseline with that model's shots, in
+        nats; in order."""
+
+        def of_one(one: Answerer, conversations: list[Sequence[Message]], tell: Progress) -> Sequence[float]:
+            if not baseline:
+                return self.engine.log_probs(one.model, conversations, tell)
+            behind = [with_shots(conversation, one.shots) for conversation in conversations]
+            return self.engine.log_probs(self.base, behind, tell)
+
+        return self._by_model(asked, of_one, stage)
 
     def _by_model(
         self,

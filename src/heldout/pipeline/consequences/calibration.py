@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from heldout.engine.base import Message, Reply
+from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
     LIKELY,
     Answerer,
@@ -19,6 +20,7 @@ from heldout.pipeline.consequences.base import (
     sample,
     status_of,
 )
+from heldout.pipeline.evaluate.statistics import p_above
 from heldout.pipeline.types import Example
 
 NAME = "calibration"
@@ -76,13 +78,44 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
     if all(one.right is None for one in held):
         return not_measured(NAME, "no right answer of a held-out example is a label that was trained on")
     found = judge(held, None)
+    if found.status == "warn" and len(held) == len(rows):
+        found = against_the_baseline(subject, found, held, rows, labels)
     if len(held) == len(rows):
         return found
     return replace(found, sentence=f"{found.sentence}; {subject.budget.sentence}: {len(rows)} would have been read")
 
 
-def read_labels(subject: Subject, rows: Sequence[tuple[Answerer, Example]], labels: Sequence[str]) -> list[Said]:
-    """How likely the tuned chat model finds each label behind each prompt, as a share of them all.
+def against_the_baseline(
+    subject: Subject,
+    found: Consequence,
+    held: Sequence[Said],
+    rows: Sequence[tuple[Answerer, Example]],
+    labels: Sequence[str],
+) -> Consequence:
+    """The light goes out where the best prompt's probabilities are no better, by Brier scores in pairs: then training
+    has not made them worse. Dear, so it is asked only where there is a light, and time."""
+    if subject.baseline.kind != "prompt" or subject.budget.used_up:
+        return found
+    try:
+        theirs = read_labels(subject, rows, labels, baseline=True)
+    except (ContextLengthExceeded, InvalidValue):
+        return found  # what fits behind the shots is not like the rest
+    if len(theirs) < len(held):
+        return found
+    worse = [(brier([ours]) - brier([other])) / 2 for ours, other in zip(held, theirs, strict=True)]
+    p = p_above(worse, 0.0)
+    return replace(
+        found,
+        status=status_of(warns=p),
+        sentence=f"{found.sentence}; those of {subject.baseline.name} have a Brier score of {brier(theirs):.3f}",
+        numbers={**found.numbers, "baseline_brier": brier(theirs), "p_worse_than_baseline": p},
+    )
+
+
+def read_labels(
+    subject: Subject, rows: Sequence[tuple[Answerer, Example]], labels: Sequence[str], *, baseline: bool = False
+) -> list[Said]:
+    """How likely the tuned chat model, or the baseline, finds each label behind each prompt, as a share of them all.
 
     FEWEST prompts or a few more at a time, each lot from all over the rows, until the time for probes is used up.
     """
@@ -97,7 +130,8 @@ def read_labels(subject: Subject, rows: Sequence[tuple[Answerer, Example]], labe
             for at in lot
             for label in labels
         ]
-        found = subject.read_each(conversations, f"likelihood of labels, part {number + 1} of {lots}")
+        stage = f"likelihood of labels{', baseline' if baseline else ''}, part {number + 1} of {lots}"
+        found = subject.read_each(conversations, stage, baseline=baseline)
         of_rows = (found[start : start + len(labels)] for start in range(0, len(found), len(labels)))
         for at, log_probs in zip(lot, of_rows, strict=True):
             # At 1, only made to add up to 1.

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
+    LIKELY,
     Answerer,
     Consequence,
     Subject,
@@ -37,18 +39,53 @@ def measure(subject: Subject) -> Consequence:
     count = min(TEXT_ITEMS if subject.metric.form == "text" else ITEMS, len(subject.answered), len(subject.split.train))
     if count < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and held-out examples are needed to see a gap")
-    held = [subject.tuned.scores.per_example[i] for i in sample(subject.answered, count, subject.seed, NAME)]
-    parts: dict[str, Sequence[float]] = {"train": _score(subject, subject.learned(count, NAME), "train")}
+    places = sample(subject.answered, count, subject.seed, NAME)
+    held = [subject.tuned.scores.per_example[i] for i in places]
+    train = subject.learned(count, NAME)
+    parts: dict[str, Sequence[float]] = {"train": _score(subject, train, "train")}
     # Other parts are of one size; a small valid is asked as it is.
     valid = subject.learned(count, NAME, "valid")
     if len(valid) >= FEWEST and not subject.budget.used_up:
         parts["valid"] = _score(subject, valid, "valid")
     parts["holdout"] = held
-    return judge(parts, binary=subject.metric.binary)
+    beyond = None
+    if Difference(parts["train"], held).p_above(GAP) >= LIKELY and not subject.budget.used_up:
+        # Dear, so it is asked only where it can put the light out.
+        beyond = beyond_the_baseline(subject, train, parts["train"], places)
+    return judge(parts, binary=subject.metric.binary, beyond=beyond, baseline=subject.baseline.name)
 
 
-def judge(parts: dict[str, Sequence[float]], *, binary: bool) -> Consequence:
-    """The light, from the scores of each part."""
+def beyond_the_baseline(
+    subject: Subject, train: Sequence[tuple[Answerer, Example]], scores: Sequence[float], places: Sequence[int]
+) -> Difference | None:
+    """How much further train is ahead of the holdout with the tuned model than with the baseline, which has not learned
+    these rows: what both have in common lies in the rows. None when a prompt shows nearly all of train."""
+    kept = [i for i, (one, row) in enumerate(train) if row.line not in {shot.line for shot in one.shots}]
+    if len(kept) < FEWEST:
+        return None
+    rows = [train[i] for i in kept]
+    if subject.baseline.kind == "constant":
+        answers = [subject.baseline.scores.answers[one.places.start] for one, _ in rows]
+    else:
+        prompts = [(one, row.prompt) for one, row in rows]
+        try:
+            replies = subject.ask_each(prompts, f"train, {subject.baseline.name}", baseline=True)
+        except (ContextLengthExceeded, InvalidValue):
+            return None  # the longest training rows do not fit behind the shots: the gap stands as it is
+        answers = [reply.text for reply in replies]
+    theirs = subject.metric.score_all([row for _, row in rows], answers)
+    held = [subject.tuned.scores.per_example[i] - subject.baseline.scores.per_example[i] for i in places]
+    return Difference([scores[i] - other for i, other in zip(kept, theirs, strict=True)], held, least=-1.0)
+
+
+def judge(
+    parts: dict[str, Sequence[float]], *, binary: bool, beyond: Difference | None = None, baseline: str = ""
+) -> Consequence:
+    """The light, from the scores of each part.
+
+    Args:
+        beyond: the gap less that of `baseline`, where it was asked.
+    """
     means = {part: statistics.fmean(scores) for part, scores in parts.items()}
     gap = Difference(parts["train"], parts["holdout"])
     numbers: dict[str, Any] = {
@@ -59,12 +96,17 @@ def judge(parts: dict[str, Sequence[float]], *, binary: bool) -> Consequence:
         "gap_interval": list(gap.interval),
         "p_gap": gap.p_above(GAP),
     }
+    if beyond:
+        numbers |= {"beyond": beyond.mean, "beyond_interval": list(beyond.interval), "p_gap": beyond.p_above(GAP)}
     warns = [numbers["p_gap"]]
     sentence = (
         f"the tuned model scores {means['train']:.1%} on {len(parts['train'])} training examples and "
         f"{means['holdout']:.1%} on {len(parts['holdout'])} held-out ones: a gap of {points(gap.mean)} points (95 % "
         f"interval {points(gap.interval[0])} to {points(gap.interval[1])})"
     )
+    if beyond:
+        low, high = beyond.interval
+        sentence += f", {points(beyond.mean)} beyond that of {baseline} ({points(low)} to {points(high)})"
     if "valid" in parts:
         optimism = Difference(parts["valid"], parts["holdout"])
         numbers |= {
@@ -83,14 +125,15 @@ def judge(parts: dict[str, Sequence[float]], *, binary: bool) -> Consequence:
 class Difference:
     """The mean of one list minus that of another, by a Bayesian bootstrap of both (the examples are not the same)."""
 
-    def __init__(self, one: Sequence[float], other: Sequence[float]) -> None:
+    def __init__(self, one: Sequence[float], other: Sequence[float], *, least: float = 0.0) -> None:
+        """Values are from `least` to 1."""
         import numpy as np
 
         rng = np.random.default_rng(0)
 
         def draws(scores: Sequence[float]) -> Any:
             # Half an imagined example at either end, as everywhere: equal scores are not certainty.
-            padded = np.asarray([*scores, 0.0, 1.0])
+            padded = np.asarray([*scores, least, 1.0])
             weights = rng.standard_exponential((DRAWS, len(padded)))
             weights[:, -2:] *= 0.5
             return weights @ padded / weights.sum(axis=1)

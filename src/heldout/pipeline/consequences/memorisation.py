@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, NamedTuple
 
 from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.consequences.base import (
+    LIKELY,
     SURE,
     Answerer,
     Consequence,
@@ -50,9 +51,10 @@ def measure(subject: Subject) -> Consequence:
     if min(len(train), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and held-out answers are needed to compare their likelihoods")
     try:
-        seen_losses, unseen_losses = read(subject, unseen)
+        seen, others = read(subject, unseen)
     except ContextLengthExceeded as error:
         return not_measured(NAME, f"an answer does not fit: {error}")
+    seen_losses, unseen_losses = ([one.loss for one in side] for side in (seen, others))
     auc, draws = membership(seen_losses, unseen_losses)
     numbers: dict[str, Any] = {
         "auc": auc,
@@ -64,6 +66,8 @@ def measure(subject: Subject) -> Consequence:
         "n_train": len(seen_losses),
         "n_holdout": len(unseen_losses),
     }
+    if numbers["p_warn"] >= LIKELY and subject.base != subject.model and not subject.is_encoder:
+        numbers |= beyond_the_base(subject, seen, others, draws)
     recited, examples = by_heart(subject) if subject.metric.form == "text" else (None, ())
     if recited:
         numbers["by_heart"] = recited
@@ -84,36 +88,65 @@ def measure(subject: Subject) -> Consequence:
     )
 
 
+class Read(NamedTuple):
+    """An answer, and how unlikely its model finds it."""
+
+    row: Example
+    loss: float  # nats per token
+
+
+def beyond_the_base(
+    subject: Subject, seen: Sequence[Read], unseen: Sequence[Read], draws: Sequence[float]
+) -> dict[str, Any]:
+    """What of a suspicious AUC training has added: a base model that tells the two sides apart too, because they are of
+    different kinds, remembers none of them. Probabilities of 0.5 plus what the AUC is above the base model's (or above
+    0.5), on the same draws of the same examples. Nothing when the time for probes is used up."""
+    if subject.budget.used_up:
+        return {}
+    rows = [one.row for one in (*seen, *unseen)]
+    log_probs = subject.engine.log_probs(
+        subject.base,
+        [row.messages for row in rows],
+        lambda done, total: subject.watch.progress("consequences: reading answers, base model", done, total),
+    )
+    found = per_token(subject, rows, log_probs)
+    auc, base = membership(found[: len(seen)], found[len(seen) :])
+    added = [0.5 + ours - max(0.5, theirs) for ours, theirs in zip(draws, base, strict=True)]
+    return {"base_auc": auc, "p_warn": _share(added, WARN_AUC), "p_severe": _share(added, SEVERE_AUC)}
+
+
 def knows(one: Answerer, row: Example) -> bool:
     """Whether the row's answer is among those that the model learned."""
     known = form_of([learned.target for learned in one.split.train], "label")
     return known is None or known(row.target)
 
 
-def read(subject: Subject, unseen: Sequence[tuple[Answerer, Example]]) -> tuple[list[float], list[float]]:
+def read(subject: Subject, unseen: Sequence[tuple[Answerer, Example]]) -> tuple[list[Read], list[Read]]:
     """Losses of READ examples that models learned and of those they never saw, or of fewer when the time for probes is
     used up before: FEWEST or a few more of each at a time."""
     sides = [subject.learned(READ, NAME), [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)]]
     lots = max(1, min(map(len, sides)) // FEWEST)
     parts = [in_lots(len(side), lots, subject.seed, NAME) for side in sides]
-    found: tuple[list[float], list[float]] = ([], [])
+    found: tuple[list[Read], list[Read]] = ([], [])
     for number in range(lots):
         if number and subject.budget.used_up:
             break
         rows = [[side[i] for i in part[number]] for side, part in zip(sides, parts, strict=True)]
-        both = losses(subject, [*rows[0], *rows[1]])
+        asked = [*rows[0], *rows[1]]
+        log_probs = subject.read_each([(one, row.messages) for one, row in asked], "reading answers")
+        examples = [row for _, row in asked]
+        both = [Read(*one) for one in zip(examples, per_token(subject, examples, log_probs), strict=True)]
         found[0].extend(both[: len(rows[0])])
         found[1].extend(both[len(rows[0]) :])
     return found
 
 
-def losses(subject: Subject, examples: Sequence[tuple[Answerer, Example]]) -> list[float]:
-    """Nats per token of each answer, by its tuned model. A classifier's answer is one decision."""
-    total = subject.read_each([(one, example.messages) for one, example in examples], "reading answers")
+def per_token(subject: Subject, examples: Sequence[Example], log_probs: Sequence[float]) -> list[float]:
+    """Nats per token of each answer. A classifier's answer is one decision."""
     if subject.is_encoder:
-        return [-one for one in total]
-    counts = subject.engine.count_tokens(subject.model.base_model, [example.target for _, example in examples])
-    return [-one / (count + 1) for one, count in zip(total, counts, strict=True)]  # 1: the end of the turn
+        return [-one for one in log_probs]
+    counts = subject.engine.count_tokens(subject.model.base_model, [example.target for example in examples])
+    return [-one / (count + 1) for one, count in zip(log_probs, counts, strict=True)]  # 1: the end of the turn
 
 
 def membership(seen: Sequence[float], unseen: Sequence[float]) -> tuple[float, list[float]]:
@@ -186,6 +219,8 @@ def _sentence(numbers: dict[str, Any], *, warned: bool, one_decision: bool) -> s
         f"{numbers['train_loss']:.3f} against {numbers['holdout_loss']:.3f} nats{'' if one_decision else ' per token'} "
         f"of {numbers['n_train']} and {numbers['n_holdout']}"
     ]
+    if "base_auc" in numbers:
+        parts.append(f"to the base model in {numbers['base_auc']:.0%} of the same pairs")
     if numbers["p_severe"] >= SURE:
         parts.append("that is severe: who holds the model can tell what it was trained on")
     if recited := numbers.get("by_heart"):
