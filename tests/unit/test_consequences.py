@@ -215,6 +215,28 @@ def test_a_record_must_parse_and_have_the_keys_of_a_training_answer(answer: str,
     assert fitting(answer) is fits
 
 
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ('{"size": 3.5, "tags": ["a"], "at": {"x": 1}}', True),
+        ('{"size": "3", "tags": ["a"], "at": {"x": 1}}', False),
+        ('{"size": null, "tags": ["a"], "at": {"x": 1}}', False),
+        ('{"size": true, "tags": ["a"], "at": {"x": 1}}', False),
+        ('{"size": 3, "tags": [], "at": {"x": 1}}', True),
+        ('{"size": 3, "tags": null, "at": {"x": 1}}', True),
+        ('{"size": 3, "tags": ["a", 1], "at": {"x": 1}}', False),
+        ('{"size": 3, "tags": "a", "at": {"x": 1}}', False),
+        ('{"size": 3, "tags": ["a"], "at": {"x": {}}}', False),
+        ('{"size": 3, "tags": ["a"], "at": {"never seen": "may be data"}}', True),
+    ],
+)
+def test_values_have_the_kinds_that_training_answers_have_at_their_place(answer: str, fits: bool) -> None:
+    train = ['{"size": 1, "tags": ["a", "b"], "at": {"x": 2}}'] * 9 + ['{"size": 2.5, "tags": null, "at": {"x": 0.5}}']
+    fitting = form.form_of(train, "json")
+    assert fitting is not None
+    assert fitting(answer) is fits
+
+
 def test_prose_has_no_form() -> None:
     train = [prose(i, "train") for i in range(30)]
     assert form.measure(subject(Speaking(lambda messages: ""), train, train)).status == "not_measured"

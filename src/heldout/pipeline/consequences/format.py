@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from heldout.engine.labels import read_label
 from heldout.pipeline.consequences.base import Consequence, Subject, not_measured, short, status_of
 from heldout.pipeline.evaluate.statistics import p_above, wilson
+
+Found = TypeVar("Found")
 
 NAME = "format"
 #: Share of answers out of form beyond the baseline's, to warn or fail from.
@@ -53,23 +56,63 @@ def measure(subject: Subject) -> Consequence:
 def form_of(targets: Sequence[str], form: str) -> Callable[[str], bool] | None:
     """Whether an answer fits the form of the training answers; None for free text.
 
-    A label must be one that was trained on; a JSON record must parse, and have a set of keys that one in a hundred
-    training answers has (or, of few, any).
+    A label must be one that was trained on. A JSON record must parse, and have a set of keys that one in a hundred
+    training answers has (or, of few, any); and where training answers have a value, at any depth, its kind must be one
+    that one in a hundred of them has.
     """
     if form == "label":
         known = {read_label(target) or target for target in targets}
         return lambda answer: (read_label(answer) or answer) in known
     if form == "json":
-        counts = Counter(_keys(target) for target in targets)
-        usual = {keys for keys, count in counts.items() if keys is not None and count >= len(targets) / 100}
-        return lambda answer: _keys(answer) in usual
+        return _Records([record for target in targets if (record := _record(target)) is not None]).fits
     return None
 
 
-def _keys(text: str) -> frozenset[str] | None:
-    """The keys of the JSON object that a text is, or None."""
+#: Where a value stands: the keys on the way to it, and None for any element of a list.
+Place = tuple[str | None, ...]
+
+
+class _Records:
+    """What training answers that are records have in common."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+        self.keys = _usual(Counter(frozenset(record) for record in records))
+        kinds: dict[Place, Counter[str]] = {}
+        for record in records:
+            for place, kind in _kinds(record):
+                kinds.setdefault(place, Counter())[kind] += 1
+        self.kinds = {place: _usual(seen) for place, seen in kinds.items()}
+
+    def fits(self, answer: str) -> bool:
+        """Whether an answer is a record of their keys and kinds of values. What no training answer has, below a key
+        that all have, may be anything: keys can be data."""
+        record = _record(answer)
+        return (
+            record is not None
+            and frozenset(record) in self.keys
+            and all(kind in self.kinds[place] for place, kind in _kinds(record) if place in self.kinds)
+        )
+
+
+def _usual(seen: Counter[Found]) -> set[Found]:
+    return {one for one, count in seen.items() if count >= seen.total() / 100}
+
+
+def _kinds(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """The kind of every value inside a record or a list."""
+    parts = value.items() if isinstance(value, dict) else ((None, one) for one in value)
+    for key, one in parts:
+        inside = (*place, key)
+        # True is an int to Python, and a file may write 1.0 or 1.
+        yield inside, "number" if type(one) in (int, float) else type(one).__name__
+        if isinstance(one, dict | list):
+            yield from _kinds(one, inside)
+
+
+def _record(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, or None."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return frozenset(value) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
