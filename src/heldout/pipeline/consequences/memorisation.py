@@ -47,7 +47,8 @@ def measure(subject: Subject) -> Consequence:
     train = subject.split.train
     unseen = subject.unseen(range(len(subject.answered)))
     if subject.is_encoder:  # of labels that it does not know it has no probability
-        unseen = [(one, row) for one, row in unseen if knows(one, row)]
+        known = {one.places: form_of([row.target for row in one.split.train], "label") for one in subject.answerers}
+        unseen = [(one, row) for one, row in unseen if (fits := known[one.places]) and fits(row.target)]
     if min(len(train), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and held-out answers are needed to compare their likelihoods")
     try:
@@ -113,12 +114,6 @@ def beyond_the_base(
     auc, base = membership(found[: len(seen)], found[len(seen) :])
     added = [0.5 + ours - max(0.5, theirs) for ours, theirs in zip(draws, base, strict=True)]
     return {"base_auc": auc, "p_warn": _share(added, WARN_AUC), "p_severe": _share(added, SEVERE_AUC)}
-
-
-def knows(one: Answerer, row: Example) -> bool:
-    """Whether the row's answer is among those that the model learned."""
-    known = form_of([learned.target for learned in one.split.train], "label")
-    return known is None or known(row.target)
 
 
 def read(subject: Subject, unseen: Sequence[tuple[Answerer, Example]]) -> tuple[list[Read], list[Read]]:
