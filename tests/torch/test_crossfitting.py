@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,7 +252,8 @@ def test_consequences_are_measured_on_the_models_of_the_folds(probed: Done, done
     found = {one.name: one for one in probed.outcome.consequences}
     for name in ("fragility", "generalisation", "memorisation", "calibration"):
         assert found[name].status != "not_measured", found[name].sentence
-        assert found[name].sentence.endswith("measured on the models of the folds, each with rows that it never saw")
+        unseen = "" if name in ("generalisation", "memorisation") else ", each with rows that it never saw"
+        assert found[name].sentence.endswith(f"measured on the models of the folds{unseen}")
     assert found["fragility"].numbers["n"] == found["calibration"].numbers["n"] == ROWS
     assert probed.outcome.tuned == done.outcome.tuned, "answers are the same, measured or not"
     assert "served" not in {folder for folder, question in probed.engine.asked if "item" in question}
@@ -263,8 +265,14 @@ def test_consequences_are_measured_on_the_models_of_the_folds(probed: Done, done
         folder: {int(word) + 1 for asked, text in probed.engine.asked if asked == folder for word in items(text)}
         for folder in FOLDERS
     }
+    parts = {folder: {row.line for row in (*split.train, *split.valid)} for folder, split, _, _ in probed.trainer.given}
+    asked_again = {
+        folder: Counter(int(word) + 1 for asked, text in probed.engine.asked if asked == folder for word in items(text))
+        for folder in FOLDERS
+    }
     for folder, own in held.items():
-        assert own < lines[folder], "its own rows, and some that it learned"
+        assert own < lines[folder] <= own | parts[folder], "its own rows, and some that it learned or was chosen by"
+        assert all(asked_again[folder][line] > 2 for line in own), "for the verdict once, then in other words"
 
 
 def items(text: str) -> list[str]:
@@ -289,6 +297,16 @@ def test_a_job_killed_while_or_after_it_measures_goes_on_and_leaves_no_model_of_
     assert again.engine.asked == []
     assert untimed(again.outcome.verdict) == untimed(probed.outcome.verdict)
     assert again.outcome.consequences == probed.outcome.consequences
+
+
+def test_only_the_folders_of_its_own_folds_are_cleared(tiny_model: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [colour_row(i) for i in range(30)])
+    mine = tmp_path / "out" / "fold-9" / "images"
+    mine.mkdir(parents=True)
+    (tmp_path / "out" / "fold-10.csv").write_text("a,b")
+    run(tiny_model, tmp_path / "out", Recording())
+    assert mine.is_dir()
+    assert (tmp_path / "out" / "fold-10.csv").read_text() == "a,b"
 
 
 def die_at_the_verdict(message: Any) -> Any:

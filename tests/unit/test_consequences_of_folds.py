@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline.consequences import bias, calibration, fragility, generalisation, measure_all, memorisation
 from heldout.pipeline.consequences.base import Answerer, Consequence, Subject
+from heldout.pipeline.consequences.records import read_consequences, write_consequences
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import score_answers
 from heldout.pipeline.ladder import Rung
@@ -41,6 +43,7 @@ class Noting(Speaking):
         super().__init__(label_in)
         self.honest = honest
         self.read: list[tuple[ModelRef, str]] = []
+        self.room: dict[ModelRef, int | None] = {}  # tokens of an answer, at most
 
     def chat(
         self,
@@ -50,6 +53,7 @@ class Noting(Speaking):
         progress: Progress | None = None,
     ) -> list[Reply]:
         self.asked += [(model, list(messages)) for messages in conversations]
+        self.room[model] = sampling.max_tokens
         if progress:
             progress(len(conversations), len(conversations))
         texts = [label_in(messages) if self.honest else str(model.adapter) for messages in conversations]
@@ -78,7 +82,7 @@ def by_folds(engine: Noting, **changes: Any) -> Subject:
         valid, train = HELD[(number + 1) % COUNT], HELD[(number + 2) % COUNT]
         split = Split(train=tuple(train), valid=tuple(valid), holdout=tuple(HELD[number]), seed=0, groups=COUNT)
         places = range(number * len(train), (number + 1) * len(train))
-        folds.append(Answerer(model=model, split=split, places=places, shots=SHOTS[number]))
+        folds.append(Answerer(model=model, split=split, places=places, shots=SHOTS[number], max_tokens=20 + number))
     return subject(engine, ROWS, answered, baseline=baseline, folds=tuple(folds), **changes)
 
 
@@ -131,6 +135,7 @@ def test_answers_come_back_in_the_order_of_the_questions() -> None:
     replies = known.ask_each([(one, asked.prompt) for one, asked in known.unseen(places)], "all")
     assert [reply.text for reply in replies] == ["fold-0", "fold-2", "fold-1", "fold-0", "fold-2", "fold-0"]
     assert [fold_of(last(messages)) for _, messages in engine.asked] == [0, 0, 0, 1, 2, 2]
+    assert [engine.room[model] for model in MODELS] == [20, 21, 22], "answers are cut where those before were"
 
 
 def test_the_baseline_is_asked_with_the_shots_of_the_fold_that_held_the_row_out() -> None:
@@ -153,11 +158,20 @@ def test_a_learned_row_is_asked_of_one_of_the_models_that_learned_it_and_only_on
 
 def test_sentences_say_that_the_models_of_the_folds_were_measured_and_not_the_served_one() -> None:
     found = {one.name: one for one in measure_all(by_folds(Noting()))}
-    for name in ("format", "fragility", "generalisation", "memorisation", "bias", "calibration"):
-        assert found[name].sentence.endswith("measured on the models of the folds, each with rows that it never saw"), (
-            name
-        )
+    for name in ("format", "fragility", "bias", "calibration"):
+        assert found[name].sentence.endswith("the models of the folds, each with rows that it never saw"), name
+    for name in ("generalisation", "memorisation"):  # half of their rows were learned
+        assert found[name].sentence.endswith("measured on the models of the folds"), name
     assert "models of the folds" not in found["hallucination"].sentence
+
+
+def test_what_was_measured_is_read_again_unless_it_is_about_another_model_or_other_rows(tmp_path: Path) -> None:
+    found = measure_all(by_folds(Noting()))
+    assert read_consequences(tmp_path, ROWS, 7) is None
+    write_consequences(tmp_path, ROWS, 7, found)
+    assert read_consequences(tmp_path, ROWS, 7) == found
+    assert read_consequences(tmp_path, ROWS[1:], 7) is None
+    assert read_consequences(tmp_path, ROWS, 8) is None
 
 
 def test_no_temperature_is_fitted_on_models_that_are_not_served() -> None:

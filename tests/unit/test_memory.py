@@ -55,8 +55,8 @@ def test_a_gpu_holds_no_interpreter_and_keeps_no_scores_but_answers_more_at_once
     assert gpu.runtime < here.runtime
     assert gpu.training < here.training
     assert gpu.evaluation > here.evaluation
-    training = gpu.runtime + 1.05 * (gpu.weights + gpu.adapter + gpu.training)
-    assert training == pytest.approx(0.72 * GIB, rel=0.2)
+    training = gpu.runtime + 1.05 * (gpu.weights + gpu.adapter + gpu.recorded + gpu.training)
+    assert 0.72 * GIB < training < 1.3 * 0.72 * GIB
 
 
 def test_a_plan_that_fits_is_left_alone_but_says_what_it_needs() -> None:

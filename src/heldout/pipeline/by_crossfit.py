@@ -91,7 +91,11 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         answering=answering.seconds,
         crossfit=found,
         fold_models=tuple(
-            FoldModel(directory=one.model_of(fold.best_step).directory, split=split)
+            FoldModel(
+                directory=one.model_of(fold.best_step).directory,
+                # Where there was one model, valid has chosen nothing.
+                split=split if len(one.models) > 1 or folds.whole.valid else replace(split, valid=()),
+            )
             for one, fold, split in zip(trained, fitted, folds.splits, strict=True)
         ),
     )
@@ -161,10 +165,10 @@ def ask_folds(
     return tuple(answered)
 
 
-def discard_folds(request: Request) -> None:
+def discard_folds(made: Made, request: Request) -> None:
     """Delete the folds' models: nothing will be asked of them any more."""
-    for directory in request.directory.glob("fold-*"):
-        crossfit.discard_models(directory)
+    for number in range(1, 1 + len(made.fold_models)):
+        crossfit.discard_models(request.directory / f"fold-{number}")
 
 
 def tell_folds(folds: Folds, metric: Metric, watch: Watch) -> None:

@@ -27,6 +27,8 @@ SLACK = 1.05
 KEPT_SCORES = 1 << 22
 #: On a GPU: cuBLAS's workspaces; the interpreter lives elsewhere.
 GPU_RUNTIME = 100 << 20
+#: And packs are filled up to one of a few sizes (train/graphs.py), by an eighth on average.
+FILLED = 1.125
 #: Packed tokens of a validation (fewer with small micro-batches): nothing is kept for a backward pass, so more fit.
 VALID_TOKENS = 4096
 #: Cached tokens of an evaluated batch and how many are read at once (engine/device.py), on a processor and on a GPU;
@@ -71,18 +73,21 @@ class Need:
     adapter: int  # with gradients and optimizer
     training: int  # activations of a step
     evaluation: int  # of a validation, or of answering prompts
+    recorded: int = 0  # what recorded steps hold (train/graphs.py) beside others that run as they are
     runtime: int = RUNTIME
 
     @property
     def peak(self) -> int:
         """The most at any time. What a step has freed is used again by a validation."""
-        training = self.adapter + self.training
+        training = self.adapter + self.recorded + self.training
         return round(self.runtime + SLACK * (self.weights + max(training, self.evaluation)))
 
 
 def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     """The memory of a chat model's training with this plan."""
     number, packed = shapes.number, max(min(sizes.packed, plan.micro_tokens), sizes.longest)
+    if shapes.gpu:
+        packed = round(packed * FILLED)
     trained_layers = shapes.layers - plan.freeze_layers
     step = _step(shapes, sizes, packed, trained_layers, checkpointing=plan.checkpointing)
     predictions = min(sizes.predictions, packed)
@@ -95,8 +100,9 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
         # The place for s B beside every W is part of the weights.
         weights=(shapes.parameters + sizes.trained // 2) * number,
         adapter=sizes.trained * 4 * 4,
-        training=step + logits + _dropout_pool(plan, shapes, packed),
-        evaluation=max(validating, answering),
+        training=step + logits + _dropout_pool(plan, shapes, sizes, packed),
+        evaluation=max(validating + (step if shapes.gpu else 0), answering),
+        recorded=step if shapes.gpu else 0,
         runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (COMPILED if number == 2 else 0),
     )
 
@@ -180,6 +186,10 @@ def _passing(shapes: Shapes, sizes: Sizes, tokens: int) -> int:
     return (tokens * (5 * shapes.hidden + 4 * q + 4 * shapes.intermediate) + scores) * shapes.number
 
 
-def _dropout_pool(plan: TrainPlan, shapes: Shapes, packed: int) -> int:
-    numbers = max(1 << 21, 2 * packed * shapes.intermediate) if plan.lora_dropout else 0
-    return numbers * (shapes.number if shapes.gpu else 8)
+def _dropout_pool(plan: TrainPlan, shapes: Shapes, sizes: Sizes, packed: int) -> int:
+    if not plan.lora_dropout:
+        return 0
+    if shapes.gpu:  # the same for all steps, a power of two (train/dropout.py)
+        most = 2 * max(plan.micro_tokens, sizes.longest) * shapes.intermediate
+        return max(1 << 21, 1 << most.bit_length()) * shapes.number
+    return max(1 << 21, 2 * packed * shapes.intermediate) * 8

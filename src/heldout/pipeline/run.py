@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from heldout.engine import catalogue
-from heldout.engine.base import ModelRef
+from heldout.engine.base import Engine, ModelRef
 from heldout.pipeline import ladder, report
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.advise.rungs import measure_cheap
@@ -89,7 +89,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     )
     report.write(outcome, request.directory)
     shutil.rmtree(activations(request), ignore_errors=True)  # large, and of use to this job alone
-    discard_folds(request)
+    discard_folds(made, request)
     first = ". ".join((verdict.outcome, *verdict.caveats, verdict.reasons[0]))
     tools.watch.message(f"Verdict: {first}", data={"outcome": verdict.outcome})
     return outcome
@@ -166,7 +166,7 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
     )
 
 
-def fold_answerers(made: Made, base_model: str) -> tuple[Answerer, ...]:
+def fold_answerers(made: Made, engine: Engine, base_model: str) -> tuple[Answerer, ...]:
     """By cross-fitting: who answered which of the rows; none otherwise."""
     shots = ladder.best_baseline(made.rungs).fold_shots
     found: list[Answerer] = []
@@ -178,6 +178,7 @@ def fold_answerers(made: Made, base_model: str) -> tuple[Answerer, ...]:
                 split=as_asked(one.split),
                 places=range(start, start + len(one.split.holdout)),
                 shots=shots[number],
+                max_tokens=answer_room(engine, base_model, one.split),
             )
         )
     return tuple(found)
@@ -187,7 +188,7 @@ def consequences_of(
     made: Made, forgetting: Forgetting | None, evaluating: Stopwatch, request: Request, facts: ModelFacts, tools: Tools
 ) -> tuple[Consequence, ...]:
     """What training made worse, in the time that the job has for it after answering for the verdict."""
-    if known := read_consequences(request.directory):
+    if known := read_consequences(request.directory, made.answered, made.adapter.best_step):
         return known
     seconds = request.eval_budget
     if seconds is None:
@@ -203,14 +204,14 @@ def consequences_of(
         tuned=made.tuned,
         baseline=ladder.best_baseline(made.rungs),
         rungs=made.rungs,
-        folds=fold_answerers(made, request.base_model),
+        folds=fold_answerers(made, tools.engine, request.base_model),
         forgetting=forgetting,
         budget=Budget(seconds),
         watch=tools.watch,
     )
     with evaluating:
         found = measure_all(subject)
-    write_consequences(request.directory, found)
+    write_consequences(request.directory, made.answered, made.adapter.best_step, found)
     tools.watch.message(
         f"Evaluation took {evaluating.seconds:.0f} s in all, training {made.training_seconds:.0f} s",
         data={"evaluating": evaluating.seconds, "training": made.training_seconds},

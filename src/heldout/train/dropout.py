@@ -90,7 +90,7 @@ class DrawnOnGpu(Dropout):
         self._pool = like.new_empty(0)
 
     def start(self, step: int, largest: int) -> None:
-        """See Dropout.start."""
+        """See Dropout.start. `largest` is the same in every step: the pool's size decides where masks lie."""
         self.on, self._step = self.p > 0, step
         if self.on and self._pool.numel() <= 2 * largest:
             self._pool = self._pool.new_empty(max(self.POOL, 1 << (2 * largest).bit_length()))

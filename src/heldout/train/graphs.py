@@ -17,6 +17,8 @@ from heldout.train.packing import Pack
 
 #: Sizes are multiples of this, and of a quarter of the power of two below them: a quarter is filled up at most.
 LEAST = 64
+#: Graphs that are kept: each is some thousand operations in the GPU's memory.
+MOST = 32
 
 
 class Filled(NamedTuple):
@@ -63,6 +65,7 @@ class Graphs:
         if address != self._address:
             self._address = address
             self._recorded.clear()
+            self._memory = None  # it went with the last graph
         torch._foreach_zero_(self._gradients)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -70,7 +73,8 @@ class Graphs:
     def learn(self, filled: Filled) -> tuple[torch.Tensor, torch.Tensor]:
         """Nll and right of the predictions, [U] each; the gradients of the weighted sum of losses are added."""
         size = (len(filled.x), len(filled.rows), len(filled.targets))
-        if filled.x.device.type != "cuda" or size not in self._sizes:
+        is_full = size not in self._recorded and len(self._recorded) == MOST
+        if filled.x.device.type != "cuda" or size not in self._sizes or is_full:
             # What comes once is not worth recording; and recording wants that everything ran before.
             self._sizes.add(size)
             return self._run(filled)

@@ -56,6 +56,7 @@ class ChatTrainee:
         self.graphs = Graphs(self.run_filled, self.parameters.values()) if on_gpu and self.body.fused else None
         self._widest = max(p.shape[-1] for name, p in self.parameters.items() if ".lora_A." in name)
         self._step = 0
+        self._longest = 0  # tokens of the longest row so far
         self._training = False
 
     @property
@@ -83,7 +84,9 @@ class ChatTrainee:
 
     def rows(self, examples: Sequence[Example], part: str) -> list[Tokens]:
         """See Trainee.rows."""
-        return tokenize(self.template, examples, self.plan.max_length, part)
+        found = tokenize(self.template, examples, self.plan.max_length, part)
+        self._longest = max(self._longest, *map(len, found), 0)
+        return found
 
     def prepare(self, rows: Sequence[Tokens], watch: Watch) -> None:
         """See Trainee.prepare: what leaves the frozen layers."""
@@ -116,6 +119,9 @@ class ChatTrainee:
         """See Trainee.start."""
         self._step, self._training = step, True
         packed = max(min(self.plan.micro_tokens, sum(map(len, rows))), *map(len, rows))
+        if self.graphs:
+            # The same in all steps: recorded graphs know where masks are, and a resumed job must find them there too.
+            packed = max(self.plan.micro_tokens, self._longest, packed)
         self.dropout.start(step, self._widest * packed)
         if self.graphs:
             self.graphs.start(self.dropout.address)

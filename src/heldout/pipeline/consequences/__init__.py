@@ -35,8 +35,19 @@ CONSEQUENCES: tuple[Measure, ...] = (
     calibration.measure,
 )
 
-#: Those that are about the served model, however its answers were scored.
-OF_THE_SERVED = frozenset({forgetting.NAME, hallucination.NAME})
+#: By cross-fitting, whom a consequence is about, where it is not the served model.
+FOLDS = "measured on the models of the folds"
+UNSEEN = f"{FOLDS}, each with rows that it never saw"
+OF_FOLDS = MappingProxyType(
+    {
+        format.NAME: UNSEEN,
+        fragility.NAME: UNSEEN,
+        generalisation.NAME: FOLDS,
+        memorisation.NAME: FOLDS,
+        bias.NAME: UNSEEN,
+        calibration.NAME: UNSEEN,
+    }
+)
 #: A fail of these tells, and does not change the outcome.
 INFORMING = frozenset({forgetting.NAME})
 
@@ -51,9 +62,8 @@ def measure_all(
     found = []
     for measure in CONSEQUENCES:
         one = known.get(measure) or measure(subject)
-        if subject.folds and one.status != "not_measured" and one.name not in OF_THE_SERVED:
-            whose = "measured on the models of the folds, each with rows that it never saw"
-            one = replace(one, sentence=f"{one.sentence}; {whose}")
+        if subject.folds and one.status != "not_measured" and one.name in OF_FOLDS:
+            one = replace(one, sentence=f"{one.sentence}; {OF_FOLDS[one.name]}")
         found.append(one)
         subject.watch.message(
             f"Consequences, {one.name}: {'' if one.status == 'not_measured' else f'{one.status}, '}{one.sentence}",

@@ -93,6 +93,7 @@ class Answerer:
     split: Split  # its own: what it learned from and was chosen by
     places: range  # of the rows that it answered, among all that were
     shots: tuple[Example, ...]  # that the baseline's prompt shows before these rows
+    max_tokens: int  # of an answer, as it was when these rows were answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,13 @@ class Subject:
     def answerers(self) -> tuple[Answerer, ...]:
         """Whose answers `tuned` and `baseline` hold: of each answered row the model that never saw it."""
         everywhere = range(len(self.answered))
-        served = Answerer(model=self.model, split=self.split, places=everywhere, shots=self.baseline.shots)
+        served = Answerer(
+            model=self.model,
+            split=self.split,
+            places=everywhere,
+            shots=self.baseline.shots,
+            max_tokens=self.max_tokens,
+        )
         return self.folds or (served,)
 
     def unseen(self, places: Sequence[int]) -> list[tuple[Answerer, Example]]:
@@ -157,7 +164,7 @@ class Subject:
         self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str, shots: Sequence[Example] = ()
     ) -> list[Reply]:
         """Greedy answers behind `shots`, with progress."""
-        return self._chat(model, prompts, shots, self._tell(stage, 0, len(prompts)))
+        return self._chat(model, prompts, shots, self.max_tokens, self._tell(stage, 0, len(prompts)))
 
     def ask_each(
         self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str, *, baseline: bool = False
@@ -166,7 +173,7 @@ class Subject:
 
         def of_one(one: Answerer, prompts: list[Sequence[Message]], tell: Progress) -> Sequence[Reply]:
             model, shots = (self.base, one.shots) if baseline else (one.model, ())
-            return self._chat(model, prompts, shots, tell)
+            return self._chat(model, prompts, shots, one.max_tokens, tell)
 
         return self._by_model(asked, of_one, stage)
 
@@ -199,11 +206,16 @@ class Subject:
         return [found[i] for i in range(len(asked))]
 
     def _chat(
-        self, model: ModelRef, prompts: Sequence[Sequence[Message]], shots: Sequence[Example], tell: Progress
+        self,
+        model: ModelRef,
+        prompts: Sequence[Sequence[Message]],
+        shots: Sequence[Example],
+        max_tokens: int,
+        tell: Progress,
     ) -> list[Reply]:
         was_shown = bool(shots) or model == self.model or model.adapter is not None
         expected = likely_answers(self.split.train, self.metric) if was_shown else ()
-        sampling = Sampling(max_tokens=self.max_tokens, expected=expected)
+        sampling = Sampling(max_tokens=max_tokens, expected=expected)
         return self.engine.chat(model, [with_shots(prompt, shots) for prompt in prompts], sampling, tell)
 
     def _tell(self, stage: str, before: int, total: int) -> Progress:

@@ -36,12 +36,12 @@ def measure(subject: Subject) -> Consequence:
     """
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
-    count = min(TEXT_ITEMS if subject.metric.form == "text" else ITEMS, len(subject.answered), len(subject.split.train))
+    train = subject.learned(min(TEXT_ITEMS if subject.metric.form == "text" else ITEMS, len(subject.answered)), NAME)
+    count = len(train)
     if count < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and held-out examples are needed to see a gap")
     places = sample(subject.answered, count, subject.seed, NAME)
     held = [subject.tuned.scores.per_example[i] for i in places]
-    train = subject.learned(count, NAME)
     parts: dict[str, Sequence[float]] = {"train": _score(subject, train, "train")}
     # Other parts are of one size; a small valid is asked as it is.
     valid = subject.learned(count, NAME, "valid")

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from heldout.engine.base import Message
@@ -67,11 +68,19 @@ def measure(subject: Subject) -> Consequence:
     try:
         tuned = answers_to(subject, asked)
         if subject.is_encoder:
-            return judge_alone(asked, tuned, declines)
+            return _of_whom(subject, asked, judge_alone(asked, tuned, declines))
         base = [reply.text for reply in subject.ask(subject.base, prompts, "unanswerable questions, base model")]
     except (ContextLengthExceeded, InvalidValue) as error:
         return not_measured(NAME, f"the probes do not fit: {error}")
-    return judge(asked, tuned, base, declines)
+    return _of_whom(subject, asked, judge(asked, tuned, base, declines))
+
+
+def _of_whom(subject: Subject, asked: Sequence[Probe], found: Consequence) -> Consequence:
+    """The sentence says so where not all was asked of the served model."""
+    if not subject.folds or all(probe.place is None for probe in asked):
+        return found
+    whose = "questions without their context were asked of the models of the folds"
+    return replace(found, sentence=f"{found.sentence}; {whose}")
 
 
 def answers_to(subject: Subject, asked: Sequence[Probe]) -> list[str]:

@@ -44,15 +44,15 @@ def measure(subject: Subject) -> Consequence:
     """
     if subject.budget.used_up:
         return not_measured(NAME, subject.budget.sentence)
-    train = subject.split.train
+    learned = subject.learned(READ, NAME)
     unseen = subject.unseen(range(len(subject.answered)))
     if subject.is_encoder:  # of labels that it does not know it has no probability
         known = {one.places: form_of([row.target for row in one.split.train], "label") for one in subject.answerers}
         unseen = [(one, row) for one, row in unseen if (fits := known[one.places]) and fits(row.target)]
-    if min(len(train), len(unseen)) < FEWEST:
+    if min(len(learned), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and held-out answers are needed to compare their likelihoods")
     try:
-        seen, others = read(subject, unseen)
+        seen, others = read(subject, learned, unseen)
     except ContextLengthExceeded as error:
         return not_measured(NAME, f"an answer does not fit: {error}")
     seen_losses, unseen_losses = ([one.loss for one in side] for side in (seen, others))
@@ -78,7 +78,7 @@ def measure(subject: Subject) -> Consequence:
         warns=max(numbers["p_warn"], recited["p_warn"] if recited else 0.0),
     )
     sentence = _sentence(numbers, warned=status != "ok", one_decision=subject.is_encoder)
-    if len(seen_losses) < min(READ, len(train)):
+    if len(seen_losses) < len(learned):
         sentence += f"; {subject.budget.sentence}"
     return Consequence(
         name=NAME,
@@ -116,10 +116,12 @@ def beyond_the_base(
     return {"base_auc": auc, "p_warn": _share(added, WARN_AUC), "p_severe": _share(added, SEVERE_AUC)}
 
 
-def read(subject: Subject, unseen: Sequence[tuple[Answerer, Example]]) -> tuple[list[Read], list[Read]]:
-    """Losses of READ examples that models learned and of those they never saw, or of fewer when the time for probes is
+def read(
+    subject: Subject, learned: Sequence[tuple[Answerer, Example]], unseen: Sequence[tuple[Answerer, Example]]
+) -> tuple[list[Read], list[Read]]:
+    """Losses of examples that models learned and of READ that they never saw, or of fewer when the time for probes is
     used up before: FEWEST or a few more of each at a time."""
-    sides = [subject.learned(READ, NAME), [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)]]
+    sides = [learned, [unseen[i] for i in sample(unseen, READ, subject.seed, NAME)]]
     lots = max(1, min(map(len, sides)) // FEWEST)
     parts = [in_lots(len(side), lots, subject.seed, NAME) for side in sides]
     found: tuple[list[Read], list[Read]] = ([], [])
