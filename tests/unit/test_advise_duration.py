@@ -17,6 +17,7 @@ from heldout.pipeline.advise.rungs import Cheap
 from heldout.pipeline.consequences.base import SECONDS
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import Scores
+from heldout.pipeline.general_facts import FACTS as QUESTIONS
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
@@ -96,7 +97,8 @@ def test_a_job_is_the_sum_of_its_stages() -> None:
     assert found["answers of tuned models"].at_most == measured().tuned.seconds_for(40)
     general = measured().general
     assert general is not None
-    assert found["general skills"].at_most == general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * 0.25
+    answers = general.seconds_for(len(HELD_BACK) + 2 * len(QUESTIONS) // 4)
+    assert found["general skills"].at_most == answers + 2 * len(HELD_BACK) * 0.25
 
 
 def test_the_tuned_model_is_probed_for_what_its_trainings_time_leaves() -> None:

@@ -11,6 +11,7 @@ import pytest
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline import report
 from heldout.pipeline.evaluate.forgetting import FEWEST, MARGIN, Forgetting, judge_changes, measure_forgetting
+from heldout.pipeline.general_facts import FACTS, is_right
 from heldout.pipeline.general_prompts import HELD_BACK, REPLAYED
 from heldout.pipeline.verdict import Verdict, decide
 from heldout.pipeline.watch import Silent
@@ -22,12 +23,16 @@ ADAPTER = "somewhere/adapter"
 @dataclass
 class Reader:
     """As much of an Engine as the measurement needs. Behind the adapter an answer of k tokens loses `loss` nats
-    times k; with `ends` answers whole, the others are cut."""
+    times k; with `ends` answers whole, the others are cut. The base model knows the first `knows` of the short
+    questions, the tuned one the first `keeps`."""
 
     loss: float = 0.0
     ends: int = len(HELD_BACK)
+    knows: int = 0
+    keeps: int = 0
     asked: list[str] = field(default_factory=list)
     read: dict[str | None, list[list[Message]]] = field(default_factory=dict)
+    questions: dict[str | None, list[str]] = field(default_factory=dict)  # the short ones
 
     def chat(
         self,
@@ -36,8 +41,14 @@ class Reader:
         sampling: Sampling = Sampling(),
         progress: Progress | None = None,
     ) -> list[Reply]:
+        questions = [str(messages[-1]["content"]) for messages in conversations]
+        if questions[0] in FACTS:
+            self.questions[model.adapter] = questions
+            right = list(FACTS)[: self.keeps if model.adapter else self.knows]
+            texts = [f"Well, it is {FACTS[one][0].upper()}." if one in right else "No idea." for one in questions]
+            return [Reply(text=text, finish_reason="stop", prompt_tokens=5, completion_tokens=5) for text in texts]
         assert model.adapter is None, "the base model's own answers are fixed"
-        self.asked += [str(messages[-1]["content"]) for messages in conversations]
+        self.asked += questions
         return [
             Reply(
                 text=" ".join(["word"] * (3 + i % 4)),
@@ -121,6 +132,30 @@ def test_the_base_models_answers_are_fixed_once(tmp_path: Path) -> None:
     first, again = Reader(), Reader()
     assert measure(first, tmp_path) == measure(again, tmp_path)
     assert again.asked == []
+    assert again.questions == {}
+
+
+def test_short_questions_count_that_the_base_model_answers_right(tmp_path: Path) -> None:
+    engine = Reader(knows=20, keeps=5)
+    found = measure(engine, tmp_path)
+    assert found is not None
+    assert (found.known, found.kept) == (20, 5)
+    assert engine.questions == {None: list(FACTS), ADAPTER: list(FACTS)[:20]}, "what it never knew it cannot forget"
+    assert not set(FACTS) & {*REPLAYED, *HELD_BACK}
+    assert (
+        "of 20 short questions that the base model answers right, the tuned model answers 25% (95 %" in found.sentence
+    )
+    few = measure(Reader(knows=FEWEST - 1, keeps=0), tmp_path / "few")
+    assert few is not None
+    assert few.sentence.endswith(f"of 40 short questions the base model answers {FEWEST - 1} right, too few to lose")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("12", True), ("There are twelve months.", True), ("There are 120.", False), ("TWELVE!", True), ("", False)],
+)
+def test_an_answer_is_right_when_the_word_stands_in_it(answer: str, right: bool) -> None:
+    assert is_right("How many months are in a year?", answer) is right
 
 
 def test_cut_answers_are_not_read_as_ended(tmp_path: Path) -> None:

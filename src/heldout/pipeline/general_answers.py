@@ -11,33 +11,42 @@ from heldout.errors import InvalidValue
 from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.watch import Watch
 
-FILE = "general_answers.json"
+FILE, FACTS_FILE = "general_answers.json", "general_facts.json"
 #: Changes when the record on disk does.
 VERSION = 1
 #: An answer of more tokens is cut. Most of the prompts ask for a few words.
 MAX_TOKENS = 64
+#: And of short questions, which a word answers; a longer answer has it in its first sentence, or is slow to come to it.
+FACT_TOKENS = 16
 
 
 def base_answers(
-    prompts: Sequence[str], engine: Engine, base_model: str, *, directory: Path, watch: Watch
+    prompts: Sequence[str],
+    engine: Engine,
+    base_model: str,
+    *,
+    directory: Path,
+    watch: Watch,
+    file: str = FILE,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Reply]:
     """What the base model answers to each prompt, in order.
 
-    What was asked before is read from `directory`, so a job that is taken up again has the same answers.
+    What was asked before is read from `file` in `directory`, so a job that is taken up again has the same answers.
     Raises InvalidValue when the answers there are another model's.
     """
-    path = directory / FILE
-    known = _read(path, base_model)
+    path = directory / file
+    known = _read(path, base_model, max_tokens)
     new = [prompt for prompt in prompts if prompt not in known]
     if new:
         replies = engine.chat(
             ModelRef(base_model=base_model),
             [[{"role": "user", "content": prompt}] for prompt in new],
-            Sampling(max_tokens=MAX_TOKENS),
+            Sampling(max_tokens=max_tokens),
             lambda done, total: watch.progress("general prompts", done, total),
         )
         known |= dict(zip(new, replies, strict=True))
-        _write(path, base_model, known)
+        _write(path, base_model, max_tokens, known)
         watch.kept()
     return [known[prompt] for prompt in prompts]
 
@@ -47,11 +56,11 @@ def is_whole(reply: Reply) -> bool:
     return reply.finish_reason == "stop" and bool(reply.text.strip())
 
 
-def _read(path: Path, base_model: str) -> dict[str, Reply]:
+def _read(path: Path, base_model: str, max_tokens: int) -> dict[str, Reply]:
     record = read_record(path)
     if record is None:
         return {}
-    if (record["version"], record["base_model"], record["max_tokens"]) != (VERSION, base_model, MAX_TOKENS):
+    if (record["version"], record["base_model"], record["max_tokens"]) != (VERSION, base_model, max_tokens):
         raise InvalidValue(
             f"{path} was written by a job with another base model or another version of Heldout; delete it to have "
             "the general prompts answered again"
@@ -59,7 +68,7 @@ def _read(path: Path, base_model: str) -> dict[str, Reply]:
     return {one["prompt"]: Reply(**one["reply"]) for one in record["answers"]}
 
 
-def _write(path: Path, base_model: str, known: dict[str, Reply]) -> None:
+def _write(path: Path, base_model: str, max_tokens: int, known: dict[str, Reply]) -> None:
     answers = [{"prompt": prompt, "reply": asdict(reply)} for prompt, reply in known.items()]
-    record = {"version": VERSION, "base_model": base_model, "max_tokens": MAX_TOKENS, "answers": answers}
+    record = {"version": VERSION, "base_model": base_model, "max_tokens": max_tokens, "answers": answers}
     write_record(path, record)

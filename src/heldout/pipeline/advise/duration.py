@@ -11,6 +11,8 @@ from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
 from heldout.pipeline.advise.measure import READ, READING_WEIGHTS, Measured
 from heldout.pipeline.consequences import calibration, fragility, generalisation, memorisation
 from heldout.pipeline.consequences.base import seconds_for_probes
+from heldout.pipeline.general_answers import FACT_TOKENS, MAX_TOKENS
+from heldout.pipeline.general_facts import FACTS
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.ladder import CHOOSERS, ORDERS
 from heldout.pipeline.plan import TrainPlan, steps_per_epoch
@@ -168,10 +170,12 @@ def _ladder(one: Training, measured: Measured) -> float:
 
 
 def _general(measured: Measured) -> float:
-    """The base model answers, and both models read the answers."""
+    """The base model answers, and both models read the answers; both answer short questions."""
     if measured.general is None:
         return 0.0
-    return measured.general.seconds_for(len(HELD_BACK)) + 2 * len(HELD_BACK) * measured.reading
+    # A short question's answer has a quarter of the room.
+    answers = measured.general.seconds_for(len(HELD_BACK) + 2 * len(FACTS) * FACT_TOKENS // MAX_TOKENS)
+    return answers + 2 * len(HELD_BACK) * measured.reading
 
 
 def _probes(one: Training, measured: Measured, budget: float) -> float:

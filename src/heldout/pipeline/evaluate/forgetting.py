@@ -1,7 +1,8 @@
-"""Forgetting: how likely the tuned model still finds what the base model answered to general prompts.
+"""Forgetting: how likely the tuned model still finds what the base model answered to general prompts, and how many of
+the short questions that the base model answers right it still does.
 
-The prompts are never trained on, not even by replay. The base model's own greedy answers are fixed, and both
-models say how probable they are: no judge is needed, and nothing is drawn at random.
+None of them is ever trained on, not even by replay. The base model's own greedy answers are fixed, and both models say
+how probable they are: no judge is needed, and nothing is drawn at random.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from heldout.engine.base import Engine, Message, ModelRef
-from heldout.pipeline.general_answers import MAX_TOKENS, base_answers, is_whole
+from heldout.engine.base import Engine, Message, ModelRef, Sampling
+from heldout.pipeline.evaluate.statistics import wilson
+from heldout.pipeline.general_answers import FACT_TOKENS, FACTS_FILE, MAX_TOKENS, base_answers, is_whole
+from heldout.pipeline.general_facts import FACTS, right_ones
 from heldout.pipeline.general_prompts import HELD_BACK
 from heldout.pipeline.watch import Watch
 
@@ -36,6 +39,8 @@ class Forgetting:
     n: int  # prompts; the others of `asked` were answered at too great length
     asked: int
     replay_ratio: float  # that the tuned model was trained with
+    known: int = 0  # short questions that the base model answers right
+    kept: int = 0  # those of them that the tuned model does
 
     @property
     def dropped(self) -> bool:
@@ -49,6 +54,17 @@ class Forgetting:
         return (
             f"on {self.n} general prompts that were not trained on, the log-probability of the base model's own "
             f"answers changed by {self.change:+.2f} nats per token (95 % interval {low:+.2f} to {high:+.2f})"
+            f"{self._facts}"
+        )
+
+    @property
+    def _facts(self) -> str:
+        if self.known < FEWEST:
+            return f"; of {len(FACTS)} short questions the base model answers {self.known} right, too few to lose"
+        low, high = wilson(self.kept, self.known)
+        return (
+            f"; of {self.known} short questions that the base model answers right, the tuned model answers "
+            f"{self.kept / self.known:.0%} (95 % interval {low:.0%} to {high:.0%})"
         )
 
     @property
@@ -74,6 +90,9 @@ class Forgetting:
             "n": self.n,
             "asked": self.asked,
             "replay_ratio": self.replay_ratio,
+            "questions": len(FACTS),
+            "known": self.known,
+            "kept": self.kept,
         }
 
 
@@ -101,12 +120,38 @@ def measure_forgetting(
         for prompt, answer in answers.items()
     ]
     tokens = [count + 1 for count in engine.count_tokens(base_model, list(answers.values()))]  # 1: the end of the turn
-    before = engine.log_probs(ModelRef(base_model=base_model), conversations)
-    after = engine.log_probs(ModelRef(base_model=base_model, adapter=str(adapter)), conversations)
+    tuned = ModelRef(base_model=base_model, adapter=str(adapter))
+    before, after = (engine.log_probs(model, conversations) for model in (ModelRef(base_model=base_model), tuned))
     changes = [(b - a) / count for a, b, count in zip(before, after, tokens, strict=True)]
+    known, kept = count_facts(engine, tuned, directory=directory, watch=watch)
     found = judge_changes(changes, asked=len(HELD_BACK), replay_ratio=replay_ratio)
+    found = replace(found, known=known, kept=kept)
     watch.message(f"General skills: {found.sentence}", level="warn" if found.dropped else "info", data=found.as_dict())
     return found
+
+
+def count_facts(engine: Engine, tuned: ModelRef, *, directory: Path, watch: Watch) -> tuple[int, int]:
+    """How many short questions the base model answers right, and how many of these the tuned model does."""
+    questions = list(FACTS)
+    replies = base_answers(
+        questions,
+        engine,
+        tuned.base_model,
+        directory=directory,
+        watch=watch,
+        file=FACTS_FILE,
+        max_tokens=FACT_TOKENS,
+    )
+    known = right_ones(questions, [reply.text for reply in replies])
+    if not known:
+        return 0, 0
+    again = engine.chat(
+        tuned,
+        [[{"role": "user", "content": question}] for question in known],
+        Sampling(max_tokens=FACT_TOKENS),
+        lambda done, total: watch.progress("general questions", done, total),
+    )
+    return len(known), len(right_ones(known, [reply.text for reply in again]))
 
 
 def judge_changes(changes: Sequence[float], *, asked: int, replay_ratio: float) -> Forgetting:
