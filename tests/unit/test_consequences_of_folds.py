@@ -10,7 +10,7 @@ import pytest
 
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.pipeline.consequences import bias, calibration, fragility, generalisation, measure_all, memorisation
-from heldout.pipeline.consequences.base import Answerer, Consequence, Subject
+from heldout.pipeline.consequences.base import Consequence, Subject, TunedModel
 from heldout.pipeline.consequences.records import read_consequences, write_consequences
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import score_answers
@@ -82,7 +82,7 @@ def by_folds(engine: Noting, **changes: Any) -> Subject:
         valid, train = HELD[(number + 1) % COUNT], HELD[(number + 2) % COUNT]
         split = Split(train=tuple(train), valid=tuple(valid), holdout=tuple(HELD[number]), seed=0, groups=COUNT)
         places = range(number * len(train), (number + 1) * len(train))
-        folds.append(Answerer(model=model, split=split, places=places, shots=SHOTS[number], max_tokens=20 + number))
+        folds.append(TunedModel(model=model, split=split, places=places, shots=SHOTS[number], max_tokens=20 + number))
     return subject(engine, ROWS, answered, baseline=baseline, folds=tuple(folds), **changes)
 
 

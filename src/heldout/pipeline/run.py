@@ -18,7 +18,7 @@ from heldout.pipeline.checks import Parts
 from heldout.pipeline.checks.wrong_labels import noise_caveats
 from heldout.pipeline.closed_book import with_the_base_models_word
 from heldout.pipeline.consequences import measure_all
-from heldout.pipeline.consequences.base import Answerer, Budget, Consequence, Subject, seconds_for_probes
+from heldout.pipeline.consequences.base import Budget, Consequence, Subject, TunedModel, seconds_for_probes
 from heldout.pipeline.consequences.records import read_consequences, write_consequences
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import choose_metric
@@ -166,14 +166,14 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
     )
 
 
-def fold_answerers(made: Made, engine: Engine, base_model: str) -> tuple[Answerer, ...]:
+def tuned_by_folds(made: Made, engine: Engine, base_model: str) -> tuple[TunedModel, ...]:
     """By cross-fitting: who answered which of the rows; none otherwise."""
     shots = ladder.best_baseline(made.rungs).fold_shots
-    found: list[Answerer] = []
+    found: list[TunedModel] = []
     for number, one in enumerate(made.fold_models):
         start = found[-1].places.stop if found else 0
         found.append(
-            Answerer(
+            TunedModel(
                 model=ModelRef(base_model=base_model, adapter=str(one.directory)),
                 split=as_asked(one.split),
                 places=range(start, start + len(one.split.holdout)),
@@ -204,7 +204,7 @@ def consequences_of(
         tuned=made.tuned,
         baseline=ladder.best_baseline(made.rungs),
         rungs=made.rungs,
-        folds=fold_answerers(made, tools.engine, request.base_model),
+        folds=tuned_by_folds(made, tools.engine, request.base_model),
         forgetting=forgetting,
         budget=Budget(seconds),
         watch=tools.watch,

@@ -85,7 +85,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answerer:
+class TunedModel:
     """A tuned model that answered rows it never saw: the served one where there is a holdout, one of each fold by
     cross-fitting."""
 
@@ -110,7 +110,7 @@ class Subject:
     tuned: Rung
     baseline: Rung  # the best prompt, or the constant answer where that is better
     rungs: tuple[Rung, ...]
-    folds: tuple[Answerer, ...]  # who answered, by cross-fitting; none where the served model did
+    folds: tuple[TunedModel, ...]  # who answered, by cross-fitting; none where the served model did
     forgetting: Forgetting | None
     budget: Budget
     watch: Watch
@@ -126,10 +126,10 @@ class Subject:
         return self.split.seed
 
     @property
-    def answerers(self) -> tuple[Answerer, ...]:
+    def models(self) -> tuple[TunedModel, ...]:
         """Whose answers `tuned` and `baseline` hold: of each answered row the model that never saw it."""
         everywhere = range(len(self.answered))
-        served = Answerer(
+        served = TunedModel(
             model=self.model,
             split=self.split,
             places=everywhere,
@@ -138,21 +138,21 @@ class Subject:
         )
         return self.folds or (served,)
 
-    def unseen(self, places: Sequence[int]) -> list[tuple[Answerer, Example]]:
+    def unseen(self, places: Sequence[int]) -> list[tuple[TunedModel, Example]]:
         """The answered rows at these places, each with the model that never saw it."""
-        return [(next(one for one in self.answerers if at in one.places), self.answered[at]) for at in places]
+        return [(next(one for one in self.models if at in one.places), self.answered[at]) for at in places]
 
     def learned(
         self, count: int, what: str, part: Literal["train", "valid"] = "train", but: Collection[int] = ()
-    ) -> list[tuple[Answerer, Example]]:
+    ) -> list[tuple[TunedModel, Example]]:
         """At most `count` rows that a model was trained on, or chosen by, each with that model; always the same ones.
         A row that several folds learned is asked of one of them.
 
         Args:
             but: lines of rows to leave out.
         """
-        owners: dict[int, list[tuple[Answerer, Example]]] = {}
-        for one in self.answerers:
+        owners: dict[int, list[tuple[TunedModel, Example]]] = {}
+        for one in self.models:
             for row in one.split.train if part == "train" else one.split.valid:
                 if row.line not in but:
                     owners.setdefault(row.line, []).append((one, row))
@@ -167,23 +167,23 @@ class Subject:
         return self._chat(model, prompts, shots, self.max_tokens, self._tell(stage, 0, len(prompts)))
 
     def ask_each(
-        self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str, *, baseline: bool = False
+        self, asked: Sequence[tuple[TunedModel, Sequence[Message]]], stage: str, *, baseline: bool = False
     ) -> list[Reply]:
         """Greedy answers to each prompt by its model, or by the baseline with that model's shots; in order."""
 
-        def of_one(one: Answerer, prompts: list[Sequence[Message]], tell: Progress) -> Sequence[Reply]:
+        def of_one(one: TunedModel, prompts: list[Sequence[Message]], tell: Progress) -> Sequence[Reply]:
             model, shots = (self.base, one.shots) if baseline else (one.model, ())
             return self._chat(model, prompts, shots, one.max_tokens, tell)
 
         return self._by_model(asked, of_one, stage)
 
     def read_each(
-        self, asked: Sequence[tuple[Answerer, Sequence[Message]]], stage: str, *, baseline: bool = False
+        self, asked: Sequence[tuple[TunedModel, Sequence[Message]]], stage: str, *, baseline: bool = False
     ) -> list[float]:
         """How likely each conversation's last answer is to its model, or to the baseline with that model's shots, in
         nats; in order."""
 
-        def of_one(one: Answerer, conversations: list[Sequence[Message]], tell: Progress) -> Sequence[float]:
+        def of_one(one: TunedModel, conversations: list[Sequence[Message]], tell: Progress) -> Sequence[float]:
             if not baseline:
                 return self.engine.log_probs(one.model, conversations, tell)
             behind = [with_shots(conversation, one.shots) for conversation in conversations]
@@ -193,12 +193,12 @@ class Subject:
 
     def _by_model(
         self,
-        asked: Sequence[tuple[Answerer, Sequence[Message]]],
-        of_one: Callable[[Answerer, list[Sequence[Message]], Progress], Sequence[Found]],
+        asked: Sequence[tuple[TunedModel, Sequence[Message]]],
+        of_one: Callable[[TunedModel, list[Sequence[Message]], Progress], Sequence[Found]],
         stage: str,
     ) -> list[Found]:
         found: dict[int, Found] = {}
-        for one in self.answerers:
+        for one in self.models:
             mine = [i for i, (owner, _) in enumerate(asked) if owner.places == one.places]
             if mine:
                 tell = self._tell(stage, len(found), len(asked))

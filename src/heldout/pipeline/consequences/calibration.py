@@ -13,9 +13,9 @@ from heldout.engine.base import Message, Reply
 from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
     LIKELY,
-    Answerer,
     Consequence,
     Subject,
+    TunedModel,
     not_measured,
     sample,
     status_of,
@@ -89,7 +89,7 @@ def against_the_baseline(
     subject: Subject,
     found: Consequence,
     held: Sequence[Said],
-    rows: Sequence[tuple[Answerer, Example]],
+    rows: Sequence[tuple[TunedModel, Example]],
     labels: Sequence[str],
 ) -> Consequence:
     """The light goes out where the best prompt's probabilities are no better, by Brier scores in pairs: then training
@@ -113,7 +113,7 @@ def against_the_baseline(
 
 
 def read_labels(
-    subject: Subject, rows: Sequence[tuple[Answerer, Example]], labels: Sequence[str], *, baseline: bool = False
+    subject: Subject, rows: Sequence[tuple[TunedModel, Example]], labels: Sequence[str], *, baseline: bool = False
 ) -> list[Said]:
     """How likely the tuned chat model, or the baseline, finds each label behind each prompt, as a share of them all.
 
@@ -125,7 +125,7 @@ def read_labels(
         lot = range(number, len(rows), lots)
         if held and subject.budget.used_up:
             break
-        conversations: list[tuple[Answerer, list[Message]]] = [
+        conversations: list[tuple[TunedModel, list[Message]]] = [
             (rows[at][0], [*rows[at][1].prompt, {"role": "assistant", "content": label}])
             for at in lot
             for label in labels
@@ -237,7 +237,7 @@ def cool(one: Said, temperature: float) -> Said:
     return Said(tuple(p - total for p in scaled), one.right)
 
 
-def _answers(subject: Subject, rows: Sequence[tuple[Answerer, Example]], stage: str) -> list[Said]:
+def _answers(subject: Subject, rows: Sequence[tuple[TunedModel, Example]], stage: str) -> list[Said]:
     replies = subject.ask_each([(one, row.prompt) for one, row in rows], stage)
     return [_of(reply, row, subject) for reply, (_, row) in zip(replies, rows, strict=True)]
 

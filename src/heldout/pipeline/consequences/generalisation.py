@@ -9,9 +9,9 @@ from typing import Any
 from heldout.errors import ContextLengthExceeded, InvalidValue
 from heldout.pipeline.consequences.base import (
     LIKELY,
-    Answerer,
     Consequence,
     Subject,
+    TunedModel,
     not_measured,
     points,
     sample,
@@ -56,7 +56,7 @@ def measure(subject: Subject) -> Consequence:
 
 
 def beyond_the_baseline(
-    subject: Subject, train: Sequence[tuple[Answerer, Example]], scores: Sequence[float], places: Sequence[int]
+    subject: Subject, train: Sequence[tuple[TunedModel, Example]], scores: Sequence[float], places: Sequence[int]
 ) -> Difference | None:
     """How much further train is ahead of the holdout with the tuned model than with the baseline, which has not learned
     these rows: what both have in common lies in the rows. None when a prompt shows nearly all of train."""
@@ -148,6 +148,6 @@ class Difference:
         return float((self._draws > margin).mean())
 
 
-def _score(subject: Subject, rows: Sequence[tuple[Answerer, Example]], part: str) -> list[float]:
+def _score(subject: Subject, rows: Sequence[tuple[TunedModel, Example]], part: str) -> list[float]:
     replies = subject.ask_each([(one, example.prompt) for one, example in rows], f"{part} again")
     return list(subject.metric.score_all([example for _, example in rows], [reply.text for reply in replies]))

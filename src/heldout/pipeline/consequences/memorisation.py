@@ -11,9 +11,9 @@ from heldout.errors import ContextLengthExceeded
 from heldout.pipeline.consequences.base import (
     LIKELY,
     SURE,
-    Answerer,
     Consequence,
     Subject,
+    TunedModel,
     in_lots,
     not_measured,
     sample,
@@ -47,7 +47,7 @@ def measure(subject: Subject) -> Consequence:
     learned = subject.learned(READ, NAME)
     unseen = subject.unseen(range(len(subject.answered)))
     if subject.is_encoder:  # of labels that it does not know it has no probability
-        known = {one.places: form_of([row.target for row in one.split.train], "label") for one in subject.answerers}
+        known = {one.places: form_of([row.target for row in one.split.train], "label") for one in subject.models}
         unseen = [(one, row) for one, row in unseen if (fits := known[one.places]) and fits(row.target)]
     if min(len(learned), len(unseen)) < FEWEST:
         return not_measured(NAME, f"{FEWEST} training and held-out answers are needed to compare their likelihoods")
@@ -117,7 +117,7 @@ def beyond_the_base(
 
 
 def read(
-    subject: Subject, learned: Sequence[tuple[Answerer, Example]], unseen: Sequence[tuple[Answerer, Example]]
+    subject: Subject, learned: Sequence[tuple[TunedModel, Example]], unseen: Sequence[tuple[TunedModel, Example]]
 ) -> tuple[list[Read], list[Read]]:
     """Losses of examples that models learned and of READ that they never saw, or of fewer when the time for probes is
     used up before: FEWEST or a few more of each at a time."""

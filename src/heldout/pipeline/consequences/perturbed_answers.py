@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from heldout.errors import ContextLengthExceeded, InvalidValue
-from heldout.pipeline.consequences.base import Answerer, Subject
+from heldout.pipeline.consequences.base import Subject, TunedModel
 from heldout.pipeline.consequences.perturbations import Perturbation, perturbed
 from heldout.pipeline.types import Example
 
@@ -51,7 +51,7 @@ class Asking:
 
     subject: Subject
     perturbations: Sequence[Perturbation]
-    asked: Sequence[tuple[Answerer, Example]]  # each with the model that never saw it
+    asked: Sequence[tuple[TunedModel, Example]]  # each with the model that never saw it
 
     def ask(self, answers: Answers, lot: Sequence[int], only: Collection[str] | None = None) -> None:
         """Ask a model some more of the examples, by their places, under one perturbation after the other: of `only`, or
