@@ -119,7 +119,7 @@ class ChatTrainee:
         """See Trainee.start."""
         self._step, self._training = step, True
         packed = max(min(self.plan.micro_tokens, sum(map(len, rows))), *map(len, rows))
-        if self.graphs:
+        if self.device.type == "cuda":
             # The same in all steps: recorded graphs know where masks are, and a resumed job must find them there too.
             packed = max(self.plan.micro_tokens, self._longest, packed)
         self.dropout.start(step, self._widest * packed)
