@@ -160,11 +160,9 @@ class Subject:
         chosen = [rows[at] for at in sample(rows, count, self.seed, what)]
         return [random.Random(f"{self.seed}/{what}/{line}").choice(owners[line]) for line in chosen]
 
-    def ask(
-        self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str, shots: Sequence[Example] = ()
-    ) -> list[Reply]:
-        """Greedy answers behind `shots`, with progress."""
-        return self._chat(model, prompts, shots, self.max_tokens, self._tell(stage, 0, len(prompts)))
+    def ask(self, model: ModelRef, prompts: Sequence[Sequence[Message]], stage: str) -> list[Reply]:
+        """One model's greedy answers, with progress."""
+        return self._chat(model, prompts, (), self.max_tokens, self._tell(stage, 0, len(prompts)))
 
     def ask_each(
         self, asked: Sequence[tuple[TunedModel, Sequence[Message]]], stage: str, *, baseline: bool = False
