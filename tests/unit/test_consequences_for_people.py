@@ -330,8 +330,11 @@ def test_a_chat_model_reads_every_label_behind_every_prompt() -> None:
     assert found.numbers["baseline_brier"] == pytest.approx(0.7 * 2 * 0.3**2 + 0.3 * 2 * 0.7**2)
     assert found.numbers["calibration_error"] == pytest.approx(0.2, abs=0.01)
     assert found.numbers["brier"] == pytest.approx(0.7 * 2 * 0.1**2 + 0.3 * 2 * 0.9**2)
-    assert found.numbers["temperature"] is None
+    assert found.numbers["temperature"] == pytest.approx(math.log(9) / math.log(7 / 3), rel=0.01)
+    assert found.numbers["cooled_log_loss"] < found.numbers["log_loss"]
     assert found.status == "warn"
+    few = calibration.measure(subject(talking, rows(100, 0.7), rows(300, 0.7), valid=rows(99, 0.7)))
+    assert few.numbers["temperature"] is None
 
 
 def test_when_the_time_for_probes_is_used_up_no_more_labels_are_read_and_what_was_read_counts() -> None:

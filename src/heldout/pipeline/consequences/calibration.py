@@ -63,8 +63,7 @@ def measure(subject: Subject) -> Consequence:
 
 
 def _of_a_chat_model(subject: Subject) -> Consequence:
-    """Its probabilities of the training file's labels, which add up to 1. No temperature is fitted: nothing that it
-    serves would have one."""
+    """Its probabilities of the training file's labels, which add up to 1."""
     labels = sorted({row.target for row in subject.split.train})
     count = READINGS // len(labels)
     rows = subject.unseen(sample(subject.answered, count, subject.seed, NAME))
@@ -77,12 +76,20 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
     held = read_labels(subject, rows, labels)
     if all(one.right is None for one in held):
         return not_measured(NAME, "no right answer of a held-out example is a label that was trained on")
-    found = judge(held, None)
+    found = judge(held, _temperature_of_a_chat_model(subject, labels, count))
     if found.status == "warn" and len(held) == len(rows):
         found = against_the_baseline(subject, found, held, rows, labels)
     if len(held) == len(rows):
         return found
     return replace(found, sentence=f"{found.sentence}; {subject.budget.sentence}: {len(rows)} would have been read")
+
+
+def _temperature_of_a_chat_model(subject: Subject, labels: Sequence[str], count: int) -> float | None:
+    """What its label probabilities on valid ask for; None where too few of them can be read."""
+    if subject.folds or min(count, len(subject.split.valid)) < FITTED or subject.budget.used_up:
+        return None
+    valid = read_labels(subject, subject.learned(count, NAME, "valid"), labels)
+    return best_temperature(valid) if len(valid) >= FITTED else None
 
 
 def against_the_baseline(
