@@ -23,7 +23,7 @@ from heldout.pipeline.verdict import decide
 from heldout.pipeline.watch import Silent
 from heldout.settings import read_settings
 from tests.unit.conftest import example, right, rung
-from tests.unit.consequences import MODEL, Speaking, last, subject
+from tests.unit.consequences import BASE, MODEL, Speaking, last, subject
 
 LABELS = ("card", "loan", "visa")
 #: All names and numbers differ, so that no two texts are one.
@@ -173,6 +173,27 @@ def test_a_gap_that_the_baseline_has_too_lies_in_the_rows(constant: str | None) 
     learned = generalisation.measure(subject(Speaking(by_heart, always_card), TRAIN, others, constant=constant))
     assert learned.numbers["gap"] > learned.numbers["beyond"] > 0.5
     assert learned.status == "warn", learned.sentence
+
+
+def test_a_model_is_not_taken_for_its_own_baseline() -> None:
+    """A folder of weights has no base model here: its prompt is the model itself."""
+
+    def by_heart(messages: Sequence[Message]) -> str:
+        return right_label(messages) if "train" in last(messages) else "card"
+
+    engine = Speaking(by_heart, by_heart)
+    found = generalisation.measure(subject(engine, TRAIN, HOLDOUT, model=BASE))
+    assert found.status == "warn", found.sentence
+    assert "beyond" not in found.numbers
+
+
+def test_a_gap_is_warned_of_as_often_where_the_baseline_has_none() -> None:
+    parts = {"train": right(60, 60), "holdout": right(60, 45)}
+    alone = generalisation.judge(parts, binary=True)
+    nothing = [1.0 - one for one in right(30, 15)], [a - b for a, b in zip(right(60, 45), right(60, 30), strict=True)]
+    asked = generalisation.judge(parts, binary=True, beyond=generalisation.Difference(*nothing, least=-1.0))
+    assert (alone.status, asked.status) == ("warn", "warn")
+    assert asked.numbers["p_gap"] == alone.numbers["p_gap"]
 
 
 def test_equal_scores_are_no_gap_and_nothing_of_train_is_taken_for_the_holdout() -> None:

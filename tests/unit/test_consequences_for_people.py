@@ -16,7 +16,7 @@ from heldout.pipeline.consequences.base import Budget
 from heldout.pipeline.consequences.unanswerable import FICTITIOUS, OUT_OF_SCOPE
 from heldout.pipeline.types import Example
 from tests.unit.conftest import example
-from tests.unit.consequences import MODEL, Speaking, last, subject
+from tests.unit.consequences import BASE, MODEL, Speaking, last, subject
 
 # Hallucination
 
@@ -320,6 +320,9 @@ def test_probabilities_that_are_no_worse_than_the_best_prompts_were_not_made_wor
     assert found.numbers["calibration_error"] > calibration.WARN
     assert found.numbers["baseline_brier"] > found.numbers["brier"]
     assert found.status == "ok", found.sentence
+    itself = Speaking(lambda messages: "a", lambda messages: "a", base_loss=sure_of_a)
+    own = calibration.measure(subject(itself, rows(100, 0.7), rows(300, 0.7), model=BASE))
+    assert own.status == "warn", "it is not its own baseline"
     alone = calibration.measure(subject(talking, rows(100, 0.7), rows(300, 0.7), constant="a"))
     assert alone.status == "warn", "a constant answer has no probabilities to compare with"
 

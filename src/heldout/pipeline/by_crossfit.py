@@ -95,6 +95,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
                 directory=one.model_of(fold.best_step).directory,
                 # Where there was one model, valid has chosen nothing.
                 split=split if len(one.models) > 1 or folds.whole.valid else replace(split, valid=()),
+                max_tokens=answer_room(tools.engine, request.base_model, split),
             )
             for one, fold, split in zip(trained, fitted, folds.splits, strict=True)
         ),

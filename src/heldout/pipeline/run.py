@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from heldout.engine import catalogue
-from heldout.engine.base import Engine, ModelRef
+from heldout.engine.base import ModelRef
 from heldout.pipeline import ladder, report
 from heldout.pipeline.advise.learning_curve import MoreData
 from heldout.pipeline.advise.rungs import measure_cheap
@@ -17,7 +17,7 @@ from heldout.pipeline.by_holdout import make_by_holdout
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.checks.wrong_labels import noise_caveats
 from heldout.pipeline.closed_book import with_the_base_models_word
-from heldout.pipeline.consequences import measure_all
+from heldout.pipeline.consequences import measure_all, without_models
 from heldout.pipeline.consequences.base import Budget, Consequence, Subject, TunedModel, seconds_for_probes
 from heldout.pipeline.consequences.records import read_consequences, write_consequences
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
@@ -166,7 +166,7 @@ def forgetting_of(made: Made, request: Request, facts: ModelFacts, tools: Tools)
     )
 
 
-def tuned_by_folds(made: Made, engine: Engine, base_model: str) -> tuple[TunedModel, ...]:
+def tuned_by_folds(made: Made, base_model: str) -> tuple[TunedModel, ...]:
     """By cross-fitting: who answered which of the rows; none otherwise."""
     shots = ladder.best_baseline(made.rungs).fold_shots
     found: list[TunedModel] = []
@@ -178,7 +178,7 @@ def tuned_by_folds(made: Made, engine: Engine, base_model: str) -> tuple[TunedMo
                 split=as_asked(one.split),
                 places=range(start, start + len(one.split.holdout)),
                 shots=shots[number],
-                max_tokens=answer_room(engine, base_model, one.split),
+                max_tokens=one.max_tokens,
             )
         )
     return tuple(found)
@@ -204,13 +204,15 @@ def consequences_of(
         tuned=made.tuned,
         baseline=ladder.best_baseline(made.rungs),
         rungs=made.rungs,
-        folds=tuned_by_folds(made, tools.engine, request.base_model),
+        folds=tuned_by_folds(made, request.base_model),
         forgetting=forgetting,
         budget=Budget(seconds),
         watch=tools.watch,
     )
+    # Only where a job is taken up again that had ended, by another version.
+    gone = not all(one.directory.is_dir() for one in made.fold_models)
     with evaluating:
-        found = measure_all(subject)
+        found = measure_all(subject, without_models("the models of the folds are gone") if gone else {})
     write_consequences(request.directory, made.answered, made.adapter.best_step, found)
     tools.watch.message(
         f"Evaluation took {evaluating.seconds:.0f} s in all, training {made.training_seconds:.0f} s",

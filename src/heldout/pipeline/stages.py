@@ -42,6 +42,7 @@ class FoldModel:
 
     directory: Path  # of its adapter
     split: Split  # of the fold
+    max_tokens: int  # of its answers
 
 
 @dataclass(frozen=True, kw_only=True)

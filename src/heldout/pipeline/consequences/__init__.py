@@ -20,7 +20,7 @@ from heldout.pipeline.consequences import (
     hallucination,
     memorisation,
 )
-from heldout.pipeline.consequences.base import Consequence, Measure, Subject
+from heldout.pipeline.consequences.base import Consequence, Measure, Subject, not_measured
 
 #: In the order in which they are measured. Those that ask no model come first; of the others, those that tell most for
 #: their time: the last ones are not run when the time for probes is used up.
@@ -50,6 +50,19 @@ OF_FOLDS = MappingProxyType(
 )
 #: A fail of these tells, and does not change the outcome.
 INFORMING = frozenset({forgetting.NAME})
+
+
+def without_models(why: str) -> dict[Measure, Consequence]:
+    """Those that ask the tuned models of folds, not measured."""
+    asking = {
+        fragility.NAME: fragility.measure,
+        generalisation.NAME: generalisation.measure,
+        memorisation.NAME: memorisation.measure,
+        hallucination.NAME: hallucination.measure,
+        bias.NAME: bias.measure,
+        calibration.NAME: calibration.measure,
+    }
+    return {measure: not_measured(name, why) for name, measure in asking.items()}
 
 
 def measure_all(

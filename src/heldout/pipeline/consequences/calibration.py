@@ -28,7 +28,8 @@ NAME = "calibration"
 ENOUGH, BINS = 200, 10
 #: Validation answers for a temperature.
 FITTED = 100
-#: Labels that a chat model reads behind prompts, all together; and behind how many prompts it is worth it.
+#: Labels that a chat model reads behind prompts of the holdout; as many again behind those of valid, and behind shots.
+#: And behind how many prompts it is worth it.
 READINGS, FEWEST = 3_000, 30
 #: Calibration error to warn of, and what the lower end of its interval must be above.
 WARN, WARN_LOW = 0.10, 0.05
@@ -76,9 +77,10 @@ def _of_a_chat_model(subject: Subject) -> Consequence:
     held = read_labels(subject, rows, labels)
     if all(one.right is None for one in held):
         return not_measured(NAME, "no right answer of a held-out example is a label that was trained on")
-    found = judge(held, _temperature_of_a_chat_model(subject, labels, count))
+    found = judge(held, None)
     if found.status == "warn" and len(held) == len(rows):
         found = against_the_baseline(subject, found, held, rows, labels)
+    found = with_temperature(found, held, _temperature_of_a_chat_model(subject, labels, count))
     if len(held) == len(rows):
         return found
     return replace(found, sentence=f"{found.sentence}; {subject.budget.sentence}: {len(rows)} would have been read")
@@ -99,9 +101,9 @@ def against_the_baseline(
     rows: Sequence[tuple[TunedModel, Example]],
     labels: Sequence[str],
 ) -> Consequence:
-    """The light goes out where the best prompt's probabilities are no better, by Brier scores in pairs: then training
-    has not made them worse. Dear, so it is asked only where there is a light, and time."""
-    if subject.baseline.kind != "prompt" or subject.budget.used_up:
+    """The light goes out where the best prompt's probabilities are likelier worse than better, by Brier scores in
+    pairs: then training has not made them so. Dear, so it is asked only where there is a light, and time."""
+    if subject.baseline.kind != "prompt" or subject.base == subject.model or subject.budget.used_up:
         return found
     try:
         theirs = read_labels(subject, rows, labels, baseline=True)
@@ -113,7 +115,7 @@ def against_the_baseline(
     p = p_above(worse, 0.0)
     return replace(
         found,
-        status=status_of(warns=p),
+        status="warn" if p >= 0.5 else "ok",
         sentence=f"{found.sentence}; those of {subject.baseline.name} have a Brier score of {brier(theirs):.3f}",
         numbers={**found.numbers, "baseline_brier": brier(theirs), "p_worse_than_baseline": p},
     )
@@ -149,7 +151,7 @@ def read_labels(
 def judge(held: Sequence[Said], temperature: float | None) -> Consequence:
     """The light, from the probabilities on the holdout."""
     n = len(held)
-    numbers: dict[str, Any] = {"n": n, "brier": brier(held), "log_loss": log_loss(held), "temperature": temperature}
+    numbers: dict[str, Any] = {"n": n, "brier": brier(held), "log_loss": log_loss(held), "temperature": None}
     sentence = (
         f"on {n} held-out examples the label probabilities have a Brier score of {numbers['brier']:.3f} (0 is best, "
         "2 worst)"
@@ -165,14 +167,26 @@ def judge(held: Sequence[Said], temperature: float | None) -> Consequence:
         )
     else:
         sentence += f"; a calibration error needs {ENOUGH} examples"
-    if temperature is not None:
-        cooled = [cool(one, temperature) for one in held]
-        numbers |= {"cooled_log_loss": log_loss(cooled), "cooled_brier": brier(cooled)}
-        sentence += (
-            f"; with their logarithms divided by {temperature:.2f}, fitted on valid, the log loss is "
-            f"{numbers['cooled_log_loss']:.3f} instead of {numbers['log_loss']:.3f}"
-        )
-    return Consequence(name=NAME, status=status_of(warns=LIKELY if warns else 0.0), sentence=sentence, numbers=numbers)
+    status = status_of(warns=LIKELY if warns else 0.0)
+    return with_temperature(
+        Consequence(name=NAME, status=status, sentence=sentence, numbers=numbers), held, temperature
+    )
+
+
+def with_temperature(found: Consequence, held: Sequence[Said], temperature: float | None) -> Consequence:
+    """The same, and what the losses are with the logarithms divided by this temperature."""
+    if temperature is None:
+        return found
+    cooled = [cool(one, temperature) for one in held]
+    numbers = {"temperature": temperature, "cooled_log_loss": log_loss(cooled), "cooled_brier": brier(cooled)}
+    return replace(
+        found,
+        sentence=(
+            f"{found.sentence}; with their logarithms divided by {temperature:.2f}, fitted on valid, the log loss is "
+            f"{numbers['cooled_log_loss']:.3f} instead of {found.numbers['log_loss']:.3f}"
+        ),
+        numbers={**found.numbers, **numbers},
+    )
 
 
 def brier(held: Sequence[Said]) -> float:

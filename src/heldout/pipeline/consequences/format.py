@@ -98,15 +98,17 @@ def _usual(seen: Counter[Found]) -> set[Found]:
     return {one for one, count in seen.items() if count >= seen.total() / 100}
 
 
-def _kinds(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """The kind of every value inside a record or a list."""
-    parts = value.items() if isinstance(value, dict) else ((None, one) for one in value)
-    for key, one in parts:
-        inside = (*place, key)
-        # True is an int to Python, and a file may write 1.0 or 1.
-        yield inside, "number" if type(one) in (int, float) else type(one).__name__
-        if isinstance(one, dict | list):
-            yield from _kinds(one, inside)
+def _kinds(record: dict[str, Any]) -> Iterator[tuple[Place, str]]:
+    """The kind of every value in a record, at any depth."""
+    waiting: list[tuple[Place, Any]] = [((), record)]
+    while waiting:
+        place, value = waiting.pop()
+        for key, one in value.items() if isinstance(value, dict) else ((None, one) for one in value):
+            inside = (*place, key)
+            # True is an int to Python, and a file may write 1.0 or 1.
+            yield inside, "number" if type(one) in (int, float) else type(one).__name__
+            if isinstance(one, dict | list):
+                waiting.append((inside, one))
 
 
 def _record(text: str) -> dict[str, Any] | None:

@@ -51,7 +51,8 @@ def measure(subject: Subject) -> Consequence:
         parts["valid"] = _score(subject, valid, "valid")
     parts["holdout"] = held
     beyond = None
-    if Difference(parts["train"], held).p_above(GAP) >= LIKELY and not subject.budget.used_up:
+    is_itself = subject.baseline.kind == "prompt" and subject.base == subject.model  # weights without a base
+    if Difference(parts["train"], held).p_above(GAP) >= LIKELY and not is_itself and not subject.budget.used_up:
         # Dear, so it is asked only where it can put the light out.
         beyond = beyond_the_baseline(subject, train, parts["train"], places)
     return judge(parts, binary=subject.metric.binary, beyond=beyond, baseline=subject.baseline.name)
@@ -87,7 +88,8 @@ def judge(
     """The light, from the scores of each part.
 
     Args:
-        beyond: the gap less that of `baseline`, where it was asked.
+        beyond: the gap less that of `baseline`, where it was asked. Where it is likelier below the margin than above,
+            the gap lies in the rows, and is not warned of.
     """
     means = {part: statistics.fmean(scores) for part, scores in parts.items()}
     gap = Difference(parts["train"], parts["holdout"])
@@ -100,8 +102,8 @@ def judge(
         "p_gap": gap.p_above(GAP),
     }
     if beyond:
-        numbers |= {"beyond": beyond.mean, "beyond_interval": list(beyond.interval), "p_gap": beyond.p_above(GAP)}
-    warns = [numbers["p_gap"]]
+        numbers |= {"beyond": beyond.mean, "beyond_interval": list(beyond.interval), "p_beyond": beyond.p_above(GAP)}
+    warns = [numbers["p_gap"] if numbers.get("p_beyond", 1.0) >= 0.5 else 0.0]
     sentence = (
         f"the tuned model scores {means['train']:.1%} on {len(parts['train'])} training examples and "
         f"{means['holdout']:.1%} on {len(parts['holdout'])} held-out ones: a gap of {points(gap.mean)} points (95 % "

@@ -1,4 +1,5 @@
-"""What was measured, on disk: a job that is taken up again asks nothing twice, and needs no model that is gone."""
+"""What was measured, on disk: a job that is taken up again when all was measured asks nothing again, and needs no model
+that is gone."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from heldout.pipeline.types import Example
 
 RECORD = "consequences.json"
 #: Changes when what is measured, or its numbers, do: then it is measured anew.
-VERSION = 1
+VERSION = 2
 
 
 def write_consequences(
