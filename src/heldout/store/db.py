@@ -5,6 +5,8 @@ A change of status is one conditional update; losing the race is a normal answer
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -34,6 +36,9 @@ from heldout.store import schema
 
 Record = TypeVar("Record", File, Job, Event, Checkpoint, Model)
 Order = Literal["asc", "desc"]
+
+#: Seconds that one process waits for another's lock on an SQLite file.
+PATIENCE = 30
 
 _TABLES: dict[type, Table] = {
     File: schema.files,
@@ -348,9 +353,26 @@ def open_db(url: str) -> Db:
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:
-    # WAL: readers never wait for the writer. FULL: an accepted row survives a power cut.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+    connection.execute(f"PRAGMA busy_timeout={1000 * PATIENCE}")
+    _write_ahead(connection)
+    # FULL: an accepted row survives a power cut.
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: Any) -> None:
+    """WAL: readers never wait for the writer. While another process opens or closes the file for the first or last time
+    SQLite says that it is locked without waiting (sqlite.org/wal.html, "Sometimes Queries Return SQLITE_BUSY")."""
+    began = time.monotonic()
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() - began > PATIENCE:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 #: What one process at a time gets, until it commits. The number is ours: Postgres locks have no names.
