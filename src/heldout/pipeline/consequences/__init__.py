@@ -54,15 +54,8 @@ INFORMING = frozenset({forgetting.NAME})
 
 def without_models(why: str) -> dict[Measure, Consequence]:
     """Those that ask the tuned models of folds, not measured."""
-    asking = {
-        fragility.NAME: fragility.measure,
-        generalisation.NAME: generalisation.measure,
-        memorisation.NAME: memorisation.measure,
-        hallucination.NAME: hallucination.measure,
-        bias.NAME: bias.measure,
-        calibration.NAME: calibration.measure,
-    }
-    return {measure: not_measured(name, why) for name, measure in asking.items()}
+    asking = (fragility, generalisation, memorisation, hallucination, bias, calibration)
+    return {one.measure: not_measured(one.NAME, why) for one in asking}
 
 
 def measure_all(

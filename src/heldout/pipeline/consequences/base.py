@@ -140,7 +140,8 @@ class Subject:
 
     def unseen(self, places: Sequence[int]) -> list[tuple[TunedModel, Example]]:
         """The answered rows at these places, each with the model that never saw it."""
-        return [(next(one for one in self.models if at in one.places), self.answered[at]) for at in places]
+        models = self.models
+        return [(next(one for one in models if at in one.places), self.answered[at]) for at in places]
 
     def learned(
         self, count: int, what: str, part: Literal["train", "valid"] = "train", but: Collection[int] = ()

@@ -62,8 +62,9 @@ def beyond_the_baseline(
     subject: Subject, train: Sequence[tuple[TunedModel, Example]], scores: Sequence[float], places: Sequence[int]
 ) -> Difference | None:
     """How much further train is ahead of the holdout with the tuned model than with the baseline, which has not learned
-    these rows: what both have in common lies in the rows. None when a prompt shows nearly all of train."""
-    kept = [i for i, (one, row) in enumerate(train) if row.line not in {shot.line for shot in one.shots}]
+    these rows: what both have in common lies in the rows. None where its prompt shows nearly all of them, or they
+    do not fit behind it."""
+    kept = [i for i, (one, row) in enumerate(train) if all(row.line != shot.line for shot in one.shots)]
     kept = [kept[at] for at in sample(kept, BASELINE_ITEMS, subject.seed, NAME)]
     if len(kept) < FEWEST:
         return None
