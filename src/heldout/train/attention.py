@@ -5,13 +5,15 @@ its own segment and to all of the segments above it, never to a sibling. Positio
 (`Layout.position_ids`), so the result equals running every example alone.
 
 Queries are taken in groups: a shared segment is a group of its own, the segments that belong to one
-example each are padded to rows of one group, bucketed by length. The scores of a group have a column for
-every position above it and then one for every slot of its own.
+example each are padded to rows of one group, bucketed by length. All tokens are taken to the groups' slots at
+once and back again. A group's keys are those above it, for each of its rows, and then its own: one product for
+all of them is faster than one for what rows share and one for the rest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,8 +26,12 @@ IMPLEMENTATION = "heldout_prefix_tree"
 
 #: Attention weights of one layer that may be kept for the backward pass, in numbers (16 MiB).
 KEPT_SCORES = 1 << 22
-#: Rows of one group differ in length at most by this factor, or by a few tokens.
-SPREAD, FEW = 1.5, 16
+#: Slots of one group that may be padding: this share of them, or as many as a group of its own would cost.
+SPARE, FEW = 0.3, 64
+#: Keys of one group, all rows together, if it has more than one row.
+KEYS = 1 << 14
+
+NOWHERE = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class Segment:
 
 
 class Above(NamedTuple):
-    """Keys [start, end) of the packed sequence are columns [column, …) for rows [first, last) of a group."""
+    """Keys at the layout's slots [start, end) are columns [column, …) for rows [first, last) of a group."""
 
     first: int
     last: int
@@ -56,16 +62,18 @@ class Above(NamedTuple):
 class Group:
     """Queries that are computed together: B rows of S slots with M columns of keys above them."""
 
-    start: int  # of the packed tokens, where the group is one unpadded row
-    gather: torch.Tensor  # [B * S] packed positions, padding filled with a position of the group's first row
-    scatter: torch.Tensor  # [n] the slots that are real, in the order of `packed`
-    packed: torch.Tensor  # [n] packed positions of the real slots
+    first: int  # of the layout's slots; the group's are the B * S from here
     rows: int
     slots: int
     above: tuple[Above, ...]
     columns: int  # M
     hidden: torch.Tensor  # [B, 1, M + S or fewer] or [0]: True at columns above that a row may not see
-    padded: bool
+    spare: torch.Tensor  # [m] those of its slots that are padding
+
+    @cached_property
+    def future(self) -> torch.Tensor:
+        """[S, 1, S]: 0 where a slot may look at another one of its row, else minus infinity."""
+        return torch.full((self.slots, self.slots), -math.inf).triu_(1)[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +81,47 @@ class Layout:
     """Where each of the L tokens of one packed sequence belongs."""
 
     position_ids: torch.Tensor  # [1, L]
-    groups: tuple[Group, ...]  # a processor's; none on a GPU, which attends everywhere at once
     segments: tuple[Segment, ...]
     # [L]: where the tokens end that may look at this one: those of its segment and of all below it, which in
     # depth-first order lie behind it in one piece.
     until: torch.Tensor
+    # A processor's; none on a GPU, which attends everywhere at once.
+    groups: tuple[Group, ...] = ()
+    tokens: torch.Tensor = NOWHERE  # [T]: the token in each slot of all groups; in padding, the first of the group
+    slots: torch.Tensor = NOWHERE  # [L]: the slot of each token
 
     @staticmethod
     def of(segments: list[Segment]) -> Layout:
         """The layout of one packed sequence."""
-        positions = [torch.arange(one.offset, one.offset + len(one)) for one in segments]
-        groups = [_group([one], segments) for one in segments if not one.own]
-        groups += [_group(bucket, segments) for bucket in _buckets([one for one in segments if one.own])]
+        rows = [[one] for one in segments if not one.own] + _buckets([one for one in segments if one.own])
+        groups: list[Group] = []
+        tokens: list[torch.Tensor] = []
+        firsts: dict[int, int] = {}  # a segment's start, and the first of its slots
+        first = 0
+        for bucket in rows:
+            group, taken = _group(bucket, segments, first, firsts)
+            firsts[bucket[0].start] = first
+            groups.append(group)
+            tokens.append(taken)
+            first += len(taken)
+        slots = torch.full((sum(map(len, segments)),), -1)
+        for group, taken in zip(groups, tokens, strict=True):
+            real = torch.ones(len(taken), dtype=torch.bool).index_fill_(0, group.spare, False)
+            slots[taken[real]] = group.first + real.nonzero()[:, 0]
         return Layout(
-            position_ids=torch.cat(positions)[None],
-            groups=tuple(groups),
+            position_ids=torch.cat([torch.arange(one.offset, one.offset + len(one)) for one in segments])[None],
             segments=tuple(segments),
             until=_until(segments),
+            groups=tuple(groups),
+            tokens=torch.cat(tokens),
+            slots=slots,
         )
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
         if self.position_ids.device == device:
             return self
-        return Layout(
-            position_ids=self.position_ids.to(device), groups=(), segments=self.segments, until=self.until.to(device)
-        )
+        return Layout(position_ids=self.position_ids.to(device), segments=self.segments, until=self.until.to(device))
 
     @property
     def longest(self) -> int:
@@ -137,20 +160,29 @@ def _until(segments: list[Segment]) -> torch.Tensor:
 def _buckets(segments: list[Segment]) -> list[list[Segment]]:
     """Segments of similar length together, each bucket in packed order."""
     buckets: list[list[Segment]] = []
+    total = deepest = 0  # tokens of the last bucket, and the most above a row of it
     for one in sorted(segments, key=len):
-        if buckets and len(one) <= max(SPREAD * len(buckets[-1][0]), len(buckets[-1][0]) + FEW):
+        rows = len(buckets[-1]) + 1 if buckets else 0
+        slots = rows * len(one)
+        spare = slots - total - len(one)
+        keys = slots + rows * max(deepest, one.offset)
+        if rows and spare <= max(SPARE * slots, FEW) and keys <= KEYS:
             buckets[-1].append(one)
+            total, deepest = total + len(one), max(deepest, one.offset)
         else:
             buckets.append([one])
+            total, deepest = len(one), one.offset
     return [sorted(bucket, key=lambda one: one.start) for bucket in buckets]
 
 
-def _group(rows: list[Segment], segments: list[Segment]) -> Group:
+def _group(
+    rows: list[Segment], segments: list[Segment], first: int, firsts: Mapping[int, int]
+) -> tuple[Group, torch.Tensor]:
+    """A group whose slots begin with `first`, and the tokens in them, [B * S]."""
     slots = max(map(len, rows))
     steps = torch.arange(slots)
     starts = torch.tensor([one.start for one in rows])
     real = steps[None, :] < torch.tensor([len(one) for one in rows])[:, None]
-    positions = starts[:, None] + steps[None, :]
     columns = max(one.offset for one in rows)
     hidden = torch.zeros(0)
     if any(one.offset < columns for one in rows):
@@ -160,19 +192,18 @@ def _group(rows: list[Segment], segments: list[Segment]) -> Group:
         # Rows below one segment lie side by side: packed order is depth first.
         below = [row for row, one in enumerate(rows) if index in one.ancestors]
         key = segments[index]
-        above.append(Above(below[0], below[-1] + 1, key.start, key.end, key.offset))
-    return Group(
-        start=rows[0].start,
-        gather=torch.where(real, positions, rows[0].start).flatten(),
-        scatter=real.flatten().nonzero()[:, 0],
-        packed=positions[real],
+        start = firsts[key.start]
+        above.append(Above(below[0], below[-1] + 1, start, start + len(key), key.offset))
+    group = Group(
+        first=first,
         rows=len(rows),
         slots=slots,
         above=tuple(above),
         columns=columns,
         hidden=hidden,
-        padded=not bool(real.all()),
+        spare=(~real).flatten().nonzero()[:, 0],
     )
+    return group, torch.where(real, starts[:, None] + steps[None, :], rows[0].start).flatten()
 
 
 class Kept(NamedTuple):
@@ -202,85 +233,50 @@ def attend(
         [L, H, d], and one Kept for each group of the layout. L may count rows behind the layout's last token; nobody
         looks at them, and theirs are 0.
     """
-    length, heads, width = q.shape
     kv_heads = k.shape[1]
-    out = _zero_behind(q.new_empty(length, heads, width), layout)
+    q, k, v, length = (*(_to_slots(one, layout) for one in (q, k, v)), len(q))
+    out = torch.empty_like(q)
     kept: list[Kept] = []
-    shared: dict[int, Kept] = {}  # a segment above others is a group by itself, and comes before them
+    # A segment above others is a group by itself, and comes before them.
+    shared_k: dict[int, torch.Tensor] = {}
+    shared_v: dict[int, torch.Tensor] = {}
     for group in layout.groups:
-        q_own = _queries(q, group, kv_heads).float()
-        k_own, v_own = _keys(k, group).float(), _keys(v, group).float()
-        scores = q_own.new_empty(kv_heads, group.rows, q_own.shape[2], group.columns + group.slots)
-        if len(group.hidden):
-            scores[..., : group.columns] = 0  # what no segment fills is hidden below; it must not be NaN
-        for one in group.above:
-            flat = q_own[:, one.first : one.last].reshape(kv_heads, -1, width)
-            part = scores[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
-            part.copy_(torch.bmm(flat, shared[one.start].k[:, 0].transpose(1, 2)).view(part.shape))
+        q_own, k_own, v_own = (_own(one, group, kv_heads) for one in (q, k, v))
+        keys, values = (_with_above(own, group, shared) for own, shared in ((k_own, shared_k), (v_own, shared_v)))
+        scores = torch.matmul(q_own, keys.transpose(2, 3))
         own = scores[..., group.columns :]
-        own.copy_(torch.matmul(q_own, k_own.transpose(2, 3)))
-        by_slot = own.view(kv_heads, group.rows, group.slots, -1, group.slots)
-        by_slot.masked_fill_(_future(group.slots, q.device)[:, None, :], -math.inf)
+        own.view(kv_heads, group.rows, group.slots, -1, group.slots).add_(group.future)
         if len(group.hidden):
             scores[..., : group.columns].masked_fill_(group.hidden, -math.inf)
         weights = torch.softmax(scores.mul_(scale), dim=-1)
-        result = torch.matmul(weights[..., group.columns :], v_own)
-        for one in group.above:
-            part = weights[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
-            product = torch.bmm(part.reshape(kv_heads, -1, part.shape[-1]), shared[one.start].v[:, 0])
-            result[:, one.first : one.last] += product.view(kv_heads, one.last - one.first, -1, width)
-        _put(out, result, group)
+        _put(out, torch.matmul(weights, values), group)
         kept.append(Kept(q_own, k_own, v_own, weights))
-        shared[group.start] = kept[-1]
-    return out, kept
+        shared_k[group.first], shared_v[group.first] = k_own, v_own
+    return _to_tokens(out, layout, length), kept
 
 
-def attend_backward(
-    grad: torch.Tensor, kept: list[Kept], layout: Layout, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q [L, H, d], k and v [L, K, d], given that of `attend`'s result [L, H, d]."""
-    kv_heads, width = kept[0].k.shape[0], kept[0].k.shape[3]
+def attend_backward(grad: torch.Tensor, kept: list[Kept], layout: Layout, scale: float) -> torch.Tensor:
+    """Gradients of q [L, H, d], k and v [L, K, d], given that of `attend`'s result [L, H, d]; side by side,
+    [L, H + 2 K, d]."""
+    heads, kv_heads, width = grad.shape[1], kept[0].k.shape[0], kept[0].k.shape[3]
     # A segment above others is a group by itself: its keys and values are what that group kept.
-    shared = {group.start: one for group, one in zip(layout.groups, kept, strict=True)}
-    # Every position is some group's own once and is written there; what is added to it comes from groups
-    # further down the tree, which come later.
-    d_q, d_k, d_v = (
-        _zero_behind(grad.new_empty(len(grad), heads, width), layout) for heads in (grad.shape[1], kv_heads, kv_heads)
-    )
+    shared_k = {group.first: one.k for group, one in zip(layout.groups, kept, strict=True)}
+    shared_v = {group.first: one.v for group, one in zip(layout.groups, kept, strict=True)}
+    grad, length = _to_slots(grad, layout), len(grad)
+    # Every slot is written by its group; what is added to it comes from groups further down the tree, which come later.
+    gradients = grad.new_empty(len(grad), heads + 2 * kv_heads, width)
+    d_q, d_k, d_v = gradients.split([heads, kv_heads, kv_heads], dim=1)
     for group, (q_own, k_own, v_own, weights) in zip(layout.groups, kept, strict=True):
-        g_own = _queries(grad, group, kv_heads).float()
-        d_weights = torch.empty_like(weights)
-        d_weights[..., group.columns :] = torch.matmul(g_own, v_own.transpose(2, 3))
-        if len(group.hidden):
-            d_weights[..., : group.columns] = 0
-        for one in group.above:
-            flat = g_own[:, one.first : one.last].reshape(kv_heads, -1, width)
-            part = d_weights[:, one.first : one.last, :, one.column : one.column + one.end - one.start]
-            part.copy_(torch.bmm(flat, shared[one.start].v[:, 0].transpose(1, 2)).view(part.shape))
-        d_scores = _softmax_backward(weights, d_weights, scale)
-        if group.padded:  # a padded query was gathered from a real position, and its gradient too
-            real = torch.zeros(group.rows * group.slots, dtype=weights.dtype, device=weights.device)
-            real[group.scatter] = 1
-            shape = (1, group.rows, group.slots, 1, 1)
-            by_slot = (kv_heads, group.rows, group.slots, -1, weights.shape[-1])
-            d_scores = (d_scores.view(by_slot) * real.view(shape)).view_as(d_scores)
-            weights = (weights.view(by_slot) * real.view(shape)).view_as(weights)
-        own = d_scores[..., group.columns :]
-        d_q_own = torch.matmul(own, k_own)
-        _put(d_k, torch.matmul(own.transpose(2, 3), q_own), group)
-        _put(d_v, torch.matmul(weights[..., group.columns :].transpose(2, 3), g_own), group)
-        for one in group.above:
-            rows, columns = slice(one.first, one.last), slice(one.column, one.column + one.end - one.start)
-            s_part = d_scores[:, rows, :, columns].reshape(kv_heads, -1, one.end - one.start)
-            w_part = weights[:, rows, :, columns].reshape(kv_heads, -1, one.end - one.start)
-            below = torch.bmm(s_part, shared[one.start].k[:, 0])
-            d_q_own[:, rows] += below.view(kv_heads, one.last - one.first, -1, width)
-            flat_q = q_own[:, rows].reshape(kv_heads, -1, width)
-            flat_g = g_own[:, rows].reshape(kv_heads, -1, width)
-            d_k[one.start : one.end] += torch.bmm(s_part.transpose(1, 2), flat_q).transpose(0, 1)
-            d_v[one.start : one.end] += torch.bmm(w_part.transpose(1, 2), flat_g).transpose(0, 1)
-        _put(d_q, d_q_own, group)
-    return d_q, d_k, d_v
+        g_own = _own(grad, group, kv_heads)
+        # Padding is filled with a real token. Without a gradient it adds nothing to any other.
+        g_own.view(kv_heads, group.rows * group.slots, -1).index_fill_(1, group.spare, 0)
+        keys, values = (_with_above(own, group, shared) for own, shared in ((k_own, shared_k), (v_own, shared_v)))
+        d_weights = torch.matmul(g_own, values.transpose(2, 3))
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
+        _put(d_q, torch.matmul(d_scores, keys), group)
+        _put_keys(d_k, torch.matmul(d_scores.transpose(2, 3), q_own), group)
+        _put_keys(d_v, torch.matmul(weights.transpose(2, 3), g_own), group)
+    return _to_tokens(gradients, layout, length)
 
 
 def attend_anew(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
@@ -329,7 +325,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         saved = ctx.saved_tensors
         kept = [Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
-        return (*attend_backward(grad.contiguous(), kept, ctx.layout, ctx.scale), None, None)
+        gradients = attend_backward(grad.contiguous(), kept, ctx.layout, ctx.scale)
+        kv_heads = len(kept[0].k)
+        return (*gradients.split([grad.shape[1], kv_heads, kv_heads], dim=1), None, None)
 
 
 def prefix_tree_attention(
@@ -367,52 +365,56 @@ def prefix_tree_attention(
     return attend_anew(q, k, v, layout, scale)[None], None
 
 
-def _queries(q: torch.Tensor, group: Group, kv_heads: int) -> torch.Tensor:
-    """[L, H, d] -> [K, B, S x H / K, d]; a slot's heads of one key head lie side by side."""
-    width = q.shape[2]
-    by_key = q.reshape(q.shape[0], kv_heads, -1).transpose(0, 1)
-    return _taken(by_key, group).view(kv_heads, group.rows, -1, width)
+def _to_slots(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[L, heads, d] -> [T, heads, d]. Whole rows, all groups at once: taking a group's rows of every head is four times
+    as slow."""
+    return x.reshape(len(x), -1).index_select(0, layout.tokens).view(-1, *x.shape[1:])
 
 
-def _keys(k: torch.Tensor, group: Group) -> torch.Tensor:
-    """[L, K, d] -> [K, B, S, d]."""
-    return _taken(k.transpose(0, 1), group).view(k.shape[1], group.rows, group.slots, -1)
+def _to_tokens(x: torch.Tensor, layout: Layout, length: int) -> torch.Tensor:
+    """[T, heads, d] -> [length, heads, d], padding dropped; 0 behind the layout's last token."""
+    rows = x.view(len(x), -1).index_select(0, layout.slots)
+    spare = length - len(rows)
+    return (F.pad(rows, (0, 0, 0, spare)) if spare else rows).view(length, *x.shape[1:])
 
 
-def _taken(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[K, L, w] -> [K, B * S, w], contiguous."""
-    if group.rows == 1:
-        return x[:, group.start : group.start + group.slots].contiguous()
-    return x.index_select(1, group.gather)
+def _own(x: torch.Tensor, group: Group, kv_heads: int) -> torch.Tensor:
+    """[T, K x g, d] -> [K, B, S x g, d]: a group's, in memory of its own. A slot's heads of one key head lie side by
+    side."""
+    rows = x[group.first : group.first + group.rows * group.slots].view(-1, kv_heads, x[0].numel() // kv_heads)
+    by_key = rows.transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return by_key.view(kv_heads, group.rows, -1, x.shape[2])
 
 
 def _put(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
-    """Write [K, B, S x g, d] to the group's positions of `out` [L, K x g, d], padding dropped."""
-    kv_heads = x.shape[0]
-    flat = x.reshape(kv_heads, group.rows * group.slots, -1).to(out.dtype)
-    target = out.view(out.shape[0], kv_heads, -1)
-    if group.rows == 1:
-        target[group.start : group.start + group.slots] = flat.transpose(0, 1)
-        return
-    if group.padded:
-        flat = flat.index_select(1, group.scatter)
-    target.index_copy_(0, group.packed, flat.transpose(0, 1))
+    """Write [K, B, S x g, d] to the group's slots of `out`, [T, K x g, d]."""
+    by_key = x.reshape(len(x), group.rows * group.slots, -1)
+    target = out[group.first : group.first + by_key.shape[1]]
+    target.view(len(target), len(x), -1).copy_(by_key.transpose(0, 1))
 
 
-def _zero_behind(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """`x` with 0 in the rows behind the layout's last token."""
-    x[layout.segments[-1].end :] = 0
-    return x
+def _with_above(own: torch.Tensor, group: Group, shared: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """A group's keys or values, [K, B, M + S, d]: those above each row, and its own [K, B, S, d]. `shared` has those of
+    the groups above by their first slot."""
+    if not group.above:
+        return own
+    kv_heads, rows, slots, width = own.shape
+    # Where a row has nothing above it is hidden, and must be a number.
+    room = own.new_zeros if len(group.hidden) else own.new_empty
+    every = room(kv_heads, rows, group.columns + slots, width)
+    every[:, :, group.columns :] = own
+    for one in group.above:
+        every[:, one.first : one.last, one.column : one.column + one.end - one.start] = shared[one.start]
+    return every
 
 
-def _future(n: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
-
-
-def _softmax_backward(weights: torch.Tensor, grad: torch.Tensor, scale: float) -> torch.Tensor:
-    """Gradient of the scores before scaling, given that of their softmax; `grad` is overwritten."""
-    dot = (weights * grad).sum(dim=-1, keepdim=True)
-    return grad.sub_(dot).mul_(weights).mul_(scale)
+def _put_keys(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
+    """Write gradients of a group's own keys, [K, B, M + S, d], to its slots of `out` [T, K, d], and add those of the
+    keys above."""
+    _put(out, x[:, :, group.columns :], group)
+    for one in group.above:
+        below = x[:, one.first : one.last, one.column : one.column + one.end - one.start].sum(dim=1)
+        out[one.start : one.end] += below.transpose(0, 1)
 
 
 AttentionInterface.register(IMPLEMENTATION, prefix_tree_attention)

@@ -35,7 +35,7 @@ class Filled(NamedTuple):
     @property
     def layout(self) -> Layout:
         """Who looks at whom. It has no groups and no segments: what they would say is not fixed by sizes."""
-        return Layout(position_ids=self.positions, groups=(), segments=(), until=self.until)
+        return Layout(position_ids=self.positions, segments=(), until=self.until)
 
 
 #: Forward and backward of a filled pack, gradients added to the parameters': nll and right of its predictions, [U].
