@@ -36,15 +36,19 @@ class _Loss(torch.autograd.Function):
         plain, right = torch.empty_like(loss), torch.empty(count, dtype=torch.bool, device=hidden.device)
         tempered = torch.empty(len(temperatures), count, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Chunks of one length: a short one at the end costs nearly as much as a long one.
+        chunk = max(1, math.ceil(count / max(1, math.ceil(count / chunk))))
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             aims = targets[part]
             room = torch.mm(padded(hidden[part]), weight.t()).float()
             logits, behind = room[: len(aims)], room[len(aims) :]
-            right[part] = logits.argmax(dim=-1) == aims
             aimed = logits.gather(1, aims[:, None])[:, 0]
             mean = logits.mean(dim=-1) if smoothing else aimed
             highest = logits.amax(dim=-1, keepdim=True)
+            # Two logits that are equal are common in bfloat16 only, and argmax takes as long as all other passes.
+            exact = hidden.dtype == torch.float32
+            right[part] = aimed == highest[:, 0] if exact else logits.argmax(dim=-1) == aims
             logits.sub_(highest)
             for row, sums in _tempered_sums(logits, temperatures).items():
                 tempered[row, part] = sums.log() + (highest[:, 0] - aimed) / temperatures[row]
@@ -54,13 +58,13 @@ class _Loss(torch.autograd.Function):
             plain[part] = total - aimed
             loss[part] = total - (1 - smoothing) * aimed - smoothing * mean
             if gradient is not None:
-                # d loss / d logits = softmax - (1 - e) onehot - e / V
-                probabilities = powers.div_(sums)
+                # d loss / d logits = softmax - (1 - e) onehot - e / V; times the sum of powers here, and divided by it
+                # where rows are short.
                 if smoothing:
-                    probabilities.sub_(smoothing / logits.shape[1])
-                probabilities[torch.arange(len(aims), device=aims.device), aims] -= 1 - smoothing
+                    powers.sub_(sums * (smoothing / logits.shape[1]))
+                powers[torch.arange(len(aims), device=aims.device), aims] -= (1 - smoothing) * sums[:, 0]
                 behind.zero_()
-                gradient[part] = (room.to(hidden.dtype) @ weight)[: len(aims)]
+                gradient[part] = (room.to(hidden.dtype) @ weight)[: len(aims)] / sums
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(plain, right, tempered)
         return loss, plain, right, tempered
