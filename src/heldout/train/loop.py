@@ -127,7 +127,7 @@ def run(
             watch.message(alarm.sentence, level="warn")
             _start_again(alarm, checkpoints, trainee, optimizer, average, course)
             continue
-        update(plan, trainee, optimizer, learning_rate(plan, step, course.guard.learning_rate))
+        update(plan, trainee, optimizer, learning_rate(plan, step, course.guard.learning_rate), found.norm)
         average.update(step)
         course.step = step
         course.step_seconds += time.perf_counter() - clock
@@ -218,9 +218,11 @@ def gradients(trainee: Trainee[Row], rows: Sequence[Row], step: int) -> Step:
     return Step(nats / count, right / count, float(torch.stack(norms).norm()))
 
 
-def update(plan: TrainPlan, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Apply the gradients, clipped, and clear them."""
-    torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), plan.max_grad_norm)
+def update(plan: TrainPlan, trainee: Trainee[Row], optimizer: torch.optim.Optimizer, rate: float, norm: float) -> None:
+    """Apply the gradients, whose norm is `norm`, clipped as torch's clip_grad_norm_ does it, and clear them."""
+    if norm > plan.max_grad_norm:
+        gradients = [p.grad for p in trainee.parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, plan.max_grad_norm / (norm + 1e-6))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -114,7 +114,7 @@ def _train(
         if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
             optimizer.zero_grad(set_to_none=True)
             return False
-        loop.update(plan, trainee, optimizer, trial.rate * min(1.0, step / max(1, plan.warmup_steps)))
+        loop.update(plan, trainee, optimizer, trial.rate * min(1.0, step / max(1, plan.warmup_steps)), found.norm)
         tell()
     trial.weights = copy(trainee.parameters)
     trial.optimizer = optimizer.state_dict()

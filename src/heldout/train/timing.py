@@ -48,8 +48,8 @@ def time_parts(
     average = Average(trainee.parameters, plan.ema_decay)
 
     def take(step: int) -> None:
-        loop.gradients(trainee, [train[row] for row in loop.batch_rows(plan, len(train), step)], step)
-        loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate))
+        found = loop.gradients(trainee, [train[row] for row in loop.batch_rows(plan, len(train), step)], step)
+        loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate), found.norm)
         average.update(step)
 
     take(order[0])  # the first one also makes the optimizer's state and malloc's heap
