@@ -8,10 +8,11 @@ contender runs in a process of its own, in turns; the table shows medians over t
 two warm-up steps. Memory is the process's; on a GPU, what torch holds of it.
 
     heldout      our loop with its defaults (dropout 0.05, gradient clipping)
-    trl-default  TRL SFTTrainer as it comes for chat rows: whole-sequence loss, gradient checkpointing, fp32 (on a
-                 GPU with bf16 products)
+    trl-default  TRL SFTTrainer as it comes for chat rows: whole-sequence loss, gradient checkpointing, fp32 weights
+                 and bf16 products, whatever this machine makes of them; on a processor with use_cpu, which it asks for
+    trl-fp32     (processor) the same with fp32 products
     trl-best     TRL with prompt/completion rows, no checkpointing, and the faster precision of this machine
-    trl-bf16     the same in bfloat16, whatever this machine makes of it
+    trl-bf16     trl-best in bfloat16, whatever this machine makes of it
     trl-liger    (GPU) the same with Liger's kernels, where liger-kernel is installed
 
 "Share of peak" is our matrix products with base weights and the output head, forward and backward, over the
@@ -39,7 +40,7 @@ from benchmarks.common import MODEL, OWN, SHARED, base_folder, examples_of, plan
 from heldout.pipeline.types import Split
 
 WARM = 2
-CONTENDERS = ("heldout", "trl-default", "trl-best", "trl-bf16", "trl-liger")
+CONTENDERS = ("heldout", "trl-default", "trl-fp32", "trl-best", "trl-bf16", "trl-liger")
 TASKS = ("banking12", "snips-slots", "disfluency")
 
 
@@ -67,15 +68,15 @@ def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float
     keep_freed_memory()
     rows = trainee.rows(examples, task)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), lr=plan.learning_rate, fused=True)
-    spent = work = loss = 0.0
+    spent = work = 0.0
     with device.repeatable():
         for step in range(1, WARM + steps + 1):
             batch = [rows[row] for row in loop.batch_rows(plan, len(rows), step)]
             if not device.is_gpu():
                 peaks.append(product_rate(trainee.head.weight.dtype, trainee.device))
             started = time.perf_counter()
-            loss = loop.gradients(trainee, batch, step).loss
-            loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate))
+            found = loop.gradients(trainee, batch, step)
+            loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate), found.norm)
             if device.is_gpu():
                 torch.cuda.synchronize()
             if step > WARM:
@@ -83,7 +84,7 @@ def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float
                 work += products(trainee, batch)
     return {
         "examples_per_second": steps * size / spent,
-        "loss": loss,
+        "loss": found.loss,
         "share_of_peak": work / spent / statistics.median(peaks),
         "predicted_memory_bytes": plan.predicted_memory_bytes,
     }
@@ -137,7 +138,7 @@ def run_trl(task: str, steps: int, contender: str, model_name: str, size: int) -
     from heldout.engine import weights
 
     folder = base_folder(model_name)
-    best = contender != "trl-default"
+    best = contender not in ("trl-default", "trl-fp32")
     low = contender in ("trl-bf16", "trl-liger") or (best and weights.choose_precision() == torch.bfloat16)
     rows = rows_of(file_of(task))
     if best:
@@ -162,8 +163,7 @@ def run_trl(task: str, steps: int, contender: str, model_name: str, size: int) -
             save_strategy="no",
             disable_tqdm=True,
             **({"gradient_checkpointing": False} if best else {}),
-            # On a GPU its default is bf16 products; a processor may emulate them.
-            **({} if torch.cuda.is_available() and not best else {"bf16": low}),
+            **({} if contender == "trl-default" else {"bf16": low}),
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if low else torch.float32)
         trainer = SFTTrainer(
@@ -218,7 +218,7 @@ def contenders() -> list[str]:
 
     if torch.cuda.is_available():
         return ["heldout", "trl-default", "trl-best", *(["trl-liger"] if find_spec("liger_kernel") else [])]
-    return list(CONTENDERS[:3])
+    return list(CONTENDERS[:4])
 
 
 def main() -> None:
