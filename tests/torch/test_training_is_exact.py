@@ -165,15 +165,19 @@ def test_how_a_step_is_cut_into_packs_does_not_change_it(families: dict[str, Pat
         assert difference(found, results[0][1]) < 1e-4
 
 
-@pytest.mark.parametrize(("spread", "few"), [(1.0, 0), (1e9, 0)], ids=["a bucket for every length", "one bucket"])
+@pytest.mark.parametrize(
+    "limits",
+    [{"SPARE": 0.0, "FEW": 0}, {"SPARE": 1.0}, {"KEYS": 1}],
+    ids=["a bucket for every length", "one bucket", "a bucket for every row"],
+)
 def test_how_lengths_are_bucketed_does_not_change_a_step(
-    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, spread: float, few: int
+    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limits: dict[str, float]
 ) -> None:
     trainee = build(families[LLAMA])
     rows = tokens_of(trainee.template, "everything")
     ours, count = step_of(trainee, rows), len(pack(rows).layout.groups)
-    monkeypatch.setattr(attention, "SPREAD", spread)
-    monkeypatch.setattr(attention, "FEW", few)
+    for name, limit in limits.items():
+        monkeypatch.setattr(attention, name, limit)
     assert len(pack(rows).layout.groups) != count
     other = step_of(trainee, rows)
     assert ours[0] == pytest.approx(other[0], rel=1e-5)
@@ -263,7 +267,7 @@ def test_the_head_keeps_no_logits_and_needs_no_gradient_in_validation() -> None:
 
     with Sizes():
         loss, *_ = head.losses(hidden, weight, targets, temperatures=(0.5, 2.0), chunk=64)
-    assert biggest == 64
+    assert biggest == 60  # five of one length
     assert not loss.requires_grad
 
 

@@ -157,7 +157,7 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
     q, kv = shapes.heads * shapes.head_width, shapes.kv_heads * shapes.head_width
     kept = packed * (
         hidden  # its input
-        + 2 * (hidden + sizes.ranks)  # both normed inputs with the inner values beside them
+        + 2 * sizes.ranks  # inner values of what takes the two normed inputs
         + hidden  # the residual stream after attention
         + q  # attention's result
         + 2 * wide  # gate and up

@@ -167,18 +167,19 @@ class Block:
 
 @dataclass
 class _Kept:
-    """What the backward pass needs of the forward pass. "Joint" is an input with its inner values beside it."""
+    """What the backward pass needs of the forward pass. Inputs of projections that are a pass over memory away from
+    something else that is kept are computed again; inner values are those of a projection's adapters."""
 
     r1: torch.Tensor
-    a: torch.Tensor  # rmsnorm(x), joint
+    a_inner: torch.Tensor  # [L, R], of q, k and v
     qkv: torch.Tensor | None  # only where scores are not kept; else they are in `scores`
     scores: list[Kept] | None
-    o: torch.Tensor  # attention's result, joint
+    o: torch.Tensor  # attention's result with its inner values beside it
     h: torch.Tensor
     r2: torch.Tensor
-    b: torch.Tensor  # rmsnorm(h), joint
+    b_inner: torch.Tensor  # [L, R], of gate and up
     gate_up: torch.Tensor  # [L, 2 F], column-major
-    act_inner: torch.Tensor  # [L, r]; act itself is computed again
+    act_inner: torch.Tensor  # [L, r], of down
 
 
 class _Block(torch.autograd.Function):
@@ -243,13 +244,13 @@ def _forward(
     y = _project(block.down, act, _mask(dropout, block, 3, act), onto=h)
     return y, _Kept(
         r1=r1,
-        a=a,
+        a_inner=a[:, block.qkv.inputs :].clone(),
         qkv=qkv if scores is None else None,
         scores=scores,
         o=o,
         h=h,
         r2=r2,
-        b=b,
+        b_inner=b[:, block.gate_up.inputs :].clone(),
         gate_up=gate_up,
         act_inner=act[:, block.down.inputs :].clone(),
     )
@@ -269,10 +270,12 @@ def _backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Gradient of x (None unless `needs_x`) and those of `block.parameters`."""
     d_gate_up, of_down = _down_backward(block.down, grad, kept, _mask(dropout, block, 3, grad))
-    d_b, of_gate_up = _project_backward(block.gate_up, d_gate_up, kept.b, _mask(dropout, block, 2, kept.b))
+    b = _normed(kept.h, kept.r2, block.norms[1])
+    d_b, of_gate_up = _project_backward(block.gate_up, d_gate_up, b, kept.b_inner, _mask(dropout, block, 2, b))
     assert d_b is not None
     d_h = _norm_backward(kept.h, kept.r2, block.norms[1], d_b, onto=grad)
-    d_o, of_o = _project_backward(block.o, d_h, kept.o, _mask(dropout, block, 1, kept.o))
+    o, o_inner = kept.o[:, : block.o.inputs], kept.o[:, block.o.inputs :]
+    d_o, of_o = _project_backward(block.o, d_h, o, o_inner, _mask(dropout, block, 1, o))
     assert d_o is not None
     if rows is not None:
         d_o = d_o.new_zeros(len(x), d_o.shape[1]).index_copy_(0, rows, d_o[: len(rows)])
@@ -280,7 +283,8 @@ def _backward(
     d_qkv = _attention_backward(block, d_o, kept, layout)
     rotated = d_qkv[:, : (block.heads + block.kv_heads) * block.width]
     _rotate(rotated.view(len(x), -1, block.width), angles[0], -angles[1])
-    d_a, of_qkv = _project_backward(block.qkv, d_qkv, kept.a, _mask(dropout, block, 0, kept.a), needs_x=needs_x)
+    a, mask = _normed(x, kept.r1, block.norms[0]), _mask(dropout, block, 0, x)
+    d_a, of_qkv = _project_backward(block.qkv, d_qkv, a, kept.a_inner, mask, needs_x=needs_x)
     d_x = None if d_a is None else _norm_backward(x, kept.r1, block.norms[0], d_a, onto=d_h)
     return d_x, [*of_qkv, *of_o, *of_gate_up, *of_down]
 
@@ -373,9 +377,15 @@ def _project(
 
 
 def _project_backward(
-    projection: Projection, grad: torch.Tensor, joint: torch.Tensor, mask: torch.Tensor | None, *, needs_x: bool = True
+    projection: Projection,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    needs_x: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """Gradient of the input, and those of every adapter's A and B."""
+    """Gradient of the input x, and those of every adapter's A and B."""
     inputs, weight = projection.inputs, projection.weight
     if not needs_x:
         through = grad @ weight[:, inputs:]
@@ -385,7 +395,6 @@ def _project_backward(
         d_x, through = both[:, :inputs], both[:, inputs:]
     if not projection.adapters:
         return d_x, []
-    x, inner = joint[:, :inputs], joint[:, inputs:]
     of_a = through.t() @ (x if mask is None else x * mask)
     if d_x is not None:
         if mask is None:
@@ -408,7 +417,7 @@ def _of_adapters(
 
 
 def _mask(dropout: Dropout, block: Block, place: int, joint: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a projection's input, if an adapter takes it; `joint` may have inner values beside it."""
+    """The mask of a projection's input, if an adapter takes it, in the type of `joint` and for its rows."""
     projection = (block.qkv, block.o, block.gate_up, block.down)[place]
     if not projection.adapters:
         return None
@@ -424,10 +433,14 @@ def _swiglu(gate_up: torch.Tensor, *, out: torch.Tensor) -> None:
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor) -> torch.Tensor:
     """RMSNorm into `out`; 1 / sqrt(mean(x^2) + eps) in fp32, [L, 1]."""
-    wide = x.float()
-    r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    torch.mul((wide * r).to(x.dtype), weight, out=out)
+    r = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    _normed(x, r, weight, out=out)
     return r
+
+
+def _normed(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """RMSNorm of x, given r."""
+    return torch.mul((x.float() * r).to(x.dtype), weight, out=out)
 
 
 def _norm_backward(
