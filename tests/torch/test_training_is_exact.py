@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heldout.engine.template import Tokens
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.watch import Silent
-from heldout.train import attention, body, head, loop, packing, sft
+from heldout.train import attention, block, body, head, loop, packing, sft
 from heldout.train.dropout import Dropout
 from heldout.train.graphs import Graphs, fill
 from heldout.train.method import TEMPERATURES
@@ -151,6 +151,19 @@ def test_what_is_shared_and_what_is_not_give_the_same(
     assert difference(shared[1], alone[1]) < 1e-4
 
 
+def test_how_many_features_the_cache_holds_does_not_change_a_step(
+    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = build(families[LLAMA])
+    rows = tokens_of(trainee.template, "everything")
+    whole = step_of(trainee, rows)
+    for numbers in (1, 5000):
+        monkeypatch.setattr(block, "CACHED", numbers)
+        loss, found = step_of(trainee, rows)
+        assert loss == pytest.approx(whole[0], rel=1e-6)
+        assert difference(found, whole[1]) < 1e-5
+
+
 def test_how_a_step_is_cut_into_packs_does_not_change_it(families: dict[str, Path]) -> None:
     trainee = build(families[LLAMA])
     rows = tokens_of(trainee.template, "everything")
@@ -267,7 +280,7 @@ def test_the_head_keeps_no_logits_and_needs_no_gradient_in_validation() -> None:
 
     with Sizes():
         loss, *_ = head.losses(hidden, weight, targets, temperatures=(0.5, 2.0), chunk=64)
-    assert biggest == 60  # five of one length
+    assert biggest == 60, "five of one length"
     assert not loss.requires_grad
 
 

@@ -220,8 +220,8 @@ def attend(
 ) -> tuple[torch.Tensor, list[Kept]]:
     """Attention by plain products; what the backward pass needs is kept.
 
-    Heads that share keys are rows of one product, so keys are never repeated, and what is shared is never
-    copied for an example.
+    Heads that share keys are rows of one product, so keys are not repeated for them. What is kept of shared keys is
+    kept once; for the products of a group they are copied for each of its rows (KEYS bounds how many).
 
     Args:
         q: [L, H, d]; k, v: [L, K, d].

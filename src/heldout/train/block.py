@@ -304,7 +304,7 @@ def _down_backward(
     d_gates, d_ups = d_gate_up.split(width)
     of_a = both.new_empty(width, down.rank)
     a = down.stacked_a.t() if down.adapters else None
-    blocks = math.ceil(width * len(grad) / CACHED) if grad.device.type == "cpu" else 1
+    blocks = max(1, math.ceil(width * len(grad) / CACHED)) if grad.device.type == "cpu" else 1
     step = math.ceil(width / blocks)
     for start in range(0, width, step):
         rows = slice(start, start + step)

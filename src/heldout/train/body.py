@@ -18,6 +18,7 @@ from heldout.train import norms
 from heldout.train.attention import Layout
 from heldout.train.block import Block
 from heldout.train.dropout import Dropout
+from heldout.train.memory import trim
 from heldout.train.packing import Pack
 from heldout.train.rounding import padded
 
@@ -60,7 +61,9 @@ class Body:
         self._walks = kind in WALKED
         self._blocks: list[Block] = []
         if _is_fused(config):
-            self._blocks = [Block.of(layer, index) for index, layer in enumerate(self._inner.layers)]
+            for index, layer in enumerate(self._inner.layers):
+                self._blocks.append(Block.of(layer, index))
+                trim()  # or the weights that were copied stay in memory beside their copies until all are
         else:
             norms.fuse(model)
         self._context = context_of(config)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heldout.train.rounding import padded
+from heldout.train.rounding import padded, spare_rows
 
 #: Predictions whose logits exist at the same time; bounds the memory of the output head.
 CHUNK = 256
@@ -36,8 +36,10 @@ class _Loss(torch.autograd.Function):
         plain, right = torch.empty_like(loss), torch.empty(count, dtype=torch.bool, device=hidden.device)
         tempered = torch.empty(len(temperatures), count, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Chunks of one length: a short one at the end costs nearly as much as a long one.
-        chunk = max(1, math.ceil(count / max(1, math.ceil(count / chunk))))
+        # Chunks of one length, since a short one at the end costs nearly as much as a long one, and of as many rows as
+        # their products have.
+        even = math.ceil(count / max(1, math.ceil(count / chunk)))
+        chunk = max(1, min(chunk, even + spare_rows(even, hidden)))
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             aims = targets[part]

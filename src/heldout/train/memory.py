@@ -37,6 +37,11 @@ def give_back_memory() -> None:
     gc.collect()
     if device.is_gpu():
         torch.cuda.empty_cache()
+    trim()
+
+
+def trim() -> None:
+    """Hand back what malloc holds free."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
