@@ -57,6 +57,16 @@ class Above(NamedTuple):
     end: int
     column: int
 
+    @property
+    def rows(self) -> slice:
+        """The rows below."""
+        return slice(self.first, self.last)
+
+    @property
+    def columns(self) -> slice:
+        """Where the keys are."""
+        return slice(self.column, self.column + self.end - self.start)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -67,7 +77,7 @@ class Group:
     slots: int
     above: tuple[Above, ...]
     columns: int  # M
-    hidden: torch.Tensor  # [B, 1, M + S or fewer] or [0]: True at columns above that a row may not see
+    hidden: torch.Tensor  # [B, 1, M] or [0]: True at columns above that a row may not see
     spare: torch.Tensor  # [m] those of its slots that are padding
 
     @cached_property
@@ -95,25 +105,27 @@ class Layout:
         """The layout of one packed sequence."""
         rows = [[one] for one in segments if not one.own] + _buckets([one for one in segments if one.own])
         groups: list[Group] = []
-        tokens: list[torch.Tensor] = []
+        taken: list[torch.Tensor] = []
         firsts: dict[int, int] = {}  # a segment's start, and the first of its slots
         first = 0
         for bucket in rows:
-            group, taken = _group(bucket, segments, first, firsts)
+            group, of_group = _group(bucket, segments, first, firsts)
             firsts[bucket[0].start] = first
             groups.append(group)
-            tokens.append(taken)
-            first += len(taken)
+            taken.append(of_group)
+            first += len(of_group)
+        tokens = torch.cat(taken)
+        real = torch.ones(len(tokens), dtype=torch.bool)
+        for group in groups:
+            real[group.first + group.spare] = False
         slots = torch.full((sum(map(len, segments)),), -1)
-        for group, taken in zip(groups, tokens, strict=True):
-            real = torch.ones(len(taken), dtype=torch.bool).index_fill_(0, group.spare, False)
-            slots[taken[real]] = group.first + real.nonzero()[:, 0]
+        slots[tokens[real]] = real.nonzero()[:, 0]
         return Layout(
             position_ids=torch.cat([torch.arange(one.offset, one.offset + len(one)) for one in segments])[None],
             segments=tuple(segments),
             until=_until(segments),
             groups=tuple(groups),
-            tokens=torch.cat(tokens),
+            tokens=tokens,
             slots=slots,
         )
 
@@ -237,12 +249,10 @@ def attend(
     q, k, v, length = (*(_to_slots(one, layout) for one in (q, k, v)), len(q))
     out = torch.empty_like(q)
     kept: list[Kept] = []
-    # A segment above others is a group by itself, and comes before them.
-    shared_k: dict[int, torch.Tensor] = {}
-    shared_v: dict[int, torch.Tensor] = {}
+    shared: dict[int, Kept] = {}  # a segment above others is a group by itself, and comes before them
     for group in layout.groups:
         q_own, k_own, v_own = (_own(one, group, kv_heads) for one in (q, k, v))
-        keys, values = (_with_above(own, group, shared) for own, shared in ((k_own, shared_k), (v_own, shared_v)))
+        keys, values = _with_above(k_own, v_own, group, shared)
         scores = torch.matmul(q_own, keys.transpose(2, 3))
         own = scores[..., group.columns :]
         own.view(kv_heads, group.rows, group.slots, -1, group.slots).add_(group.future)
@@ -251,7 +261,7 @@ def attend(
         weights = torch.softmax(scores.mul_(scale), dim=-1)
         _put(out, torch.matmul(weights, values), group)
         kept.append(Kept(q_own, k_own, v_own, weights))
-        shared_k[group.first], shared_v[group.first] = k_own, v_own
+        shared[group.first] = kept[-1]
     return _to_tokens(out, layout, length), kept
 
 
@@ -260,8 +270,7 @@ def attend_backward(grad: torch.Tensor, kept: list[Kept], layout: Layout, scale:
     [L, H + 2 K, d]."""
     heads, kv_heads, width = grad.shape[1], kept[0].k.shape[0], kept[0].k.shape[3]
     # A segment above others is a group by itself: its keys and values are what that group kept.
-    shared_k = {group.first: one.k for group, one in zip(layout.groups, kept, strict=True)}
-    shared_v = {group.first: one.v for group, one in zip(layout.groups, kept, strict=True)}
+    shared = {group.first: one for group, one in zip(layout.groups, kept, strict=True)}
     grad, length = _to_slots(grad, layout), len(grad)
     # Every slot is written by its group; what is added to it comes from groups further down the tree, which come later.
     gradients = grad.new_empty(len(grad), heads + 2 * kv_heads, width)
@@ -270,7 +279,7 @@ def attend_backward(grad: torch.Tensor, kept: list[Kept], layout: Layout, scale:
         g_own = _own(grad, group, kv_heads)
         # Padding is filled with a real token. Without a gradient it adds nothing to any other.
         g_own.view(kv_heads, group.rows * group.slots, -1).index_fill_(1, group.spare, 0)
-        keys, values = (_with_above(own, group, shared) for own, shared in ((k_own, shared_k), (v_own, shared_v)))
+        keys, values = _with_above(k_own, v_own, group, shared)
         d_weights = torch.matmul(g_own, values.transpose(2, 3))
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
         _put(d_q, torch.matmul(d_scores, keys), group)
@@ -393,19 +402,22 @@ def _put(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
     target.view(len(target), len(x), -1).copy_(by_key.transpose(0, 1))
 
 
-def _with_above(own: torch.Tensor, group: Group, shared: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A group's keys or values, [K, B, M + S, d]: those above each row, and its own [K, B, S, d]. `shared` has those of
+def _with_above(
+    k: torch.Tensor, v: torch.Tensor, group: Group, shared: Mapping[int, Kept]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A group's keys and values, [K, B, M + S, d]: those above each row, and its own k, v [K, B, S, d]. `shared` has
     the groups above by their first slot."""
     if not group.above:
-        return own
-    kv_heads, rows, slots, width = own.shape
+        return k, v
+    kv_heads, rows, slots, width = k.shape
     # Where a row has nothing above it is hidden, and must be a number.
-    room = own.new_zeros if len(group.hidden) else own.new_empty
-    every = room(kv_heads, rows, group.columns + slots, width)
-    every[:, :, group.columns :] = own
+    room = k.new_zeros if len(group.hidden) else k.new_empty
+    keys, values = (room(kv_heads, rows, group.columns + slots, width) for _ in range(2))
+    keys[:, :, group.columns :], values[:, :, group.columns :] = k, v
     for one in group.above:
-        every[:, one.first : one.last, one.column : one.column + one.end - one.start] = shared[one.start]
-    return every
+        above = shared[one.start]
+        keys[:, one.rows, one.columns], values[:, one.rows, one.columns] = above.k, above.v
+    return keys, values
 
 
 def _put_keys(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
@@ -413,7 +425,7 @@ def _put_keys(out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
     keys above."""
     _put(out, x[:, :, group.columns :], group)
     for one in group.above:
-        below = x[:, one.first : one.last, one.column : one.column + one.end - one.start].sum(dim=1)
+        below = x[:, one.rows, one.columns].sum(dim=1)
         out[one.start : one.end] += below.transpose(0, 1)
 
 

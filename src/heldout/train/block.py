@@ -416,13 +416,13 @@ def _of_adapters(
     return gradients
 
 
-def _mask(dropout: Dropout, block: Block, place: int, joint: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a projection's input, if an adapter takes it, in the type of `joint` and for its rows."""
+def _mask(dropout: Dropout, block: Block, place: int, like: torch.Tensor) -> torch.Tensor | None:
+    """The mask of a projection's input, if an adapter takes it, in the type of `like` and for its rows."""
     projection = (block.qkv, block.o, block.gate_up, block.down)[place]
     if not projection.adapters:
         return None
     inputs = projection.inputs
-    return dropout.mask(4 * block.index + place, len(joint), inputs, joint, column_major=place == 3)
+    return dropout.mask(4 * block.index + place, len(like), inputs, like, column_major=place == 3)
 
 
 def _swiglu(gate_up: torch.Tensor, *, out: torch.Tensor) -> None:
