@@ -27,6 +27,10 @@ from heldout.train.checkpoint import ADAPTER
 from heldout.train.sft import ChatTrainee
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row
+from tests.torch.cases import FAMILIES, make_family
+
+#: One of tests.torch.cases.FAMILIES.
+LLAMA = "llama, 2 queries a key"
 
 PLAN = TrainPlan(
     n_epochs=3,
@@ -66,6 +70,13 @@ PLAN = TrainPlan(
 )
 
 
+@pytest.fixture(scope="module")
+def families(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every family, by name."""
+    root = tmp_path_factory.mktemp("families")
+    return {name: make_family(root / str(i), tiny_model, name) for i, name in enumerate(FAMILIES)}
+
+
 @pytest.fixture(autouse=True, scope="session")
 def on_the_processor() -> Iterator[None]:
     """Where there is a GPU these tests leave it alone, but for test_gpu.py: what is exact here is compared with models
@@ -103,6 +114,11 @@ def stirred(trainee: ChatTrainee) -> ChatTrainee:
         for parameter in trainee.parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return trainee
+
+
+def build(folder: Path, plan: TrainPlan = PLAN, precision: torch.dtype = torch.float32, **options: Any) -> ChatTrainee:
+    """A trainee whose B is not zero, so that every gradient path matters."""
+    return stirred(sft.build_model(plan, folder, precision, **options))
 
 
 def gradients(trainee: Any) -> torch.Tensor:

@@ -16,14 +16,13 @@ from heldout.engine import device
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import Tokens
-from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.watch import Silent
-from heldout.train import loop, sft
+from heldout.train import loop
 from heldout.train.sft import ChatTrainee
 from heldout.train.trainer import TorchTrainer
-from tests.torch.cases import FAMILIES, KINDS, make_family, tokens_of
-from tests.torch.conftest import PLAN, SMALL, TOOLS, difference, examples, gradients, stirred
+from tests.torch.cases import FAMILIES, KINDS, tokens_of
+from tests.torch.conftest import PLAN, SMALL, TOOLS, build, difference, examples, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
@@ -42,18 +41,6 @@ def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From now on models are loaded where there is no GPU."""
     return lambda: monkeypatch.setattr(device, "is_gpu", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def families(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of every family, by name."""
-    root = tmp_path_factory.mktemp("families")
-    return {name: make_family(root / str(i), tiny_model, name) for i, name in enumerate(FAMILIES)}
-
-
-def build(folder: Path, plan: TrainPlan = PLAN, precision: torch.dtype = torch.float32) -> ChatTrainee:
-    """A trainee whose B is not zero."""
-    return stirred(sft.build_model(plan, folder, precision))
 
 
 def step_of(trainee: ChatTrainee, rows: list[Tokens], step: int) -> tuple[float, torch.Tensor]:

@@ -10,40 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heldout.engine.template import Tokens
-from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.watch import Silent
-from heldout.train import attention, block, body, head, loop, packing, sft
+from heldout.train import attention, block, body, loop, packing, sft
 from heldout.train.dropout import Dropout
 from heldout.train.graphs import Graphs, fill
-from heldout.train.method import TEMPERATURES
 from heldout.train.packing import pack
 from heldout.train.sft import ChatTrainee
-from tests.torch.cases import FAMILIES, KINDS, make_family, tokens_of
-from tests.torch.conftest import PLAN, difference, examples, gradients, stirred
+from tests.torch.cases import FAMILIES, KINDS, tokens_of
+from tests.torch.conftest import LLAMA, PLAN, build, difference, gradients
 from tests.torch.plain import Plain, vector
 
 #: 30 steps that learn something: 1e-3 of a loss that does not move would prove little.
 TRAINED = replace(
     PLAN, batch_size=3, n_epochs=8, total_steps=30, learning_rate=1e-2, early_stopping=False, eval_every=10
 )
-
-LLAMA = "llama, 2 queries a key"
-
-
-@pytest.fixture(scope="module")
-def families(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of every family, by name."""
-    root = tmp_path_factory.mktemp("families")
-    return {name: make_family(root / str(i), tiny_model, name) for i, name in enumerate(FAMILIES)}
-
-
-def build(folder: Path, plan: TrainPlan = PLAN, precision: torch.dtype = torch.float32, **options: Any) -> ChatTrainee:
-    """A trainee whose B is not zero, so that every gradient path matters."""
-    return stirred(sft.build_model(plan, folder, precision, **options))
 
 
 def step_of(trainee: ChatTrainee, rows: Sequence[Tokens], step: int = 1) -> tuple[float, torch.Tensor]:
@@ -240,50 +223,6 @@ def test_rows_that_share_nothing_lose_nothing_among_rows_that_do(families: dict[
     assert both <= len(pack(together).ids) + sum(len(row) - 1 for row in apart)
 
 
-# The head
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("chunk", [256, 7, 1])
-def test_the_head_gives_the_cross_entropy_of_full_logits(smoothing: float, chunk: int) -> None:
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(25, 16, requires_grad=True), torch.randn(60, 16)
-    targets, outer = torch.randint(60, (25,)), torch.rand(25)
-    logits = hidden @ weight.t()
-    targets[:5] = logits[:5].argmax(dim=-1)
-    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-    (wanted_gradient,) = torch.autograd.grad((wanted * outer).sum(), hidden)
-    loss, nll, right, tempered = head.losses(
-        hidden, weight, targets, smoothing=smoothing, temperatures=(3.0, *TEMPERATURES), chunk=chunk
-    )
-    (gradient,) = torch.autograd.grad((loss * outer).sum(), hidden)
-    torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-    torch.testing.assert_close(gradient, wanted_gradient)
-    for row, temperature in zip(tempered, (3.0, *TEMPERATURES), strict=True):
-        torch.testing.assert_close(row, F.cross_entropy(logits / temperature, targets, reduction="none"))
-    assert right.tolist() == (logits.argmax(dim=-1) == targets).tolist()
-    assert 5 <= right.sum() < 25
-
-
-def test_the_head_keeps_no_logits_and_needs_no_gradient_in_validation() -> None:
-    hidden, weight, targets = torch.randn(300, 8), torch.randn(50, 8), torch.randint(50, (300,))
-    biggest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal biggest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.shape[-1:] == (50,):
-                biggest = max(biggest, len(out))
-            return out
-
-    with Sizes():
-        loss, *_ = head.losses(hidden, weight, targets, temperatures=(0.5, 2.0), chunk=64)
-    assert biggest == 60, "five of one length"
-    assert not loss.requires_grad
-
-
 # Knobs
 
 
@@ -434,71 +373,6 @@ def test_bfloat16_products_stay_close_to_float32_and_keep_fp32_masters(families:
     assert close[0] == pytest.approx(wanted[0], rel=0.02)
     assert close[1].dtype == torch.float32
     assert 1e-4 < difference(close[1], wanted[1]) < 0.1
-
-
-# Validation
-
-
-def test_validation_is_the_mean_loss_of_every_example(families: dict[str, Path]) -> None:
-    trainee = build(families[LLAMA])
-    rows = tokens_of(trainee.template, "everything")
-    plain, seen = Plain(families[LLAMA], trainee), loop.validate(trainee, rows)
-    assert seen.losses == pytest.approx([plain.valid_loss([row]) for row in rows], rel=1e-4)
-    assert len(seen.right) == len(rows)
-
-
-def test_calibrated_losses_are_those_at_the_best_temperature_for_all_examples_together(
-    families: dict[str, Path],
-) -> None:
-    trainee = build(families[LLAMA])
-    rows = tokens_of(trainee.template, "everything")
-    plain, seen = Plain(families[LLAMA], trainee), loop.validate(trainee, rows)
-
-    def losses(row: Tokens, temperature: float) -> float:
-        logits, targets = plain.logits(row)
-        supervised = torch.tensor(row.supervised[1:])
-        return float(F.cross_entropy(logits.detach()[supervised] / temperature, targets[supervised]))
-
-    wanted = {one: [losses(row, one) for row in rows] for one in TEMPERATURES}
-    best = min(wanted, key=lambda one: sum(wanted[one]))
-    assert best != 1.0, "an untrained model is not calibrated"
-    assert seen.temperature == best
-    assert seen.calibrated == pytest.approx(wanted[best], rel=1e-4)
-
-
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_model_that_is_only_surer_of_the_same_answers_has_the_same_calibrated_loss(
-    families: dict[str, Path], tmp_path: Path, factor: float
-) -> None:
-    trainee = build(families[LLAMA])
-    learned = trainee.rows(examples(range(32)), "train")
-    loop.run(PLAN, trainee, learned, [], checkpoints=tmp_path, watch=Silent())
-    rows = [*learned, *tokens_of(trainee.template, "everything")]
-    before = loop.validate(trainee, rows)
-    assert TEMPERATURES[2] <= before.temperature <= TEMPERATURES[-3], "twice or half as high is still tried"
-    trainee.head.weight = torch.nn.Parameter(trainee.head.weight * factor, requires_grad=False)
-    after = loop.validate(trainee, rows)
-    assert after.losses != pytest.approx(before.losses, rel=1e-2)
-    assert after.calibrated == pytest.approx(before.calibrated, rel=1e-4)
-    assert (after.temperature, after.right) == (pytest.approx(factor * before.temperature), before.right)
-
-
-def test_an_answer_counts_as_right_when_greedy_decoding_would_give_it(families: dict[str, Path]) -> None:
-    trainee = build(families[LLAMA])
-    template = trainee.template
-    plain = Plain(families[LLAMA], trainee)
-    prompts = [row.ids[:-4] for row in tokens_of(template, "one system prompt")]
-    rows, wanted = [], []
-    for i, prompt in enumerate(prompts):
-        ids = list(prompt)
-        for _ in range(3):
-            with torch.no_grad():
-                ids.append(int(plain.peft(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if i % 2:
-            ids[-2] += 1
-        rows.append(Tokens(tuple(ids), (False,) * len(prompt) + (True,) * 3))
-        wanted.append(i % 2 == 0)
-    assert loop.validate(trainee, rows).right == wanted
 
 
 # Whole loss curves
