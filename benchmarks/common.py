@@ -72,12 +72,15 @@ def part_of(split: Split, train: int, valid: int, holdout: int) -> Split:
     )
 
 
-def trainer(precision: str = "auto") -> TorchTrainer:
-    """Trains in this process; in the precision that this machine multiplies fastest, unless one is named."""
+def trainer(precision: str = "auto", *, use_kernels: bool = True) -> TorchTrainer:
+    """Trains in this process; in the precision that this machine multiplies fastest, unless one is named, and with
+    kernels where they can be compiled."""
     from heldout.train.trainer import TorchTrainer  # torch: what only reads rows needs none
 
     settings = Settings()
-    return TorchTrainer(cache=settings.cache, aliases={}, allow_paths=True, precision=precision)
+    return TorchTrainer(
+        cache=settings.cache, aliases={}, allow_paths=True, precision=precision, use_kernels=use_kernels
+    )
 
 
 def plan_of(split: Split, seed: int, model: str = MODEL, **asked: Any) -> TrainPlan:

@@ -8,6 +8,7 @@ contender runs in a process of its own, in turns; the table shows medians over t
 two warm-up steps. Memory is the process's; on a GPU, what torch holds of it.
 
     heldout      our loop with its defaults (dropout 0.05, gradient clipping)
+    heldout-plain (processor) the same without kernels: where there is no C++ compiler
     trl-default  TRL SFTTrainer as it comes for chat rows: whole-sequence loss, gradient checkpointing, fp32 weights
                  and bf16 products, whatever this machine makes of them; on a processor with use_cpu, which it asks for
     trl-fp32     (processor) the same with fp32 products
@@ -40,7 +41,7 @@ from benchmarks.common import MODEL, OWN, SHARED, base_folder, examples_of, plan
 from heldout.pipeline.types import Split
 
 WARM = 2
-CONTENDERS = ("heldout", "trl-default", "trl-fp32", "trl-best", "trl-bf16", "trl-liger")
+CONTENDERS = ("heldout", "heldout-plain", "trl-default", "trl-fp32", "trl-best", "trl-bf16", "trl-liger")
 TASKS = ("banking12", "snips-slots", "disfluency")
 
 
@@ -48,7 +49,7 @@ def file_of(task: str) -> Path:
     return OWN / "tickets.train.jsonl" if task == "tickets" else SHARED / "tasks" / task / "train.jsonl"
 
 
-def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float]:
+def run_heldout(task: str, steps: int, contender: str, model: str, size: int) -> dict[str, float]:
     import torch
 
     from heldout.engine import device, weights
@@ -63,8 +64,9 @@ def run_heldout(task: str, steps: int, model: str, size: int) -> dict[str, float
     examples = examples_of(file_of(task))
     split = Split(train=examples, valid=examples[:8], holdout=(), seed=0, groups=len(examples))
     plan = plan_of(split, 0, model, batch_size=size)
-    plan = trainer().fit(plan, split, base_model=model)
-    trainee: Any = trainer().build(plan, split, model, None)
+    ours = trainer(use_kernels=contender == "heldout")
+    plan = ours.fit(plan, split, base_model=model)
+    trainee: Any = ours.build(plan, split, model, None)
     keep_freed_memory()
     rows = trainee.rows(examples, task)
     optimizer = torch.optim.AdamW(trainee.parameters.values(), lr=plan.learning_rate, fused=True)
@@ -182,8 +184,8 @@ def child(task: str, steps: int, contender: str, model: str, size: int) -> None:
     from heldout.train.memory import PeakMemory
 
     with PeakMemory() as peak:
-        if contender == "heldout":
-            found = run_heldout(task, steps, model, size)
+        if contender.startswith("heldout"):
+            found = run_heldout(task, steps, contender, model, size)
         else:
             found = run_trl(task, steps, contender, model, size)
     print(json.dumps({**found, "peak_memory_bytes": peak.bytes}))
@@ -218,7 +220,7 @@ def contenders() -> list[str]:
 
     if torch.cuda.is_available():
         return ["heldout", "trl-default", "trl-best", *(["trl-liger"] if find_spec("liger_kernel") else [])]
-    return list(CONTENDERS[:4])
+    return list(CONTENDERS[:5])
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     gate: Literal["off", "warn", "block"] = "warn"  # what happens when a model is asked whose verdict is not `ship`
     concurrent_jobs: int = Field(default=1, ge=1)
     precision: str = Field(default="auto", pattern="^(auto|float32|bfloat16)$")
+    kernels: str = Field(default="auto", pattern="^(auto|off)$")  # operations compiled for this processor
     threads: int = Field(default=0, ge=0)  # of a job process; 0: see `job_threads`
     inference_threads: int = Field(default=0, ge=0)  # of the inference process; 0 as above
     nice: int = Field(default=10, ge=0, le=19)  # added to a job process's niceness
@@ -114,7 +115,7 @@ class Settings(BaseSettings):
     def of_jobs(self) -> dict[str, str]:
         """The variables that decide what a job computes, as a job elsewhere would have to be told them."""
         found = {"HELDOUT_THREADS": str(self.job_threads)}  # sums of products differ with their number
-        for name in ("precision", "eval_budget", "memory_limit"):
+        for name in ("precision", "kernels", "eval_budget", "memory_limit"):
             if (value := getattr(self, name)) != Settings.model_fields[name].default:
                 found[f"HELDOUT_{name.upper()}"] = str(int(value) if name == "memory_limit" else value)
         return found

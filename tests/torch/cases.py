@@ -15,7 +15,8 @@ from heldout.pipeline.types import Example
 from heldout.train import sft
 from tests.conftest import COLOURS
 
-#: Heads of 12 numbers in three layers. Query heads to key heads: one to one, two to one, three to one.
+#: Heads of 12 numbers, unless told otherwise, in three layers.
+#: Query heads to key heads: one to one, two to one, three to one.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama, 2 queries a key": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2},
     "llama, 1 query a key": {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -31,25 +32,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "mistral",
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
-        "head_dim": 12,
         "sliding_window": None,
     },
     "qwen3, walked layer by layer": {
         "model_type": "qwen3",
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
-        "head_dim": 12,
     },
     "olmo2, run as a whole": {"model_type": "olmo2", "num_attention_heads": 4, "num_key_value_heads": 2},
 }
 
 
-def make_family(folder: Path, tiny_model: Path, family: str) -> Path:
-    """Write a random model of this family to `folder`, with the tiny model's tokenizer."""
+def make_family(folder: Path, tiny_model: Path, family: str, width: int = 12) -> Path:
+    """Write a random model of this family to `folder`, with heads of this width and the tiny model's tokenizer."""
     shape = {**FAMILIES[family]}
     kind = shape.pop("model_type")
     known = AutoConfig.from_pretrained(tiny_model)
-    shape.setdefault("hidden_size", 12 * shape["num_attention_heads"])
+    shape.setdefault("hidden_size", width * shape["num_attention_heads"])
+    if kind in ("mistral", "qwen3"):  # whose default is another one
+        shape["head_dim"] = width
     config = AutoConfig.for_model(
         kind,
         **shape,

@@ -22,6 +22,7 @@ from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
+from heldout.settings import read_settings
 from heldout.train import sft
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.sft import ChatTrainee
@@ -178,7 +179,7 @@ SMALL = parts(24, 6)
 #: Enough for the tiny model to answer most colours.
 LEARNING = replace(PLAN, learning_rate=2e-2, lora_r=16, lora_alpha=32.0, n_epochs=6, total_steps=60)
 
-TOOLS: dict[str, Any] = {"cache": Path("unused"), "aliases": {}, "precision": "float32", "allow_paths": True}
+TOOLS: dict[str, Any] = {"cache": read_settings().cache, "aliases": {}, "precision": "float32", "allow_paths": True}
 
 
 def train(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from heldout.engine.template import Tokens
-from heldout.train.attention import Layout, attend, attend_anew, attend_backward
+from heldout.train.attention import attend, attend_anew, attend_backward
+from heldout.train.layout import Layout
 from heldout.train.packing import WORTH_SHARING, micro_batches, pack, prefix_tree
 
 SYSTEM, SHOTS_A, SHOTS_B = list(range(100, 120)), list(range(200, 230)), list(range(300, 312))

@@ -12,7 +12,7 @@ from heldout.engine.template import Tokens
 from heldout.errors import InvalidValue
 from heldout.pipeline.plan import TrainPlan
 from heldout.train import sft
-from heldout.train.attention import Layout
+from heldout.train.layout import Layout
 from heldout.train.packing import pack
 from heldout.train.sft import ChatTrainee
 

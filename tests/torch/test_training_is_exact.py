@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heldout.engine.template import Tokens
 from heldout.pipeline.watch import Silent
-from heldout.train import attention, block, body, loop, packing, sft
+from heldout.train import attention, between, body, layout, loop, packing, sft
 from heldout.train.dropout import Dropout
 from heldout.train.graphs import Graphs, fill
 from heldout.train.packing import pack
@@ -141,7 +141,7 @@ def test_how_many_features_the_cache_holds_does_not_change_a_step(
     rows = tokens_of(trainee.template, "everything")
     whole = step_of(trainee, rows)
     for numbers in (1, 5000):
-        monkeypatch.setattr(block, "CACHED", numbers)
+        monkeypatch.setattr(between, "CACHED", numbers)
         loss, found = step_of(trainee, rows)
         assert loss == pytest.approx(whole[0], rel=1e-6)
         assert difference(found, whole[1]) < 1e-5
@@ -173,7 +173,7 @@ def test_how_lengths_are_bucketed_does_not_change_a_step(
     rows = tokens_of(trainee.template, "everything")
     ours, count = step_of(trainee, rows), len(pack(rows).layout.groups)
     for name, limit in limits.items():
-        monkeypatch.setattr(attention, name, limit)
+        monkeypatch.setattr(layout, name, limit)
     assert len(pack(rows).layout.groups) != count
     other = step_of(trainee, rows)
     assert ours[0] == pytest.approx(other[0], rel=1e-5)

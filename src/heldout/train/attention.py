@@ -1,13 +1,8 @@
-"""Attention for packed micro-batches: every token looks at its own path through the prefix tree.
+"""Attention for packed micro-batches: every token looks at its own path through the prefix tree (train/layout.py).
 
-A packed sequence is a prefix tree written down depth first (train/packing.py). A token attends causally to
-its own segment and to all of the segments above it, never to a sibling. Positions count along the path
-(`Layout.position_ids`), so the result equals running every example alone.
-
-Queries are taken in groups: a shared segment is a group of its own, the segments that belong to one
-example each are padded to rows of one group, bucketed by length. All tokens are taken to the groups' slots at
-once and back again. A group's keys are those above it, for each of its rows, and then its own: one product for
-all of them is faster than one for what rows share and one for the rest.
+With kernels one pass from the joint queries, keys and values to the result. Without, by plain products of padded
+groups, whose weights are kept for the backward pass; or by torch's fused attention where they would be too many, and on
+a GPU.
 """
 
 from __future__ import annotations
@@ -15,207 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from heldout.train.kernels import Kernels
+from heldout.train.layout import Group, Layout
+
 IMPLEMENTATION = "heldout_prefix_tree"
 
 #: Attention weights of one layer that may be kept for the backward pass, in numbers (16 MiB).
 KEPT_SCORES = 1 << 22
-#: Slots of one group that may be padding: this share of them, or as many as a group of its own would cost.
-SPARE, FEW = 0.3, 64
-#: Keys of one group, all rows together, if it has more than one row.
-KEYS = 1 << 14
 
-NOWHERE = torch.empty(0, dtype=torch.long)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A stretch of the packed sequence whose tokens have the same examples below them."""
-
-    start: int
-    end: int
-    offset: int  # tokens above it on its path
-    ancestors: tuple[int, ...]  # indices of the segments above it, from the root
-    own: bool  # belongs to one example alone
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-
-class Above(NamedTuple):
-    """Keys at the layout's slots [start, end) are columns [column, …) for rows [first, last) of a group."""
-
-    first: int
-    last: int
-    start: int
-    end: int
-    column: int
-
-    @property
-    def rows(self) -> slice:
-        """The rows below."""
-        return slice(self.first, self.last)
-
-    @property
-    def columns(self) -> slice:
-        """Where the keys are."""
-        return slice(self.column, self.column + self.end - self.start)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Queries that are computed together: B rows of S slots with M columns of keys above them."""
-
-    first: int  # of the layout's slots; the group's are the B * S from here
-    rows: int
-    slots: int
-    above: tuple[Above, ...]
-    columns: int  # M
-    hidden: torch.Tensor  # [B, 1, M] or [0]: True at columns above that a row may not see
-    spare: torch.Tensor  # [m] those of its slots that are padding
-
-    @cached_property
-    def future(self) -> torch.Tensor:
-        """[S, 1, S]: 0 where a slot may look at another one of its row, else minus infinity."""
-        return torch.full((self.slots, self.slots), -math.inf).triu_(1)[:, None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Where each of the L tokens of one packed sequence belongs."""
-
-    position_ids: torch.Tensor  # [1, L]
-    segments: tuple[Segment, ...]
-    # [L]: where the tokens end that may look at this one: those of its segment and of all below it, which in
-    # depth-first order lie behind it in one piece.
-    until: torch.Tensor
-    # A processor's; none on a GPU, which attends everywhere at once.
-    groups: tuple[Group, ...] = ()
-    tokens: torch.Tensor = NOWHERE  # [T]: the token in each slot of all groups; in padding, the first of the group
-    slots: torch.Tensor = NOWHERE  # [L]: the slot of each token
-
-    @staticmethod
-    def of(segments: list[Segment]) -> Layout:
-        """The layout of one packed sequence."""
-        rows = [[one] for one in segments if not one.own] + _buckets([one for one in segments if one.own])
-        groups: list[Group] = []
-        taken: list[torch.Tensor] = []
-        firsts: dict[int, int] = {}  # a segment's start, and the first of its slots
-        first = 0
-        for bucket in rows:
-            group, of_group = _group(bucket, segments, first, firsts)
-            firsts[bucket[0].start] = first
-            groups.append(group)
-            taken.append(of_group)
-            first += len(of_group)
-        tokens = torch.cat(taken)
-        real = torch.ones(len(tokens), dtype=torch.bool)
-        for group in groups:
-            real[group.first + group.spare] = False
-        slots = torch.full((sum(map(len, segments)),), -1)
-        slots[tokens[real]] = real.nonzero()[:, 0]
-        return Layout(
-            position_ids=torch.cat([torch.arange(one.offset, one.offset + len(one)) for one in segments])[None],
-            segments=tuple(segments),
-            until=_until(segments),
-            groups=tuple(groups),
-            tokens=tokens,
-            slots=slots,
-        )
-
-    def to(self, device: torch.device) -> Layout:
-        """The same layout with its tensors on `device`."""
-        if self.position_ids.device == device:
-            return self
-        return Layout(position_ids=self.position_ids.to(device), segments=self.segments, until=self.until.to(device))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest path; 0 where segments are not known."""
-        return max((one.offset + len(one) for one in self.segments), default=0)
-
-    def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """[1, 1, L, L]: 0 where a token may look, else minus infinity. One for all layers: on a GPU making it costs
-        more than a layer."""
-        if dtype not in self._biases:
-            length = len(self.until)
-            places = torch.arange(length, device=self.until.device)
-            hidden = (places[None, :] > places[:, None]) | (places[:, None] >= self.until[None, :])
-            # Rows of whole 16 bytes: torch's kernels copy what begins elsewhere, in every layer.
-            room = torch.zeros(length, -(-length // 8) * 8, dtype=dtype, device=hidden.device)
-            self._biases[dtype] = room[None, None, :, :length].masked_fill_(hidden, -math.inf)
-        return self._biases[dtype]
-
-    @cached_property
-    def _biases(self) -> dict[torch.dtype, torch.Tensor]:
-        return {}
-
-    def scores(self) -> int:
-        """Attention weights of one head."""
-        return sum(group.rows * group.slots * (group.columns + group.slots) for group in self.groups)
-
-
-def _until(segments: list[Segment]) -> torch.Tensor:
-    ends = [one.end for one in segments]
-    for one in segments:
-        for above in one.ancestors:
-            ends[above] = max(ends[above], one.end)
-    return torch.tensor(ends).repeat_interleave(torch.tensor([len(one) for one in segments]))
-
-
-def _buckets(segments: list[Segment]) -> list[list[Segment]]:
-    """Segments of similar length together, each bucket in packed order."""
-    buckets: list[list[Segment]] = []
-    total = deepest = 0  # tokens of the last bucket, and the most above a row of it
-    for one in sorted(segments, key=len):
-        rows = len(buckets[-1]) + 1 if buckets else 0
-        slots = rows * len(one)
-        spare = slots - total - len(one)
-        keys = slots + rows * max(deepest, one.offset)
-        if rows and spare <= max(SPARE * slots, FEW) and keys <= KEYS:
-            buckets[-1].append(one)
-            total, deepest = total + len(one), max(deepest, one.offset)
-        else:
-            buckets.append([one])
-            total, deepest = len(one), one.offset
-    return [sorted(bucket, key=lambda one: one.start) for bucket in buckets]
-
-
-def _group(
-    rows: list[Segment], segments: list[Segment], first: int, firsts: Mapping[int, int]
-) -> tuple[Group, torch.Tensor]:
-    """A group whose slots begin with `first`, and the tokens in them, [B * S]."""
-    slots = max(map(len, rows))
-    steps = torch.arange(slots)
-    starts = torch.tensor([one.start for one in rows])
-    real = steps[None, :] < torch.tensor([len(one) for one in rows])[:, None]
-    columns = max(one.offset for one in rows)
-    hidden = torch.zeros(0)
-    if any(one.offset < columns for one in rows):
-        hidden = torch.arange(columns)[None, None, :] >= torch.tensor([one.offset for one in rows])[:, None, None]
-    above = []
-    for index in sorted({i for one in rows for i in one.ancestors}):
-        # Rows below one segment lie side by side: packed order is depth first.
-        below = [row for row, one in enumerate(rows) if index in one.ancestors]
-        key = segments[index]
-        start = firsts[key.start]
-        above.append(Above(below[0], below[-1] + 1, start, start + len(key), key.offset))
-    group = Group(
-        first=first,
-        rows=len(rows),
-        slots=slots,
-        above=tuple(above),
-        columns=columns,
-        hidden=hidden,
-        spare=(~real).flatten().nonzero()[:, 0],
-    )
-    return group, torch.where(real, starts[:, None] + steps[None, :], rows[0].start).flatten()
+#: Cosines and sines of the packed positions, [L, d] each.
+Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Kept(NamedTuple):
@@ -225,6 +35,75 @@ class Kept(NamedTuple):
     k: torch.Tensor  # [K, B, S, d]
     v: torch.Tensor  # [K, B, S, d]
     weights: torch.Tensor  # [K, B, n, M + S]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attended:
+    """What attention's backward pass needs: one of the two, and the joint tensor unless scores are kept."""
+
+    qkv: torch.Tensor | None = None  # with kernels as it came, else turned
+    log_sums: torch.Tensor | None = None
+    scores: list[Kept] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """H heads of d, K key heads."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    kernels: Kernels | None = None  # used for the widths they are for
+
+    def forward(self, qkv: torch.Tensor, layout: Layout, angles: Angles | None) -> tuple[torch.Tensor, Attended]:
+        """[L, (H + 2 K) d] -> [L, H d]. With angles queries and keys are turned by them first, in place or not."""
+        if self.kernels and self.kernels.attends(self.width):
+            out, log_sums = self.kernels.attend(qkv, (self.heads, self.kv_heads), layout, angles, self.scale)
+            return out, Attended(qkv=qkv, log_sums=log_sums)
+        if angles:
+            self._turn(qkv, *angles)
+        q, k, v = self._parts(qkv)
+        if keeps_scores(q, layout):
+            out, scores = attend(q, k, v, layout, self.scale)
+            return out.flatten(1), Attended(scores=scores)
+        return attend_anew(q, k, v, layout, self.scale).reshape(len(qkv), -1), Attended(qkv=qkv)
+
+    def backward(self, grad: torch.Tensor, kept: Attended, layout: Layout, angles: Angles | None) -> torch.Tensor:
+        """The gradient of `qkv`, given that of the result."""
+        if kept.log_sums is not None:
+            assert self.kernels is not None
+            assert kept.qkv is not None
+            heads = (self.heads, self.kv_heads)
+            return self.kernels.attend_backward(kept.qkv, heads, layout, angles, self.scale, grad, kept.log_sums)
+        by_head = grad.reshape(len(grad), self.heads, -1)
+        if kept.scores is not None:
+            d_qkv = attend_backward(by_head, kept.scores, layout, self.scale).flatten(1)
+        else:
+            assert kept.qkv is not None
+            with torch.enable_grad():
+                q, k, v = (one.detach().requires_grad_() for one in self._parts(kept.qkv))
+                parts = torch.autograd.grad(attend_anew(q, k, v, layout, self.scale), (q, k, v), by_head)
+            d_qkv = torch.cat(parts, dim=1).flatten(1)
+        if angles:
+            self._turn(d_qkv, angles[0], -angles[1])
+        return d_qkv
+
+    def _parts(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of q [L, H, d], k and v [L, K, d] in their joint tensor."""
+        widths = [heads * self.width for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.unflatten(1, (-1, self.width)) for part in qkv.split(widths, dim=1))
+        return q, k, v
+
+    def _turn(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotary position embedding of q and k in place; with -sin its inverse. cos, sin: [L, d]."""
+        x = qkv[:, : (self.heads + self.kv_heads) * self.width].view(len(qkv), -1, self.width)
+        half = self.width // 2
+        first, second = x[..., :half], x[..., half:]
+        c, s = cos[:, None, :half], sin[:, None, :half]
+        turned = torch.mul(second, c).addcmul_(first, s)
+        first.mul_(c).addcmul_(second, s, value=-1)
+        second.copy_(turned)
 
 
 def attend(
@@ -322,21 +201,15 @@ def keeps_scores(q: torch.Tensor, layout: Layout) -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
-    ) -> torch.Tensor:
-        out, kept = attend(q, k, v, layout, scale)
-        ctx.save_for_backward(*(tensor for one in kept for tensor in one))
-        ctx.layout, ctx.scale = layout, scale
+    def forward(ctx: Any, qkv: torch.Tensor, attention: Attention, layout: Layout) -> torch.Tensor:
+        out, ctx.kept = attention.forward(qkv, layout, None)
+        ctx.call = (attention, layout)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        saved = ctx.saved_tensors
-        kept = [Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
-        gradients = attend_backward(grad.contiguous(), kept, ctx.layout, ctx.scale)
-        kv_heads = len(kept[0].k)
-        return (*gradients.split([grad.shape[1], kv_heads, kv_heads], dim=1), None, None)
+        attention, layout = ctx.call
+        return attention.backward(grad.contiguous(), ctx.kept, layout, None), None, None
 
 
 def prefix_tree_attention(
@@ -348,6 +221,7 @@ def prefix_tree_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Layout | None = None,
+    tree_kernels: Kernels | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -355,7 +229,7 @@ def prefix_tree_attention(
 
     Args:
         query: [1, heads, L, head_dim]; key, value: [1, kv_heads, L, head_dim].
-        layout: the packed sequence's layout, handed through the model's forward.
+        layout: the packed sequence's layout, handed through the model's forward; `tree_kernels` as well.
 
     Returns:
         [1, L, heads, head_dim], and no attention weights.
@@ -369,9 +243,13 @@ def prefix_tree_attention(
         raise ValueError(f"examples of {longest} tokens exceed the sliding window of {sliding_window}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if keeps_scores(q, layout):
-        return _Attention.apply(q, k, v, layout, scale)[None], None
-    return attend_anew(q, k, v, layout, scale)[None], None
+    if not layout.groups:  # on a GPU, where autograd keeps less than a copy of all three
+        return attend_anew(q, k, v, layout, scale)[None], None
+    (length, heads, width), kv_heads = q.shape, k.shape[1]
+    attention = Attention(heads=heads, kv_heads=kv_heads, width=width, scale=scale, kernels=tree_kernels)
+    return _Attention.apply(torch.cat([q, k, v], dim=1).flatten(1), attention, layout).view(
+        1, length, heads, width
+    ), None
 
 
 def _to_slots(x: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -14,20 +14,18 @@ dropout mask, one for all projections of the same input.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear
 
-from heldout.train.attention import Kept, Layout, attend, attend_anew, attend_backward, keeps_scores
+from heldout.train import between
+from heldout.train.attention import Angles, Attended, Attention
 from heldout.train.dropout import Dropout
+from heldout.train.kernels import Kernels
+from heldout.train.layout import Layout
 from heldout.train.rounding import padded
-
-#: Numbers in a block of activations of which a processor's cache holds a handful.
-CACHED = 1 << 18
 
 
 class Adapter(NamedTuple):
@@ -87,7 +85,13 @@ class Projection:
     @property
     def stacked_a(self) -> torch.Tensor:
         """All A, [R, in], in the precision of the products."""
+        if not self.adapters:
+            return self.weight.new_empty(0, self.inputs)
         return torch.cat([one.a.data for one in self.adapters]).to(self.weight.dtype)
+
+    def input_of(self, joint: torch.Tensor) -> torch.Tensor:
+        """The input in a room for it and its inner values."""
+        return joint[:, : self.inputs]
 
     def refresh(self) -> None:
         """Write the adapters' present s B beside W."""
@@ -111,13 +115,11 @@ class Block:
     down: Projection
     norms: tuple[torch.Tensor, torch.Tensor]
     eps: float
-    heads: int
-    kv_heads: int
-    width: int
-    scale: float
+    attention: Attention
+    kernels: Kernels | None
 
     @staticmethod
-    def of(layer: Any, index: int) -> Block:
+    def of(layer: Any, index: int, kernels: Kernels | None = None) -> Block:
         """Take over a layer of transformers (with PEFT's layers inside, or without)."""
         attention, mlp = layer.self_attn, layer.mlp
         width = attention.head_dim
@@ -130,10 +132,14 @@ class Block:
             down=Projection.of(mlp.down_proj),
             norms=(layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data),
             eps=layer.input_layernorm.variance_epsilon,
-            heads=attention.q_proj.out_features // width,
-            kv_heads=attention.k_proj.out_features // width,
-            width=width,
-            scale=attention.scaling,
+            attention=Attention(
+                heads=attention.q_proj.out_features // width,
+                kv_heads=attention.k_proj.out_features // width,
+                width=width,
+                scale=attention.scaling,
+                kernels=kernels,
+            ),
+            kernels=kernels,
         )
 
     @property
@@ -146,7 +152,7 @@ class Block:
         self,
         x: torch.Tensor,
         layout: Layout,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        angles: Angles,
         dropout: Dropout,
         *,
         rows: torch.Tensor | None = None,
@@ -172,8 +178,7 @@ class _Kept:
 
     r1: torch.Tensor
     a_inner: torch.Tensor  # [L, R], of q, k and v
-    qkv: torch.Tensor | None  # only where scores are not kept; else they are in `scores`
-    scores: list[Kept] | None
+    attention: Attended
     o: torch.Tensor  # attention's result with its inner values beside it
     h: torch.Tensor
     r2: torch.Tensor
@@ -189,7 +194,7 @@ class _Block(torch.autograd.Function):
         x: torch.Tensor,
         block: Block,
         layout: Layout,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        angles: Angles,
         dropout: Dropout,
         rows: torch.Tensor | None,
         checkpoint: bool,
@@ -216,37 +221,33 @@ def _forward(
     block: Block,
     x: torch.Tensor,
     layout: Layout,
-    angles: tuple[torch.Tensor, torch.Tensor],
+    angles: Angles,
     dropout: Dropout,
     rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, _Kept]:
-    q_width, kv_width = block.heads * block.width, block.kv_heads * block.width
+    kernels = block.kernels
     a = _room(x, len(x), block.qkv)
-    r1 = _norm(x, block.norms[0], block.eps, out=a[:, : block.qkv.inputs])
-    qkv = _project(block.qkv, a, _mask(dropout, block, 0, a))
-    _rotate(qkv[:, : q_width + kv_width].view(len(x), -1, block.width), *angles)
-    q, k, v = _heads(block, qkv)
-    scores = None
-    if keeps_scores(q, layout):
-        attended, scores = attend(q, k, v, layout, block.scale)
-    else:
-        attended = attend_anew(q, k, v, layout, block.scale)
-    attended = attended.reshape(len(x), -1)
+    r1, masked = between.norm(
+        kernels, x, block.norms[0], block.eps, _mask(dropout, block, 0, x), out=block.qkv.input_of(a)
+    )
+    qkv = _project(block.qkv, a, masked)
+    attended, attention = block.attention.forward(qkv, layout, angles)
     residual, attended = (one if rows is None else padded(one[rows]) for one in (x, attended))
     o = _room(x, len(residual), block.o)
-    o[:, : block.o.inputs] = attended
-    h = _project(block.o, o, _mask(dropout, block, 1, o), onto=residual)
+    block.o.input_of(o).copy_(attended)
+    mask = _mask(dropout, block, 1, o)
+    h = _project(block.o, o, block.o.input_of(o) if mask is None else attended * mask, onto=residual)
     b = _room(x, len(h), block.gate_up)
-    r2 = _norm(h, block.norms[1], block.eps, out=b[:, : block.gate_up.inputs])
-    gate_up = _project(block.gate_up, b, _mask(dropout, block, 2, b), wide=True)
+    mask = _mask(dropout, block, 2, b)
+    r2, masked = between.norm(kernels, h, block.norms[1], block.eps, mask, out=block.gate_up.input_of(b))
+    gate_up = _project(block.gate_up, b, masked, wide=True)
     act = _room(x, len(h), block.down, wide=True)
-    _swiglu(gate_up, out=act[:, : block.down.inputs])
-    y = _project(block.down, act, _mask(dropout, block, 3, act), onto=h)
+    masked = between.gated(kernels, gate_up, _mask(dropout, block, 3, act), out=block.down.input_of(act))
+    y = _project(block.down, act, masked, onto=h)
     return y, _Kept(
         r1=r1,
         a_inner=a[:, block.qkv.inputs :].clone(),
-        qkv=qkv if scores is None else None,
-        scores=scores,
+        attention=attention,
         o=o,
         h=h,
         r2=r2,
@@ -262,85 +263,41 @@ def _backward(
     grad: torch.Tensor,
     kept: _Kept,
     layout: Layout,
-    angles: tuple[torch.Tensor, torch.Tensor],
+    angles: Angles,
     dropout: Dropout,
     rows: torch.Tensor | None,
     *,
     needs_x: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Gradient of x (None unless `needs_x`) and those of `block.parameters`."""
-    d_gate_up, of_down = _down_backward(block.down, grad, kept, _mask(dropout, block, 3, grad))
-    b = _normed(kept.h, kept.r2, block.norms[1])
-    d_b, of_gate_up = _project_backward(block.gate_up, d_gate_up, b, kept.b_inner, _mask(dropout, block, 2, b))
+    kernels, down = block.kernels, block.down
+    both = torch.mm(down.weight.t(), grad.t())  # features are rows here: blocks of them lie in one piece
+    mask = _mask(dropout, block, 3, grad)
+    d_gate_up, of_a = between.gated_backward(kernels, kept.gate_up, both, down.stacked_a.t(), mask)
+    of_down = _of_adapters(down, of_a, grad, kept.act_inner)
+    mask = _mask(dropout, block, 2, grad)
+    b = between.norm_again(kernels, kept.h, kept.r2, block.norms[1], mask)
+    d_b, more, of_gate_up = _project_backward(block.gate_up, d_gate_up, b, kept.b_inner, mask)
     assert d_b is not None
-    d_h = _norm_backward(kept.h, kept.r2, block.norms[1], d_b, onto=grad)
-    o, o_inner = kept.o[:, : block.o.inputs], kept.o[:, block.o.inputs :]
-    d_o, of_o = _project_backward(block.o, d_h, o, o_inner, _mask(dropout, block, 1, o))
+    d_h = between.norm_backward(kernels, kept.h, kept.r2, block.norms[1], d_b, more, mask, onto=grad)
+    o, mask = block.o.input_of(kept.o), _mask(dropout, block, 1, grad)
+    d_o, more, of_o = _project_backward(
+        block.o, d_h, o if mask is None else o * mask, kept.o[:, block.o.inputs :], mask
+    )
     assert d_o is not None
+    if more is not None and mask is not None:
+        d_o.addcmul_(more, mask)
     if rows is not None:
         d_o = d_o.new_zeros(len(x), d_o.shape[1]).index_copy_(0, rows, d_o[: len(rows)])
         d_h = d_h.new_zeros(x.shape).index_copy_(0, rows, d_h[: len(rows)])
-    d_qkv = _attention_backward(block, d_o, kept, layout)
-    rotated = d_qkv[:, : (block.heads + block.kv_heads) * block.width]
-    _rotate(rotated.view(len(x), -1, block.width), angles[0], -angles[1])
-    a, mask = _normed(x, kept.r1, block.norms[0]), _mask(dropout, block, 0, x)
-    d_a, of_qkv = _project_backward(block.qkv, d_qkv, a, kept.a_inner, mask, needs_x=needs_x)
-    d_x = None if d_a is None else _norm_backward(x, kept.r1, block.norms[0], d_a, onto=d_h)
+    d_qkv = block.attention.backward(d_o, kept.attention, layout, angles)
+    mask = _mask(dropout, block, 0, x)
+    a = between.norm_again(kernels, x, kept.r1, block.norms[0], mask)
+    d_a, more, of_qkv = _project_backward(block.qkv, d_qkv, a, kept.a_inner, mask, needs_x=needs_x)
+    d_x = None
+    if d_a is not None:
+        d_x = between.norm_backward(kernels, x, kept.r1, block.norms[0], d_a, more, mask, onto=d_h)
     return d_x, [*of_qkv, *of_o, *of_gate_up, *of_down]
-
-
-def _down_backward(
-    down: Projection, grad: torch.Tensor, kept: _Kept, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Gradient of gate and up, [n, 2 F], and those of the adapter of `down`, through down(silu(gate) * up).
-
-    By blocks of features that a processor's cache holds: each pass over all [n, F] of them would read and write memory.
-    """
-    width = down.inputs
-    both = torch.mm(down.weight.t(), grad.t())  # features are rows here: blocks of them lie in one piece
-    d_act, through = both[:width], both[width:]
-    gates, ups = kept.gate_up.t().split(width)
-    d_gate_up = torch.empty_like(kept.gate_up.t())
-    d_gates, d_ups = d_gate_up.split(width)
-    of_a = both.new_empty(width, down.rank)
-    a = down.stacked_a.t() if down.adapters else None
-    blocks = max(1, math.ceil(width * len(grad) / CACHED)) if grad.device.type == "cpu" else 1
-    step = math.ceil(width / blocks)
-    for start in range(0, width, step):
-        rows = slice(start, start + step)
-        gate, up, d = gates[rows], ups[rows], d_act[rows]
-        silu = F.silu(gate)
-        if a is not None:
-            act = silu * up
-            if mask is None:
-                torch.mm(act, through.t(), out=of_a[rows])
-                d.addmm_(a[rows], through)
-            else:
-                masked = mask.t()[rows]
-                torch.mm(act.mul_(masked), through.t(), out=of_a[rows])
-                d.addcmul_(torch.mm(a[rows], through, out=act), masked)
-        torch.mul(d, silu, out=d_ups[rows])
-        torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gates[rows])
-    return d_gate_up.t(), _of_adapters(down, of_a.t(), grad, kept.act_inner)
-
-
-def _attention_backward(block: Block, grad: torch.Tensor, kept: _Kept, layout: Layout) -> torch.Tensor:
-    """Gradient of q, k and v side by side, [L, (H + 2 K) d]."""
-    by_head = grad.reshape(len(grad), block.heads, -1)
-    if kept.scores is not None:
-        return attend_backward(by_head, kept.scores, layout, block.scale).flatten(1)
-    assert kept.qkv is not None
-    with torch.enable_grad():
-        q, k, v = (one.detach().requires_grad_() for one in _heads(block, kept.qkv))
-        parts = torch.autograd.grad(attend_anew(q, k, v, layout, block.scale), (q, k, v), by_head)
-    return torch.cat(parts, dim=1).flatten(1)
-
-
-def _heads(block: Block, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of q [L, H, d], k and v [L, K, d] in their joint tensor."""
-    widths = [heads * block.width for heads in (block.heads, block.kv_heads, block.kv_heads)]
-    q, k, v = (part.unflatten(1, (-1, block.width)) for part in qkv.split(widths, dim=1))
-    return q, k, v
 
 
 def _room(like: torch.Tensor, length: int, projection: Projection, *, wide: bool = False) -> torch.Tensor:
@@ -352,7 +309,7 @@ def _room(like: torch.Tensor, length: int, projection: Projection, *, wide: bool
 def _project(
     projection: Projection,
     joint: torch.Tensor,
-    mask: torch.Tensor | None,
+    masked: torch.Tensor,
     *,
     onto: torch.Tensor | None = None,
     wide: bool = False,
@@ -360,12 +317,12 @@ def _project(
     """W x + bias + adapters (+ onto) of the input in `joint`, whose inner values are written beside it.
 
     Args:
+        masked: what the adapters take, [n, in].
         wide: give the result column-major: the same numbers, and a fifth faster where the output is wider
             than the input (the product splits along the longer side).
     """
     if projection.adapters:
-        x = joint[:, : projection.inputs]
-        torch.mm(x if mask is None else x * mask, projection.stacked_a.t(), out=joint[:, projection.inputs :])
+        torch.mm(masked, projection.stacked_a.t(), out=joint[:, projection.inputs :])
         projection.refresh()
     if wide:
         y = torch.mm(projection.weight, joint.t()).t()
@@ -379,13 +336,14 @@ def _project(
 def _project_backward(
     projection: Projection,
     grad: torch.Tensor,
-    x: torch.Tensor,
+    masked: torch.Tensor,
     inner: torch.Tensor,
     mask: torch.Tensor | None,
     *,
     needs_x: bool = True,
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """Gradient of the input x, and those of every adapter's A and B."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
+    """Gradient of the input x in two parts, and those of every adapter's A and B. The gradient is the first part plus
+    mask times the second, which is None where there is nothing to be masked."""
     inputs, weight = projection.inputs, projection.weight
     if not needs_x:
         through = grad @ weight[:, inputs:]
@@ -394,14 +352,14 @@ def _project_backward(
         both = torch.mm(grad, weight)
         d_x, through = both[:, :inputs], both[:, inputs:]
     if not projection.adapters:
-        return d_x, []
-    of_a = through.t() @ (x if mask is None else x * mask)
-    if d_x is not None:
-        if mask is None:
-            d_x.addmm_(through, projection.stacked_a)
-        else:
-            d_x.addcmul_(through @ projection.stacked_a, mask)
-    return d_x, _of_adapters(projection, of_a, grad, inner)
+        return d_x, None, []
+    of_a = through.t() @ masked
+    more = None
+    if d_x is not None and mask is None:
+        d_x.addmm_(through, projection.stacked_a)
+    elif d_x is not None:
+        more = through @ projection.stacked_a
+    return d_x, more, _of_adapters(projection, of_a, grad, inner)
 
 
 def _of_adapters(
@@ -423,40 +381,3 @@ def _mask(dropout: Dropout, block: Block, place: int, like: torch.Tensor) -> tor
         return None
     inputs = projection.inputs
     return dropout.mask(4 * block.index + place, len(like), inputs, like, column_major=place == 3)
-
-
-def _swiglu(gate_up: torch.Tensor, *, out: torch.Tensor) -> None:
-    width = out.shape[1]
-    torch.ops.aten.silu.out(gate_up[:, :width], out=out)
-    out.mul_(gate_up[:, width:])
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor) -> torch.Tensor:
-    """RMSNorm into `out`; 1 / sqrt(mean(x^2) + eps) in fp32, [L, 1]."""
-    r = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    _normed(x, r, weight, out=out)
-    return r
-
-
-def _normed(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """RMSNorm of x, given r."""
-    return torch.mul((x.float() * r).to(x.dtype), weight, out=out)
-
-
-def _norm_backward(
-    x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, *, onto: torch.Tensor
-) -> torch.Tensor:
-    """`onto` + the gradient of x; dx = r g - x r^3 mean(g * x) with g = weight * grad."""
-    wide, g = x.float(), (grad * weight).float()
-    dot = torch.linalg.vecdot(g, wide)[:, None].mul_(r.pow(3)).div_(-x.shape[-1])
-    return g.mul_(r).addcmul_(wide, dot).add_(onto).to(x.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary position embedding of [L, heads, d] in place; with -sin its inverse. cos, sin: [L, d]."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    c, s = cos[:, None, :half], sin[:, None, :half]
-    turned = torch.mul(second, c).addcmul_(first, s)
-    first.mul_(c).addcmul_(second, s, value=-1)
-    second.copy_(turned)

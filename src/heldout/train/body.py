@@ -15,9 +15,10 @@ import torch
 from heldout.engine.weights import context_of
 from heldout.errors import InvalidValue
 from heldout.train import norms
-from heldout.train.attention import Layout
 from heldout.train.block import Block
 from heldout.train.dropout import Dropout
+from heldout.train.kernels import Kernels
+from heldout.train.layout import Layout
 from heldout.train.memory import trim
 from heldout.train.packing import Pack
 from heldout.train.rounding import padded
@@ -51,9 +52,18 @@ def _is_fused(config: Mapping[str, Any]) -> bool:
 class Body:
     """A decoder without its output head. Shapes: L packed tokens, h hidden size."""
 
-    def __init__(self, model: Any, dropout: Dropout, *, cut: int = 0, checkpoint: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dropout: Dropout,
+        *,
+        cut: int = 0,
+        checkpoint: bool = False,
+        kernels: Kernels | None = None,
+    ) -> None:
         """Raises InvalidValue as `refuse` does."""
         self.model, self.dropout, self.cut, self.checkpoint = model, dropout, cut, checkpoint
+        self._kernels = kernels
         config = model.config.to_dict()
         refuse(config, cut=cut, checkpoint=checkpoint)
         kind = config["model_type"]
@@ -62,7 +72,7 @@ class Body:
         self._blocks: list[Block] = []
         if _is_fused(config):
             for index, layer in enumerate(self._inner.layers):
-                self._blocks.append(Block.of(layer, index))
+                self._blocks.append(Block.of(layer, index, kernels))
                 trim()  # or the weights that were copied stay in memory beside their copies until all are
         else:
             norms.fuse(model)
@@ -94,7 +104,11 @@ class Body:
         """Final hidden states at `rows`, [R, h], from what enters the first trained layer."""
         if not self._walks:
             hidden = self._inner(
-                inputs_embeds=x[None], position_ids=layout.position_ids, layout=layout, use_cache=False
+                inputs_embeds=x[None],
+                position_ids=layout.position_ids,
+                layout=layout,
+                tree_kernels=self._kernels,
+                use_cache=False,
             ).last_hidden_state[0]
             return hidden[rows]
         hidden = self._walk(x, layout, self.cut, len(self._inner.layers), rows)
@@ -124,5 +138,6 @@ class Body:
                 past_key_values=None,
                 use_cache=False,
                 layout=layout,
+                tree_kernels=self._kernels,
             )[0]
         return x if rows is None else x[rows]

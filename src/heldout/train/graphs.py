@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from heldout.train.attention import Layout
+from heldout.train.layout import Layout
 from heldout.train.packing import Pack
 
 #: Sizes are multiples of this, and of a quarter of the power of two below them: a quarter is filled up at most.

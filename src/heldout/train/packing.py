@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from heldout.engine.template import Tokens, common_prefix
-from heldout.train.attention import Layout, Segment
+from heldout.train.layout import Layout, Segment
 
 #: A part is worth sharing when it saves this many tokens; a smaller one is computed for each example.
 WORTH_SHARING = 8

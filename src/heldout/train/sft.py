@@ -24,6 +24,7 @@ from heldout.train.attention import IMPLEMENTATION
 from heldout.train.body import Body
 from heldout.train.dropout import DrawnOnGpu, Dropout
 from heldout.train.graphs import Filled, Graphs, fill
+from heldout.train.kernels import Kernels
 from heldout.train.method import TEMPERATURES, Learned, Losses, add_gradients
 from heldout.train.packing import Pack, micro_batches, pack
 
@@ -43,15 +44,16 @@ SHOWN = 20
 class ChatTrainee:
     """A base model with a fresh adapter, ready to be trained."""
 
-    def __init__(self, peft: Any, template: ChatTemplate, plan: TrainPlan, activations: Activations | None) -> None:
+    def __init__(self, peft: Any, template: ChatTemplate, plan: TrainPlan, kernels: Kernels | None) -> None:
         model = peft.get_base_model()
-        self.peft, self.template, self.plan, self.activations = peft, template, plan, activations
+        self.peft, self.template, self.plan = peft, template, plan
+        self.activations: Activations | None = None
         self.head: torch.nn.Linear = model.get_output_embeddings()  # frozen
         on_gpu = self.device.type == "cuda"
         masks = (plan.lora_dropout, plan.seed)
         self.dropout = DrawnOnGpu(*masks, like=self.head.weight) if on_gpu else Dropout(*masks)
         lora.fuse(peft, self.dropout)
-        self.body = Body(model, self.dropout, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
+        self.body = Body(model, self.dropout, cut=plan.freeze_layers, checkpoint=plan.checkpointing, kernels=kernels)
         self.parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
         self.graphs = Graphs(self.run_filled, self.parameters.values()) if on_gpu and self.body.fused else None
         self._widest = max(p.shape[-1] for name, p in self.parameters.items() if ".lora_A." in name)
@@ -198,11 +200,18 @@ class ChatTrainee:
                 parameter.copy_(tensors[name.replace(".default.", ".")])
 
 
-def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activations: Path | None = None) -> ChatTrainee:
+def build_model(
+    plan: TrainPlan,
+    folder: Path,
+    precision: torch.dtype,
+    activations: Path | None = None,
+    kernels: Kernels | None = None,
+) -> ChatTrainee:
     """The base model with LoRA on the plan's modules of the layers above the cut. Adapter weights are fp32.
 
     Args:
         activations: folder of cached activations of frozen layers; None computes them every time.
+        kernels: for a processor only; None computes with torch's operations.
 
     Raises InvalidValue when the model has none of the target modules, or cannot be cut.
     """
@@ -230,7 +239,7 @@ def build_model(plan: TrainPlan, folder: Path, precision: torch.dtype, activatio
         ) from error
     if targets is not names:
         _refuse_without_layers(peft, targets, names, plan.freeze_layers)
-    trainee = ChatTrainee(peft, template, plan, None)
+    trainee = ChatTrainee(peft, template, plan, kernels)
     if activations is not None and plan.freeze_layers:
         trainee.activations = Activations.of_model(activations, trainee.body, folder, precision, valid_tokens(plan))
     return trainee
@@ -250,9 +259,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
-def shapes(config: Mapping[str, Any], parameters: int, number: int, *, gpu: bool) -> Shapes:
+def shapes(
+    config: Mapping[str, Any], parameters: int, number: int, *, gpu: bool, kernels: Kernels | None = None
+) -> Shapes:
     """A base model's sizes from its config.json; `number` is the bytes of a weight."""
     heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
     return Shapes(
         parameters=parameters,
         layers=config["num_hidden_layers"],
@@ -261,9 +273,10 @@ def shapes(config: Mapping[str, Any], parameters: int, number: int, *, gpu: bool
         vocabulary=config["vocab_size"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+        head_width=width,
         number=number,
         gpu=gpu,
+        keeps_weights=not gpu and not (kernels and kernels.attends(width)),
     )
 
 

@@ -21,6 +21,7 @@ from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Proof, Tim
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
+from heldout.train.kernels import Kernels, compiling
 from heldout.train.loop import Course
 from heldout.train.memory import PeakMemory, give_back_memory, keep_freed_memory
 from heldout.train.method import Trainee
@@ -42,9 +43,13 @@ class TorchTrainer:
         precision: str = "auto",
         allow_paths: bool = False,
         memory_limit: int = 0,
+        use_kernels: bool = True,
     ) -> None:
-        """`memory_limit`: bytes this process may fill where it computes; 0: what there is."""
+        """`memory_limit`: bytes this process may fill where it computes; 0: what there is. `use_kernels`: where they
+        can be compiled (train/kernels)."""
         self._memory_limit = memory_limit
+        self._use_kernels = use_kernels
+        self._told = ""
         self.cache = cache
         self.aliases = aliases
         self.allow_paths = allow_paths
@@ -93,7 +98,10 @@ class TorchTrainer:
         template = ChatTemplate(weights.load_tokenizer(folder))
         rows, others = _tokenize(template, split, plan.max_length)
         copies, _ = that_fit(split.copies, lambda some: sft.tokenize(template, some, plan.max_length, "copies"))
-        shapes = sft.shapes(config, _stored_parameters(folder), precision.itemsize, gpu=device.is_gpu())
+        kernels = self._kernels(directory)
+        shapes = sft.shapes(
+            config, _stored_parameters(folder), precision.itemsize, gpu=device.is_gpu(), kernels=kernels
+        )
         turns = max(1, 2 * max(map(len, copies), default=0))  # epochs until every copy was seen
         steps = range(1, turns * math.ceil(len(rows) / plan.batch_size) + 1)
         batches = [loop.batch(plan, rows, copies, step) for step in steps]
@@ -122,7 +130,7 @@ class TorchTrainer:
         self, plan: TrainPlan, split: Split, base_model: str, directory: Path, watch: Watch, cache: Path | None
     ) -> Adapter:
         with PeakMemory() as peak, device.repeatable():
-            trainee = self.build(plan, split, base_model, cache)
+            trainee = self.build(plan, split, base_model, cache, directory, watch)
             keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
             valid = trainee.rows(split.valid, "the validation data")
@@ -172,7 +180,7 @@ class TorchTrainer:
         if catalogue.kind_of(self._folder(base_model)) == catalogue.CHAT:
             weights.keep_precision(directory, self._precision)
         began = time.perf_counter()
-        trainee = self.build(plan, split, base_model, directory / "activations")
+        trainee = self.build(plan, split, base_model, directory / "activations", directory)
         keep_freed_memory()
         train = trainee.rows(split.train, "the training data")
         valid = trainee.rows(split.valid, "the validation data")
@@ -180,12 +188,34 @@ class TorchTrainer:
         with device.repeatable():
             return timing.time_parts(plan, trainee, train, valid, directory=directory, seconds=seconds, build=build)
 
-    def build(self, plan: TrainPlan, split: Split, base_model: str, cache: Path | None) -> Trainee[Any]:
-        """The base model, ready to be trained by this plan."""
+    def build(
+        self,
+        plan: TrainPlan,
+        split: Split,
+        base_model: str,
+        cache: Path | None,
+        directory: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Trainee[Any]:
+        """The base model, ready to be trained by this plan. `directory`: the job's, which keeps what it began with."""
         folder = self._folder(base_model)
         if catalogue.kind_of(folder) == catalogue.ENCODER:
             return classifier.build_model(plan, folder, split)
-        return sft.build_model(plan, folder, weights.choose_precision(self._precision), cache)
+        return sft.build_model(
+            plan, folder, weights.choose_precision(self._precision), cache, self._kernels(directory, watch)
+        )
+
+    def _kernels(self, directory: Path | None, watch: Watch | None = None) -> Kernels | None:
+        if device.is_gpu():
+            return None
+        chosen, why_not = compiling.choose(self.cache, use=self._use_kernels)
+        if watch and why_not and self._use_kernels and why_not != self._told:
+            self._told = why_not  # once, not for every fold
+            watch.message(
+                "Training with torch's operations alone, which takes about a quarter longer: there are no kernels for "
+                f"this processor, since {why_not}"
+            )
+        return compiling.keep(directory, chosen, why_not) if directory else chosen
 
     def _folder(self, base_model: str) -> Path:
         source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)

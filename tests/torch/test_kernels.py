@@ -1,0 +1,337 @@
+"""Kernels compute what torch's operations do, whatever the shapes; and where there are none, training says so."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heldout.engine.template import Tokens
+from heldout.errors import InvalidValue
+from heldout.settings import read_settings
+from heldout.train import between
+from heldout.train.attention import Attention
+from heldout.train.kernels import Kernels, compiling
+from heldout.train.packing import Pack, pack
+from heldout.train.trainer import TorchTrainer
+from tests.torch.cases import FAMILIES, KINDS, make_family, tokens_of
+from tests.torch.conftest import LLAMA, NOISY, PLAN, SMALL, TOOLS, Recording, build, difference, same_training
+from tests.torch.test_training_is_exact import check_curve, check_step, step_of
+
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    try:
+        return compiling.load(read_settings().cache)
+    except compiling.Unavailable as error:
+        pytest.skip(f"no kernels: {error}")
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every family, with heads that kernels attend with."""
+    root = tmp_path_factory.mktemp("wide")
+    return {name: make_family(root / str(i), tiny_model, name, width=16) for i, name in enumerate(FAMILIES)}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is as before after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def close(ours: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Equal but for the rounding of this type."""
+    assert ours.shape == wanted.shape
+    assert ours.dtype == wanted.dtype
+    assert difference(ours.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def mask_of(shape: tuple[int, int], dtype: torch.dtype, *, on: bool) -> torch.Tensor | None:
+    return ((torch.rand(shape) > 0.3) / 0.7).to(dtype) if on else None
+
+
+# Attention
+
+
+def trees() -> dict[str, Pack]:
+    """Packs of all kinds: short and long, deep and flat, with a prompt that fills several blocks, and one token."""
+    generator = torch.Generator().manual_seed(0)
+
+    def row(prefix: list[int], own: int) -> Tokens:
+        ids = [*prefix, *torch.randint(50, 90, (own,), generator=generator).tolist(), 7]
+        return Tokens(tuple(ids), (False,) * (len(ids) - 1) + (True,))
+
+    system, shots = list(range(10, 43)), list(range(200, 260))
+    return {
+        "one": pack([row([], 1)]),
+        "flat": pack([row([], n) for n in (3, 90, 17)]),
+        "shared": pack([row(system, n) for n in (1, 5, 40, 41)]),
+        "deep": pack([row([*system, *shots[:k]], n) for k, n in ((0, 3), (20, 4), (20, 9), (60, 2), (60, 70))]),
+        "long": pack([row(list(range(300)), n) for n in (2, 130)]),
+    }
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 16), (3, 1, 80), (64, 1, 32), (2, 2, 256)])
+@pytest.mark.parametrize("tree", trees())
+def test_attention_over_any_tree_is_that_of_torch(
+    kernels: Kernels, tree: str, heads: int, kv_heads: int, width: int, turned: bool, dtype: torch.dtype
+) -> None:
+    layout, (ours, theirs) = (
+        trees()[tree].layout,
+        (
+            Attention(heads=heads, kv_heads=kv_heads, width=width, scale=width**-0.5, kernels=one)
+            for one in (kernels, None)
+        ),
+    )
+    torch.manual_seed(1)
+    length = len(layout.until) + 3  # rows behind the last token
+    qkv, grad = random(length, (heads + 2 * kv_heads) * width, dtype=dtype), random(length, heads * width, dtype=dtype)
+    grad[-3:] = 0
+    half = torch.randn(length, width // 2).repeat(1, 2)
+    angles = (half.cos().to(dtype), half.sin().to(dtype)) if turned else None
+    out, kept = ours.forward(qkv.clone(), layout, angles)
+    wanted, theirs_kept = theirs.forward(qkv.clone(), layout, angles)
+    close(out, wanted, dtype)
+    assert not out[-3:].any()
+    found = ours.backward(grad, kept, layout, angles)
+    gradient = theirs.backward(grad, theirs_kept, layout, angles)
+    close(found, gradient, dtype)
+    if tree != "one":  # a token that sees itself alone has no gradient but that of its value
+        widths = [heads * width, kv_heads * width, kv_heads * width]
+        for part, other in zip(found.split(widths, dim=1), gradient.split(widths, dim=1), strict=True):
+            close(part, other, dtype)
+
+
+def test_heads_of_other_widths_are_left_to_torch(kernels: Kernels) -> None:
+    assert [kernels.attends(width) for width in (12, 16, 64, 80, 256, 272)] == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_any_number_of_threads_gives_the_same_numbers_and_always_the_same_bits(
+    kernels: Kernels, count: int, threads: None
+) -> None:
+    layout = trees()["deep"].layout
+    attention = Attention(heads=6, kv_heads=3, width=32, scale=0.2, kernels=kernels)
+    torch.manual_seed(1)
+    qkv, grad = random(len(layout.until), 12 * 32), random(len(layout.until), 6 * 32)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        out, kept = attention.forward(qkv, layout, None)
+        return out, attention.backward(grad, kept, layout, None)
+
+    torch.set_num_threads(1)
+    wanted = both()
+    torch.set_num_threads(count)
+    found = both()
+    for ours, theirs in zip(found, wanted, strict=True):
+        close(ours, theirs)
+    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(both(), found, strict=True))
+
+
+def test_memory_that_nothing_was_written_to_is_not_read(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(255))
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype).fill_(torch.nan))
+    assert torch.empty(4, dtype=torch.uint8).view(torch.float32).isnan().all()
+    for name, one in trees().items():
+        attention = Attention(heads=6, kv_heads=2, width=16, scale=0.2, kernels=kernels)
+        qkv, grad = random(len(one.ids), 10 * 16), random(len(one.ids), 6 * 16)
+        out, kept = attention.forward(qkv, one.layout, None)
+        assert out.isfinite().all(), name
+        assert attention.backward(grad, kept, one.layout, None).isfinite().all(), name
+
+
+def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
+    layout = trees()["shared"].layout
+    attention = Attention(heads=2, kv_heads=2, width=16, scale=0.2, kernels=kernels)
+    qkv = random(len(layout.until), 6 * 16)
+    qkv[20, 0] = torch.nan  # of a query that all later tokens are below, but do not look at
+    out, kept = attention.forward(qkv, layout, None)
+    assert out.isnan().any(dim=1).nonzero().flatten().tolist() == [20]
+    assert attention.backward(torch.ones_like(out), kept, layout, None)[20].isnan().any()
+    x = random(3, 40)
+    x[1, 3] = torch.inf
+    r, _ = between.norm(kernels, x, torch.ones(40), 1e-5, None, out=torch.empty(3, 40))
+    assert r[1] == 0
+    gate = torch.full((8, 2), torch.nan).t()
+    assert between.gated(kernels, torch.cat([gate, gate], 1).t().contiguous().t(), None, out=gate).isnan().all()
+
+
+# What lies between the products
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("n", "width"), [(1, 16), (5, 576), (37, 72), (3, 7)])
+def test_norms_are_those_of_torch(kernels: Kernels, n: int, width: int, masked: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    x, weight, grad, onto, more = (random(*shape, dtype=dtype) for shape in ((n, width), (width,), *3 * [(n, width)]))
+    mask = mask_of((n, width), dtype, on=masked)
+    found = []
+    for one in (kernels, None):
+        room = torch.zeros(n, width + 8, dtype=dtype)
+        r, behind = between.norm(one, x, weight, 1e-5, mask, out=room[:, :width])
+        assert not room[:, width:].any()
+        again = between.norm_again(one, x, r, weight, mask)
+        wide = torch.cat([grad, grad], dim=1)[:, :width]
+        through = between.norm_backward(one, x, r, weight, wide, more if masked else None, mask, onto=onto)
+        found.append((r, room, behind, again, through))
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs, dtype)
+    close(found[0][2], found[0][3], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("ranks", [0, 4, 8, 16, 32, 256, 300])
+@pytest.mark.parametrize(("n", "width"), [(1, 16), (33, 48), (50, 5)])
+def test_the_gated_activation_is_that_of_torch(
+    kernels: Kernels, n: int, width: int, ranks: int, masked: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    gate_up = random(2 * width, n, dtype=dtype).mul_(3).t()
+    mask = mask_of((width, n), dtype, on=masked)
+    mask = None if mask is None else mask.t()
+    both, a = random(width + ranks, n, dtype=dtype), random(ranks, width, dtype=dtype).t()
+    found = []
+    for one in (kernels, None):
+        room = torch.zeros(width + ranks, n, dtype=dtype).t()
+        behind = between.gated(one, gate_up, mask, out=room[:, :width])
+        assert not room[:, width:].any()
+        found.append((room, behind, *between.gated_backward(one, gate_up, both.clone(), a, mask)))
+    for ours, theirs in zip(*found, strict=True):
+        if ours.numel():
+            close(ours, theirs, dtype)
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_examples_share_a_step_is_that_of_its_examples_alone(
+    wide: dict[str, Path], kernels: Kernels, kind: str
+) -> None:
+    trainee = build(wide[LLAMA], kernels=kernels)
+    check_step(wide[LLAMA], trainee, tokens_of(trainee.template, kind))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_models_is_trained_as_transformers_and_peft_do(
+    wide: dict[str, Path], families: dict[str, Path], kernels: Kernels, family: str
+) -> None:
+    for folder in (wide[family], families[family]):  # attention with kernels, and without
+        trainee = build(folder, kernels=kernels)
+        check_step(folder, trainee, tokens_of(trainee.template, "everything"))
+
+
+@pytest.mark.parametrize("changes", [{"checkpointing": True}, {"target_modules": ("v_proj", "down_proj")}])
+def test_a_checkpointed_layer_and_one_with_some_adapters_are_exact(
+    wide: dict[str, Path], kernels: Kernels, changes: dict[str, Any]
+) -> None:
+    trainee = build(wide[LLAMA], replace(PLAN, **changes), kernels=kernels)
+    check_step(wide[LLAMA], trainee, tokens_of(trainee.template, "everything"))
+
+
+def test_thirty_steps_are_those_of_the_plain_loop(wide: dict[str, Path], kernels: Kernels, tmp_path: Path) -> None:
+    plan = replace(PLAN, batch_size=3, n_epochs=8, total_steps=30, learning_rate=1e-2, early_stopping=False)
+    trainee = build(wide[LLAMA], replace(plan, eval_every=10), kernels=kernels)
+    rows = tokens_of(trainee.template, "everything")
+    check_curve(wide[LLAMA], trainee, rows[:9], rows[9:], tmp_path)
+
+
+@pytest.mark.parametrize("family", [LLAMA, "qwen3, walked layer by layer", "olmo2, run as a whole"])
+def test_with_dropout_kernels_drop_the_same(wide: dict[str, Path], kernels: Kernels, family: str) -> None:
+    plan = replace(PLAN, lora_dropout=0.3)
+    with_them, without = (build(wide[family], plan, kernels=one) for one in (kernels, None))
+    rows = tokens_of(without.template, "everything")
+    (loss, found), (wanted_loss, wanted) = step_of(with_them, rows), step_of(without, rows)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert difference(found, wanted) < 1e-4
+
+
+# Where there are none
+
+
+def trained(model: Path, directory: Path, told: Recording, **options: Any) -> Any:
+    return TorchTrainer(**{**TOOLS, **options}).train(
+        NOISY, SMALL, base_model=str(model), directory=directory, watch=told
+    )
+
+
+def said(watch: Recording) -> list[str]:
+    return [text for kind, text in watch.story if kind == "message"]
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of PATH, and a cache without kernels."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin"
+
+
+def test_without_a_compiler_a_job_trains_with_torch_and_says_so(
+    tiny_model: Path, tmp_path: Path, no_compiler: Path
+) -> None:
+    told, off = Recording(), Recording()
+    without = trained(tiny_model, tmp_path / "without", told, cache=tmp_path / "cache")
+    assert any("there is no C++ compiler (g++, c++, clang++)" in line for line in said(told))
+    switched_off = trained(tiny_model, tmp_path / "off", off, use_kernels=False)
+    assert not any("kernels" in line for line in said(off))
+    assert same_training(without, switched_off)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, no_compiler: Path) -> None:
+    fake = no_compiler / "g++"
+    fake.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'error: no such option' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    chosen, why_not = compiling.choose(tmp_path / "cache", use=True)
+    assert chosen is None
+    assert why_not == f"{fake} failed (error: no such option)"
+    assert not list((tmp_path / "cache").iterdir()), "nothing half-made is left"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    chosen, why_not = compiling.choose(tmp_path / "file" / "cache", use=True)
+    assert chosen is None
+    assert "cannot be compiled" in why_not or "no C++ compiler" in why_not
+
+
+@pytest.mark.parametrize(("mode", "reason"), [(0o777, "others could have written it"), (0o755, "it is damaged")])
+def test_a_library_that_cannot_be_trusted_is_compiled_anew(
+    kernels: Kernels, tmp_path: Path, mode: int, reason: str
+) -> None:
+    good = read_settings().cache / compiling.name_of(compiling.compiler())
+    library = tmp_path / good.name
+    library.write_bytes(b"not a library")
+    library.chmod(mode)
+    compiling.load(tmp_path)
+    assert library.read_bytes() == good.read_bytes(), reason
+    assert not library.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    assert [one.name for one in tmp_path.iterdir()] == [library.name]
+
+
+def test_a_job_goes_on_as_it_began(kernels: Kernels, tmp_path: Path) -> None:
+    assert compiling.keep(tmp_path / "with", kernels, "") is kernels
+    assert compiling.keep(tmp_path / "with", kernels, "") is kernels
+    with pytest.raises(InvalidValue, match=r"began with kernels .* since HELDOUT_KERNELS is off"):
+        compiling.keep(tmp_path / "with", *compiling.choose(tmp_path, use=False))
+    assert compiling.keep(tmp_path / "without", None, "there is no compiler") is None
+    assert compiling.keep(tmp_path / "without", kernels, "") is None
