@@ -225,7 +225,6 @@ def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, r
     for folder in FOLDERS:
         assert sorted(path.name for path in (root / "out" / folder).iterdir()) == [
             "fold.json",
-            "kernels.json",
             "ladder.json",
             "precision.json",
             "trained.json",

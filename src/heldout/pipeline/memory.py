@@ -52,7 +52,7 @@ class Shapes:
     head_width: int
     number: int  # bytes of a weight and of an activation: 4 or 2
     gpu: bool = False  # the memory is a GPU's
-    keeps_weights: bool = True  # attention's weights are in memory, which with kernels (train/kernels) they are not
+    kernel_threads: int = 0  # that attend with kernels (train/kernels); none: attention's weights are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +167,13 @@ def _step(shapes: Shapes, sizes: Sizes, packed: int, layers: int, *, checkpointi
         attention = packed * (q + 2 * kv) * shapes.number
         # Computed again in the backward pass, with keys repeated; one bias for all layers, and what it is made of.
         attending = 8 * packed * q * shapes.number + packed * packed * (shapes.number + 2)
-    elif not shapes.keeps_weights:
-        # The joint q, k and v, and a logarithm for each row. Work: the keys of a path and gradients of all, by thread.
+    elif shapes.kernel_threads:
+        # The joint q, k and v, and a logarithm for each row. Each thread works with the keys of a path, blocks of
+        # scores, and gradients of all keys of its heads (Work and Parts of attention.cpp).
+        of_thread = sizes.longest * (6 * shapes.head_width + 2 * 48)
+        of_heads = (shapes.kernel_threads + shapes.kv_heads) * packed * 2 * shapes.head_width
         attention = packed * (q + 2 * kv) * shapes.number + packed * shapes.heads * 4
-        attending = 3 * packed * q * shapes.number + 4 * packed * 2 * kv * 4
+        attending = 3 * packed * (q + kv) * shapes.number + (shapes.kernel_threads * of_thread + of_heads) * 4
     else:
         # q, k and v in the groups' order, and the weights; in float32 whatever the rest is in (train/attention.py).
         scores = shapes.heads * packed * sizes.longest
@@ -187,7 +190,7 @@ def _passing(shapes: Shapes, sizes: Sizes, tokens: int) -> int:
     q = shapes.heads * shapes.head_width
     scores = 3 * shapes.heads * tokens * sizes.longest
     if not shapes.gpu:
-        scores = min(scores, 3 * KEPT_SCORES * 4) if shapes.keeps_weights else 0
+        scores = 0 if shapes.kernel_threads else min(scores, 3 * KEPT_SCORES * 4)
     return (tokens * (5 * shapes.hidden + 4 * q + 4 * shapes.intermediate) + scores) * shapes.number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from heldout.engine import device
 from heldout.engine.local import LocalEngine, use_threads
 from heldout.pipeline.checks import ModelTools
 from heldout.pipeline.intake import model_tools
@@ -40,9 +41,11 @@ def check_tools(settings: Settings, base_model: str) -> ModelTools:
 
 def prepare_kernels(settings: Settings) -> str:
     """Compile what training computes with on this machine; the outcome, as a sentence."""
+    if device.is_gpu():
+        return "Training computes on the GPU: no kernels are compiled for the processor"
     _, why_not = compiling.choose(settings.cache, use=settings.kernels == "auto")
     if why_not:
-        return f"No kernels for this processor, since {why_not}: training takes about a quarter longer"
+        return f"No kernels for this processor, since {why_not}: a training step takes a tenth to a quarter longer"
     return f"The kernels for this processor lie in {settings.cache}"
 
 

@@ -243,7 +243,8 @@ def prefix_tree_attention(
         raise ValueError(f"examples of {longest} tokens exceed the sliding window of {sliding_window}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if not layout.groups:  # on a GPU, where autograd keeps less than a copy of all three
+    compiled = tree_kernels is not None and tree_kernels.attends(query.shape[-1])
+    if not layout.groups or not (compiled or keeps_scores(q, layout)):  # autograd computes nothing twice
         return attend_anew(q, k, v, layout, scale)[None], None
     (length, heads, width), kv_heads = q.shape, k.shape[1]
     attention = Attention(heads=heads, kv_heads=kv_heads, width=width, scale=scale, kernels=tree_kernels)

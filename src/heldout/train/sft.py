@@ -276,7 +276,7 @@ def shapes(
         head_width=width,
         number=number,
         gpu=gpu,
-        keeps_weights=not gpu and not (kernels and kernels.attends(width)),
+        kernel_threads=torch.get_num_threads() if kernels and kernels.attends(width) else 0,
     )
 
 

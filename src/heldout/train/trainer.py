@@ -49,7 +49,8 @@ class TorchTrainer:
         can be compiled (train/kernels)."""
         self._memory_limit = memory_limit
         self._use_kernels = use_kernels
-        self._told = ""
+        self._settled: tuple[Kernels | None, str] | None = None  # kernels of this job, and why none
+        self._told = False
         self.cache = cache
         self.aliases = aliases
         self.allow_paths = allow_paths
@@ -208,14 +209,19 @@ class TorchTrainer:
     def _kernels(self, directory: Path | None, watch: Watch | None = None) -> Kernels | None:
         if device.is_gpu():
             return None
-        chosen, why_not = compiling.choose(self.cache, use=self._use_kernels)
-        if watch and why_not and self._use_kernels and why_not != self._told:
-            self._told = why_not  # once, not for every fold
+        if self._settled is None:
+            if directory is None:
+                return compiling.choose(self.cache, use=self._use_kernels)[0]
+            # The first directory is the job's: what it began with holds for its folds as well.
+            self._settled = compiling.keep(directory, self.cache, use=self._use_kernels)
+        kernels, why_not = self._settled
+        if watch and why_not and not self._told:
+            self._told = True  # once, not for every fold
             watch.message(
-                "Training with torch's operations alone, which takes about a quarter longer: there are no kernels for "
-                f"this processor, since {why_not}"
+                f"Training with torch's operations alone, without kernels for this processor ({why_not}): a step takes "
+                "a tenth to a quarter longer"
             )
-        return compiling.keep(directory, chosen, why_not) if directory else chosen
+        return kernels
 
     def _folder(self, base_model: str) -> Path:
         source = catalogue.resolve(base_model, self.aliases, allow_paths=self.allow_paths)

@@ -32,7 +32,9 @@ class _Shape(ctypes.Structure):
 class Kernels:
     """A compiled library's operations."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        """`name`: the library's file."""
+        self.name = name
         self._library = library
         library.attention_memory.restype = ctypes.c_int64
         self._widest, self._most_ranks = library.attention_widest(), library.gated_most_ranks()

@@ -22,7 +22,7 @@ from heldout.pipeline.kept import read_record, write_record
 from heldout.train.kernels import Kernels
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("numbers.h", "attention.cpp", "layer.cpp"))
-COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++")
 #: Results must not depend on how numbers are grouped, so nothing here lets the compiler group them anew.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
@@ -34,7 +34,7 @@ _CPU = Path("/proc/cpuinfo")
 _log = logging.getLogger(__name__)
 
 
-#: Beside a job's checkpoints: whether it began with kernels.
+#: Beside a job's checkpoints: the library that it began with, or none.
 NOTE = "kernels.json"
 
 
@@ -42,6 +42,7 @@ class Unavailable(Exception):
     """Why there are no kernels: a clause."""
 
 
+@cache
 def choose(folder: Path, *, use: bool) -> tuple[Kernels | None, str]:
     """The kernels if they are to be used, and why there are none."""
     if not use:
@@ -52,39 +53,60 @@ def choose(folder: Path, *, use: bool) -> tuple[Kernels | None, str]:
         return None, str(error)
 
 
-def keep(directory: Path, chosen: Kernels | None, why_not: str) -> Kernels | None:
-    """What the job in `directory` began with, noted there by the first process: with the other a resumed job would end
-    with other bits. Raises InvalidValue where it began with kernels and there are none."""
+def keep(directory: Path, folder: Path, *, use: bool) -> tuple[Kernels | None, str]:
+    """What the job in `directory` began with, noted there by the first process, and why there are none: with others a
+    resumed job would end with other bits.
+
+    Raises InvalidValue where it began with kernels that are gone.
+    """
     noted = read_record(directory / NOTE)
     if noted is None:
-        write_record(directory / NOTE, {"kernels": chosen is not None})
-        return chosen
-    if not noted["kernels"]:
-        return None
-    if chosen is None:
+        if (directory / "checkpoints").exists():  # begun by a version that had none
+            return None, "this job began without them"
+        chosen, why_not = choose(folder, use=use)
+        write_record(directory / NOTE, {"library": chosen.name if chosen else None})
+        return chosen, why_not
+    if noted["library"] is None:
+        return None, "this job began without them"
+    chosen, why_not = choose(folder, use=use)
+    if chosen is None or chosen.name != noted["library"]:
+        path = _home(folder) / Path(noted["library"]).name
+        if use and _is_ours(path):  # the compiler is another one now, or gone
+            return _open(path), ""
         raise InvalidValue(
-            f"This job began with kernels compiled for this processor, but now there are none, since {why_not}: the "
-            "rest would not fit what was trained so far. Make them available again to go on, or start a new job."
+            "This job began with kernels compiled for this processor, but now there are others or none"
+            f"{f', since {why_not}' if why_not else ''}: the rest would not fit what was trained so far. Make them "
+            "available again to go on, or start a new job."
         )
-    return chosen
+    return chosen, ""
 
 
 @cache
 def load(folder: Path) -> Kernels:
-    """The kernels, compiled into `folder` if they are not there yet. Raises Unavailable."""
+    """The kernels, compiled below `folder` if they are not there yet. Raises Unavailable."""
     if sys.platform != "linux":
         raise Unavailable(f"they are for Linux, and this is {platform.system()}")
     chosen = compiler()
-    path = folder / name_of(chosen)
-    # torch is imported by now, so that the library finds torch's own OpenMP and shares its threads.
+    path = _home(folder) / name_of(chosen)
     if _is_ours(path):
         try:
-            return Kernels(ctypes.CDLL(str(path)))
-        except OSError as error:  # a machine that went down may have left half a file
-            _log.warning("%s cannot be loaded and is compiled anew: %s", path, error)
+            return _open(path)
+        except Unavailable as error:  # a file of this name that is damaged
+            _log.warning("%s is compiled anew: %s", path, error)
     _compile(chosen, path)
+    if not _is_ours(path):
+        raise Unavailable(f"others may write to {path.parent}")
+    return _open(path)
+
+
+def _home(folder: Path) -> Path:
+    return folder / "kernels"
+
+
+def _open(path: Path) -> Kernels:
     try:
-        return Kernels(ctypes.CDLL(str(path)))
+        # torch is imported by now, so that the library finds torch's own OpenMP and shares its threads.
+        return Kernels(ctypes.CDLL(str(path)), path.name)
     except OSError as error:
         raise Unavailable(f"the compiled library cannot be loaded ({error})") from error
 
@@ -108,23 +130,26 @@ def name_of(compiler: str) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Code is loaded only from a file that nobody else could have written."""
+    """Code is loaded only from a file that nobody else could have written, nor put into its folder."""
     try:
-        found = path.stat()
+        both = [path.stat(), path.parent.stat()]
     except OSError:
         return False
-    return found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022
+    return all(one.st_uid in (0, os.getuid()) and not one.st_mode & 0o022 for one in both)
 
 
 def _compile(compiler: str, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as made_in:
             made = Path(made_in) / "kernels.so"
             found = _run([compiler, *FLAGS, *(str(one) for one in SOURCES if one.suffix == ".cpp"), "-o", str(made)])
             if found.returncode:
                 raise Unavailable(f"{compiler} failed ({_last_line(found.stderr)})")
-            made.chmod(0o755)
+            made.chmod(0o700)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(made, path)
     except OSError as error:
         raise Unavailable(f"they cannot be compiled ({error})") from error
