@@ -61,18 +61,13 @@ class Kernels:
         Returns:
             Besides the result the logarithm of the sum of each row's exponentials, [H, L], for the backward pass.
         """
-        shape, q, k, v = self._attention(qkv, heads, layout, scale)
+        shape, given = self._given(qkv, heads, layout, angles, scale)
         log_sums = torch.empty(shape.heads, shape.length)
         out = qkv.new_empty(len(qkv), shape.heads * shape.width)
-        cos, sin = _angles(angles, qkv)
         self._call(
             "attention_forward",
             qkv,
-            ctypes.byref(shape),
-            _at(layout.tree),
-            *(q, k, v),
-            ctypes.c_int64(qkv.stride(0)),
-            *(cos, sin),
+            *given,
             _at(out, like=qkv),
             ctypes.c_int64(out.stride(0)),
             _at(log_sums),
@@ -92,23 +87,17 @@ class Kernels:
         log_sums: torch.Tensor,
     ) -> torch.Tensor:
         """The gradient of `qkv`, given that of `attend`'s result, [L, H d]."""
-        shape, q, k, v = self._attention(qkv, heads, layout, scale)
+        shape, given = self._given(qkv, heads, layout, angles, scale)
         found = torch.empty_like(qkv)
         found[shape.length :] = 0
-        cos, sin = _angles(angles, qkv)
-        _, *of = self._attention(found, heads, layout, scale)
         self._call(
             "attention_backward",
             qkv,
-            ctypes.byref(shape),
-            _at(layout.tree),
-            *(q, k, v),
-            ctypes.c_int64(qkv.stride(0)),
-            *(cos, sin),
+            *given,
             _at(grad, like=qkv),
             ctypes.c_int64(grad.stride(0)),
             _at(log_sums),
-            *of,
+            *_parts(found, shape),
             ctypes.c_int64(found.stride(0)),
             _at(self._memory(shape, backward=True)),
         )
@@ -234,14 +223,23 @@ class Kernels:
     def _call(self, name: str, like: torch.Tensor, *arguments: Any) -> None:
         getattr(self._library, f"{name}_{_NAMES[like.dtype]}")(*arguments)
 
-    def _attention(self, qkv: torch.Tensor, heads: tuple[int, int], layout: Layout, scale: float) -> tuple[Any, ...]:
-        """The shape, and where q, k and v are."""
+    def _given(
+        self,
+        qkv: torch.Tensor,
+        heads: tuple[int, int],
+        layout: Layout,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        scale: float,
+    ) -> tuple[_Shape, list[Any]]:
+        """The shape, and the arguments that both passes of attention begin with."""
         count, kv_heads = heads
         width = qkv.shape[1] // (count + 2 * kv_heads)
-        parts = qkv.split([count * width, kv_heads * width, kv_heads * width], dim=1)
         length, threads = len(layout.until), torch.get_num_threads()
         shape = _Shape(count, kv_heads, width, length, len(layout.segments), layout.longest, threads, scale)
-        return (shape, *map(_at, parts))
+        cos, sin = (None, None) if angles is None else (one.contiguous() for one in angles)
+        stride = ctypes.c_int64(qkv.stride(0))
+        turned = (_at(cos, like=qkv), _at(sin, like=qkv))
+        return shape, [ctypes.byref(shape), _at(layout.tree), *_parts(qkv, shape), stride, *turned]
 
     def _memory(self, shape: _Shape, *, backward: bool) -> torch.Tensor:
         return torch.empty(self._library.attention_memory(ctypes.byref(shape), int(backward)), dtype=torch.uint8)
@@ -266,8 +264,7 @@ def _at(x: torch.Tensor | None, *, like: torch.Tensor | None = None) -> _Pointer
     return _Pointer(x)
 
 
-def _angles(angles: tuple[torch.Tensor, torch.Tensor] | None, like: torch.Tensor) -> tuple[_Pointer, _Pointer]:
-    if angles is None:
-        return _at(None), _at(None)
-    cos, sin = (one.contiguous() for one in angles)
-    return _at(cos, like=like), _at(sin, like=like)
+def _parts(qkv: torch.Tensor, shape: _Shape) -> list[_Pointer]:
+    """Where queries, keys and values begin in their joint tensor."""
+    widths = [count * shape.width for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    return [_at(part) for part in qkv.split(widths, dim=1)]
