@@ -280,11 +280,19 @@ def said(watch: Recording) -> list[str]:
 
 
 @pytest.fixture
-def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of PATH, and a cache without kernels."""
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that is all of PATH; what was found with another PATH is forgotten, and what is found with this one."""
     (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    return tmp_path / "bin"
+    forget()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "bin"))
+        yield tmp_path / "bin"
+    forget()
+
+
+def forget() -> None:
+    compiling.choose.cache_clear()
+    compiling.load.cache_clear()
 
 
 def test_without_a_compiler_a_job_trains_with_torch_and_says_so(
@@ -339,8 +347,6 @@ def test_kernels_in_a_folder_that_others_may_write_are_not_loaded(tmp_path: Path
 
 def test_a_job_goes_on_as_it_began(kernels: Kernels, tmp_path: Path, no_compiler: Path) -> None:
     cache, empty = read_settings().cache, tmp_path / "empty"
-    compiling.choose.cache_clear()
-    compiling.load.cache_clear()
     assert compiling.keep(tmp_path / "without", empty, use=True)[0] is None
     assert compiling.keep(tmp_path / "without", cache, use=True) == (None, "this job began without them")
     write_record(tmp_path / "with" / compiling.NOTE, {"library": kernels.name})

@@ -218,8 +218,8 @@ class TorchTrainer:
         if watch and why_not and not self._told:
             self._told = True  # once, not for every fold
             watch.message(
-                f"Training with torch's operations alone, without kernels for this processor ({why_not}): a step takes "
-                "a tenth to a quarter longer"
+                f"There are no kernels for this processor ({why_not}), so torch's own operations train: a step takes a "
+                "tenth to a quarter longer"
             )
         return kernels
 
