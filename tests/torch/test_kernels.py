@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -314,6 +317,23 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, no_compiler: Path) -> N
     assert chosen is None
     assert why_not == f"{fake} failed (error: no such option)"
     assert not list((tmp_path / "cache" / "kernels").iterdir()), "nothing half-made is left"
+
+
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(
+    tmp_path: Path, no_compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, started = no_compiler / "g++", tmp_path / "started"
+    fake.write_text(f"#!/bin/sh\n{shutil.which('sleep', path='/bin:/usr/bin')} 600 &\necho $! > {started}\nwait\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(compiling, "PATIENCE", 1)
+    chosen, why_not = compiling.choose(tmp_path / "cache", use=True)
+    assert chosen is None
+    assert "does not run" in why_not
+    worker = int(started.read_text())
+    until = time.monotonic() + 10
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "it still runs"
+        time.sleep(0.05)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

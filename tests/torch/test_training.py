@@ -243,6 +243,10 @@ def test_tune_measures_what_training_cost(tuned: Tuned) -> None:
     # Every example counts with all its tokens, in every epoch.
     assert adapter.trained_tokens > 30 * 80 * adapter.last_step / 10
     assert adapter.precision == "float32"
+    told = any(
+        "There are no kernels for this processor" in what for kind, what in tuned.watch.story if kind == "message"
+    )
+    assert adapter.kernels != told
 
 
 def test_the_story_of_training_begins_before_its_numbers(tuned: Tuned) -> None:

@@ -56,6 +56,7 @@ def make_outcome(folder: Path) -> Outcome:
             seconds=4.0,
             peak_memory_bytes=3 * 2**29,
             precision="float32",
+            kernels=True,
             learning_rate=1e-3,
             stopped="all 3 steps taken",
             selection=select(

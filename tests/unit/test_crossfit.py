@@ -338,6 +338,7 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
         seconds=3.0,
         peak_memory_bytes=1,
         precision="float32",
+        kernels=True,
         learning_rate=5e-4,
         stopped="stopped",
         selection=Selection(chosen=best, reason="the lowest", candidates=(best,)),

@@ -98,6 +98,7 @@ def test_the_card_tells_the_verdict_the_numbers_and_the_limits(outcome: Outcome)
     assert "- warning: `odd`, 1 finding about 1 line\n- note: `odd`, 2 findings about 3 lines\n" in text
     assert f'model="{NAME}"' in text
     assert "4-bit" in text, "the bundled weights are not quite the hub's"
+    assert "products in float32, with kernels." in text
     assert "HELDOUT_PRECISION=float32 heldout tune" in text
     assert "5f" * 32 in text
 

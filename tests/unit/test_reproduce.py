@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import pytest
 import typer
 
 from heldout import cli
+from heldout.engine.catalogue import ENCODER
 from heldout.errors import UserError
 from heldout.pipeline.evaluate.graders.read import grader_json
 from heldout.pipeline.hyperparameters import KNOBS, Hyperparameters
 from heldout.pipeline.plan import make_plan
 from heldout.pipeline.reproduce import quoted, reproduction_of
 from heldout.pipeline.request import Request, Source
+from heldout.pipeline.run import as_computed
 from heldout.pipeline.training import ModelFacts
 from heldout.processes import foreground
 from heldout.processes.foreground import source
 from heldout.settings import Settings
 from tests.unit.conftest import labelled, split_of
+from tests.unit.outcomes import make_outcome
 
 FACTS = ModelFacts(hidden_size=64, layers=4, context=512, parameters=1)
 GRADER = {
@@ -181,3 +185,12 @@ def test_settings_that_decide_what_is_computed_are_told_and_no_others(monkeypatc
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert Settings().of_jobs == told
+
+
+def test_what_was_found_out_about_the_machine_is_told(tmp_path: Path) -> None:
+    adapter, asked = make_outcome(tmp_path).adapter, reproduction_of(request())
+    told = as_computed(asked, replace(adapter, precision="bfloat16"), FACTS).environment
+    assert told == asked.environment | {"HELDOUT_PRECISION": "bfloat16"}
+    without = as_computed(asked, replace(adapter, kernels=False), FACTS).environment
+    assert without == told | {"HELDOUT_PRECISION": "float32", "HELDOUT_KERNELS": "off"}
+    assert as_computed(asked, adapter, replace(FACTS, kind=ENCODER)) == asked

@@ -258,7 +258,7 @@ def _training(outcome: Outcome, model: _Model) -> Iterator[str]:
     adapter = outcome.adapter
     yield (
         f"{ended(adapter)} {adapter.trained_parameters:,} parameters were trained on {adapter.trained_tokens:,} tokens "
-        f"in {adapter.seconds:.0f} s, products in {adapter.precision}."
+        f"in {adapter.seconds:.0f} s, products in {adapter.precision}{', with kernels' if adapter.kernels else ''}."
     )
     yield ""
     rows = [[name, value, why] for name, value, origin, why in plan_rows(outcome) if origin == "asked"]

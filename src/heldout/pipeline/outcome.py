@@ -95,6 +95,7 @@ class Outcome:
                 "learning_rate": adapter.learning_rate,
                 "predicted_memory_bytes": self.plan.predicted_memory_bytes,
                 "precision": adapter.precision,
+                "kernels": adapter.kernels,
                 "trained_tokens": adapter.trained_tokens,
                 "trained_parameters": adapter.trained_parameters,
                 "seconds": adapter.seconds,

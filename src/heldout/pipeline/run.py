@@ -79,7 +79,7 @@ def run_job(request: Request, tools: Tools) -> Outcome:
         base_model=request.base_model,
         kind=facts.kind,
         asked=request.hyperparameters,
-        reproduction=with_precision(reproduction, made.adapter, facts),
+        reproduction=as_computed(reproduction, made.adapter, facts),
         seconds=time.monotonic() - started,
         crossfit=made.crossfit,
         consequences=consequences,
@@ -95,11 +95,14 @@ def run_job(request: Request, tools: Tools) -> Outcome:
     return outcome
 
 
-def with_precision(reproduction: Reproduction, adapter: Adapter, facts: ModelFacts) -> Reproduction:
-    """Told the precision that was probed here: another machine's probe may choose another. A classifier has one."""
+def as_computed(reproduction: Reproduction, adapter: Adapter, facts: ModelFacts) -> Reproduction:
+    """Told the precision that was probed here, and that there were no kernels: another machine may have others. A
+    classifier has one precision and no kernels."""
     if facts.kind == catalogue.ENCODER:
         return reproduction
     environment = reproduction.environment | {"HELDOUT_PRECISION": adapter.precision}
+    if not adapter.kernels:
+        environment["HELDOUT_KERNELS"] = "off"
     return replace(reproduction, environment=dict(sorted(environment.items())))
 
 

@@ -63,7 +63,7 @@ class Body:
     ) -> None:
         """Raises InvalidValue as `refuse` does."""
         self.model, self.dropout, self.cut, self.checkpoint = model, dropout, cut, checkpoint
-        self._kernels = kernels
+        self.kernels = kernels
         config = model.config.to_dict()
         refuse(config, cut=cut, checkpoint=checkpoint)
         kind = config["model_type"]
@@ -107,7 +107,7 @@ class Body:
                 inputs_embeds=x[None],
                 position_ids=layout.position_ids,
                 layout=layout,
-                tree_kernels=self._kernels,
+                tree_kernels=self.kernels,
                 use_cache=False,
             ).last_hidden_state[0]
             return hidden[rows]
@@ -138,6 +138,6 @@ class Body:
                 past_key_values=None,
                 use_cache=False,
                 layout=layout,
-                tree_kernels=self._kernels,
+                tree_kernels=self.kernels,
             )[0]
         return x if rows is None else x[rows]

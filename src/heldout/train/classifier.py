@@ -46,6 +46,7 @@ class ClassifierTrainee:
     """An encoder of which the upper layers are trained, and a linear head on the mean of its vectors."""
 
     precision = "float32"
+    kernels = False
 
     def __init__(self, encoder: Encoder, labels: Labels, plan: TrainPlan, *, with_system: bool) -> None:
         self.encoder, self.labels, self.plan, self.with_system = encoder, labels, plan, with_system

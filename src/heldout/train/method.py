@@ -56,6 +56,11 @@ class Trainee(Protocol[Row]):
         ...
 
     @property
+    def kernels(self) -> bool:
+        """Whether operations compiled for the processor take part (train/kernels)."""
+        ...
+
+    @property
     def description(self) -> str:
         """What is trained, for the story: "LoRA r=16 on all linear layers"."""
         ...

@@ -67,6 +67,11 @@ class ChatTrainee:
         return str(self.head.weight.dtype).removeprefix("torch.")
 
     @property
+    def kernels(self) -> bool:
+        """See Trainee.kernels."""
+        return self.body.kernels is not None
+
+    @property
     def description(self) -> str:
         """See Trainee.description."""
         plan = self.plan

@@ -169,6 +169,7 @@ class TorchTrainer:
             seconds=course.seconds,
             peak_memory_bytes=peak.bytes,
             precision=trainee.precision,
+            kernels=trainee.kernels,
             learning_rate=course.guard.learning_rate,
             stopped=course.stopped,
             selection=selection,

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -157,9 +158,17 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as started:
+            try:
+                out, errors = started.communicate(timeout=PATIENCE)
+            except BaseException:
+                os.killpg(started.pid, signal.SIGKILL)  # what does the work is a child of the command
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} does not run ({error})") from error
+    return subprocess.CompletedProcess(command, started.returncode, out, errors)
 
 
 def _last_line(text: str) -> str:
