@@ -326,7 +326,7 @@ struct Parts {
     }
     int first_head(int part) const { return (int)(begins[part] / blocks); }
     int last_head(int part) const { return begins[part] == begins[part + 1] ? first_head(part) - 1 : (int)((begins[part + 1] - 1) / blocks); }
-    // Of a head the part works on.
+    // Of a head the part works on. Places of one head lie side by side, in the order of the parts.
     float* of(int part, int head) const {
         int64_t place = head - first_head(part);
         for (int p = 0; p < part; p++) place += last_head(p) - first_head(p) + 1;
@@ -414,19 +414,24 @@ void backward(const Shape& s, const Segment* segments, const T* q, const T* k, c
             });
             path.go(segments, -1, -1, put, drop);
         }
-#pragma omp for schedule(static)
-        for (int token = 0; token < s.length; token++)
-            for (int head = 0; head < s.kv_heads; head++) {
+        for (int head = 0; head < s.kv_heads; head++) {
+            int first = 0;
+            while (parts.last_head(first) < head) first++;
+            const float* sums = parts.of(first, head);
+#pragma omp for schedule(static) nowait
+            for (int token = 0; token < s.length; token++) {
                 float total[2 * WIDEST] = {};
-                for (int part = 0; part < s.threads; part++) {
-                    if (head < parts.first_head(part) || head > parts.last_head(part)) continue;
-                    const float* from = parts.of(part, head) + (int64_t)token * 2 * width;
+                const float* from = sums + (int64_t)token * 2 * width;
+                for (int part = first; part < s.threads && parts.first_head(part) <= head; part++) {
+                    if (parts.last_head(part) < head) continue;  // a part without work
                     for (int c = 0; c < 2 * width; c += LANES) store(total + c, load(total + c) + load(from + c));
+                    from += parts.of_head;
                 }
                 turn(total, d_k + token * row_of_d + head * width, width, angles, token, 1.f, true);
                 T* to = d_v + token * row_of_d + head * width;
                 for (int c = 0; c < width; c += LANES) store(to + c, load(total + width + c));
             }
+        }
     }
 }
 
