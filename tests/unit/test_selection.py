@@ -1,9 +1,11 @@
-"""Which checkpoint is shipped: the lowest validation loss, unless another is better by more than noise."""
+"""Which checkpoint is shipped: the lowest validation loss, or the last of a training that went to its end, unless
+another is better by more than noise."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -26,11 +28,11 @@ def test_a_candidate_within_one_standard_error_does_not_replace_the_lowest_loss(
     # One example of 100 more: a gain of exactly one standard error, whatever the rounding.
     for n in range(2, 200):
         best = candidate("best_loss", 1, n=n, step=60)
-        assert choose(best, candidate("best_metric", 2, n=n, step=30)).chosen is best, n
-    selection = choose(BEST, candidate("best_metric", 81, step=30))
+        assert choose(best, candidate("best_metric", 2, n=n, step=75)).chosen is best, n
+    selection = choose(BEST, candidate("best_metric", 81, step=75))
     assert selection.chosen is BEST
     assert selection.reason == (
-        "step 60 (the lowest validation loss) is chosen (validation loss 0.41): step 30 (the highest score during "
+        "step 60 (the lowest validation loss) is chosen (validation loss 0.41): step 75 (the highest score during "
         "training) has exact_match 0.810 against 0.800 on 100 validation examples, which is not more than one standard "
         "error of the paired difference (0.010)"
     )
@@ -38,11 +40,11 @@ def test_a_candidate_within_one_standard_error_does_not_replace_the_lowest_loss(
 
 def test_a_candidate_better_by_more_than_one_standard_error_is_chosen() -> None:
     # 4 examples gained, none lost: 0.04, one standard error being 0.0197.
-    better = candidate("best_metric", 84, step=30)
+    better = candidate("best_metric", 84, step=75)
     selection = choose(BEST, better)
     assert selection.chosen is better
     assert selection.reason == (
-        "step 30 (the highest score during training) is chosen: exact_match 0.840 on 100 validation examples, against "
+        "step 75 (the highest score during training) is chosen: exact_match 0.840 on 100 validation examples, against "
         "0.800 for step 60 (the lowest validation loss); the gain of 0.040 is more than one standard error of the "
         "paired difference (0.020)"
     )
@@ -51,7 +53,60 @@ def test_a_candidate_better_by_more_than_one_standard_error_is_chosen() -> None:
 def test_the_error_is_that_of_the_paired_difference() -> None:
     # 12 gained and 8 lost are the same 4 as above, but much more noise: error 0.045.
     scores = [1.0] * 72 + [0.0] * 8 + [1.0] * 12 + [0.0] * 8
-    assert choose(BEST, Candidate(kind="best_metric", step=30, valid_loss=0.5, scores=tuple(scores))).chosen is BEST
+    assert choose(BEST, Candidate(kind="best_metric", step=75, valid_loss=0.5, scores=tuple(scores))).chosen is BEST
+
+
+def test_the_highest_score_before_the_lowest_loss_needs_two_standard_errors() -> None:
+    assert choose(BEST, candidate("best_metric", 83, step=75)).chosen.step == 75
+    earlier = choose(BEST, candidate("best_metric", 83, step=30))
+    assert earlier.chosen is BEST
+    assert "2 standard errors" in earlier.reason
+    assert choose(BEST, candidate("best_metric", 86, step=30)).chosen.step == 30
+
+
+def with_losses(kind: Kind, right: int, *, step: int, losses: list[float]) -> Candidate:
+    return replace(
+        candidate(kind, right, n=len(losses), step=step, loss=math.fsum(losses) / len(losses)), losses=tuple(losses)
+    )
+
+
+def completed(*candidates: Candidate) -> Selection:
+    return select(candidates, metric="exact_match", completed=True)
+
+
+#: By 0.02 higher than 0.40 on average, with a standard error of 0.03; of 0.01.
+AS_LOW, HIGHER = [0.1, 0.74] * 50, [0.32, 0.52] * 50
+LOWEST = with_losses("best_loss", 80, step=60, losses=[0.4] * 100)
+
+
+def test_of_a_training_that_went_to_its_end_the_last_checkpoint_is_kept() -> None:
+    last = with_losses("last", 80, step=90, losses=AS_LOW)
+    selection = completed(LOWEST, last)
+    assert selection.chosen is last
+    assert selection.reason == (
+        "step 90 (the last) is chosen (validation loss 0.42): training went on to its planned end, and neither "
+        "validation loss nor exact_match is worse than that of step 60 (the lowest validation loss), 0.4 and 0.800, by "
+        "more than one standard error of the paired difference"
+    )
+    assert choose(LOWEST, last).chosen is LOWEST, "a training that was stopped had not improved"
+
+
+def test_the_last_checkpoint_is_not_kept_where_validation_says_it_is_worse() -> None:
+    assert completed(LOWEST, with_losses("last", 80, step=90, losses=HIGHER)).chosen is LOWEST
+    assert completed(LOWEST, with_losses("last", 79, step=90, losses=AS_LOW)).chosen.step == 90
+    assert completed(LOWEST, with_losses("last", 78, step=90, losses=AS_LOW)).chosen is LOWEST
+    assert completed(LOWEST, candidate("last", 80, step=90, loss=0.42)).chosen is LOWEST, "its losses are not known"
+    unsure = [with_losses("best_loss", 1, step=60, losses=[0.4]), with_losses("last", 1, step=90, losses=[0.4])]
+    assert completed(*unsure).chosen is unsure[0], "one example has no error"
+
+
+def test_an_earlier_one_takes_the_place_of_the_last_by_two_standard_errors() -> None:
+    last, metric = with_losses("last", 80, step=90, losses=AS_LOW), candidate("best_metric", 83, step=75)
+    assert completed(LOWEST, last, metric).chosen is last
+    assert completed(LOWEST, last, replace(metric, scores=(1.0,) * 86 + (0.0,) * 14)).chosen.step == 75
+    same = with_losses("last", 80, step=60, losses=[0.4] * 100)
+    assert completed(LOWEST, same).chosen is LOWEST
+    assert completed(LOWEST, same).reason.endswith("there is no other candidate")
 
 
 def test_the_last_checkpoint_needs_two_standard_errors_under_any_name() -> None:
@@ -73,7 +128,7 @@ def test_an_average_must_be_better_and_have_no_higher_loss() -> None:
 
 
 def test_of_two_that_pass_the_better_one_is_chosen_and_loss_breaks_ties() -> None:
-    metric, last = candidate("best_metric", 88, step=30), candidate("last", 92, step=90)
+    metric, last = candidate("best_metric", 88, step=75), candidate("last", 92, step=90)
     average = candidate("average", 92, step=60, loss=0.40)
     assert choose(BEST, metric, last).chosen is last
     assert choose(BEST, last, metric).chosen is last

@@ -1,4 +1,5 @@
-"""Which checkpoint of a finished training to ship: the lowest validation loss, unless another is clearly better."""
+"""Which checkpoint of a finished training to ship: the one that training itself says is best, unless validation says
+clearly that another is better."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from typing import Any, Literal
 
 Kind = Literal["best_loss", "best_metric", "last", "average"]
 
-#: Paired standard errors by which a candidate's score must be better than that of the lowest validation loss.
-#: The last checkpoint has trained on while validation loss did not improve: it needs clear evidence.
-ERRORS: dict[Kind, float] = {"best_metric": 1.0, "average": 1.0, "last": 2.0}
+#: Paired standard errors by which a candidate's score must be better than the favourite's. Two where the rest speaks
+#: against it: the last checkpoint of a stopped training went on while validation loss did not improve, and what was the
+#: highest of many scores before training improved on its loss was high by luck, more often than not.
+ERRORS, AGAINST = 1.0, 2.0
 
 _WORDS: dict[Kind, str] = {
     "best_loss": "the lowest validation loss",
@@ -29,6 +31,7 @@ class Candidate:
     step: int  # of an average: the middle one
     valid_loss: float  # calibrated, nats per example, each with the same weight; may not be a number
     scores: tuple[float, ...]  # task metric of each validation example, 0 to 1; all candidates in one order
+    losses: tuple[float, ...] = ()  # of each validation example, in that order, if they are known
 
     @property
     def score(self) -> float | None:
@@ -65,19 +68,37 @@ class Selection:
         }
 
 
-def select(candidates: Sequence[Candidate], *, metric: str) -> Selection:
+def select(candidates: Sequence[Candidate], *, metric: str, completed: bool = False) -> Selection:
     """Choose by the one-standard-error rule (docs/design/stopping.md); `metric` names the scores in the reason.
+
+    The favourite is the lowest validation loss; of a training that was `completed`, which went on to its planned end
+    and a learning rate of 0, the last checkpoint, unless validation says that it is worse.
 
     Raises ValueError when there is no best_loss or two of a kind, when scores are not of the same examples
     or not within 0 and 1, and when the loss of best_loss is not a number.
     """
     best = _check(candidates)
-    others = [one for one in candidates if one is not best and not _same(one, best) and math.isfinite(one.valid_loss)]
-    passed = [one for one in others if _is_better(one, best, _bar(one, others))]
+    last = next((one for one in candidates if one.kind == "last"), None)
+    favourite = last if completed and last and not _same(last, best) and _holds(last, best) else best
+    others = [one for one in candidates if not _same(one, favourite) and math.isfinite(one.valid_loss)]
+    passed = [one for one in others if _is_better(one, favourite, _bar(one, others, favourite))]
     # Where scores tie, the lower validation loss decides.
-    chosen = max(passed, key=lambda one: (one.score or 0.0, -one.valid_loss), default=best)
-    reason = _why_other(chosen, best, others, metric) if passed else _why_best(best, others, metric)
+    chosen = max(passed, key=lambda one: (one.score or 0.0, -one.valid_loss), default=favourite)
+    if passed:
+        reason = _why_other(chosen, favourite, _bar(chosen, others, favourite), metric)
+    else:
+        reason = _why_favourite(favourite, best, others, metric)
     return Selection(chosen=chosen, reason=reason, candidates=tuple(candidates))
+
+
+def _holds(last: Candidate, best: Candidate) -> bool:
+    """Whether neither the losses nor the scores of the last checkpoint are worse than those of the lowest validation
+    loss by more than a standard error."""
+    if not (len(last.losses) == len(best.losses) > 1 and math.isfinite(last.valid_loss)):
+        return False
+    higher, error = _paired(last.losses, best.losses)
+    lost, error_of_scores = _paired(best.scores, last.scores)
+    return higher <= error and lost <= error_of_scores
 
 
 def _check(candidates: Sequence[Candidate]) -> Candidate:
@@ -99,57 +120,65 @@ def _check(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
-    """The same weights under another name."""
-    return one.step == other.step and "average" not in (one.kind, other.kind)
+    """The same weights, whatever the name."""
+    return one is other or (one.step == other.step and "average" not in (one.kind, other.kind))
 
 
-def _bar(one: Candidate, others: Sequence[Candidate]) -> float:
+def _bar(one: Candidate, others: Sequence[Candidate], favourite: Candidate) -> float:
     """Standard errors that `one` needs; the last checkpoint keeps its bar under any other name."""
-    return max(ERRORS[other.kind] for other in others if other is one or _same(other, one))
+    earlier = one.step < favourite.step
+    is_last = any(other.kind == "last" and _same(other, one) for other in others)
+    return AGAINST if earlier or is_last else ERRORS
 
 
-def _is_better(one: Candidate, best: Candidate, bar: float) -> bool:
-    if one.kind == "average" and one.valid_loss > best.valid_loss:
+def _is_better(one: Candidate, favourite: Candidate, bar: float) -> bool:
+    if one.kind == "average" and one.valid_loss > favourite.valid_loss:
         return False  # never trained as it is: it has to hold on both counts
-    gain, error = _paired(one, best)
+    gain, error = _paired(one.scores, favourite.scores)
     # A single example that differs gives a gain of exactly one error; rounding must not decide that.
     return gain > bar * error * (1 + 1e-9)
 
 
-def _paired(one: Candidate, best: Candidate) -> tuple[float, float]:
-    """Mean gain in score over `best`, and its paired standard error; infinite below two examples."""
-    gains = [a - b for a, b in zip(one.scores, best.scores, strict=True)]
-    n = len(gains)
+def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean of a - b over the same examples, and its standard error; infinite below two examples."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    n = len(differences)
     if n < 2:
-        return math.fsum(gains), math.inf
-    mean = math.fsum(gains) / n
-    return mean, math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (n - 1) / n)
+        return math.fsum(differences), math.inf
+    mean = math.fsum(differences) / n
+    return mean, math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1) / n)
 
 
-def _why_other(chosen: Candidate, best: Candidate, others: Sequence[Candidate], metric: str) -> str:
-    gain, error = _paired(chosen, best)
+def _why_other(chosen: Candidate, favourite: Candidate, bar: float, metric: str) -> str:
+    gain, error = _paired(chosen.scores, favourite.scores)
     return (
-        f"{chosen} is chosen: {metric} {chosen.score:.3f} on {len(best.scores)} validation examples, against "
-        f"{best.score:.3f} for {best}; the gain of {gain:.3f} is more than {_errors(_bar(chosen, others), error)}"
+        f"{chosen} is chosen: {metric} {chosen.score:.3f} on {len(chosen.scores)} validation examples, against "
+        f"{favourite.score:.3f} for {favourite}; the gain of {gain:.3f} is more than {_errors(bar, error)}"
     )
 
 
-def _why_best(best: Candidate, others: Sequence[Candidate], metric: str) -> str:
-    kept = f"{best} is chosen (validation loss {best.valid_loss:.3g})"
+def _why_favourite(favourite: Candidate, best: Candidate, others: Sequence[Candidate], metric: str) -> str:
+    kept = f"{favourite} is chosen (validation loss {favourite.valid_loss:.3g})"
+    if not _same(favourite, best):
+        return (
+            f"{kept}: training went on to its planned end, and neither validation loss nor {metric} is worse than that "
+            f"of {best}, {best.valid_loss:.3g} and {best.score:.3f}, by more than one standard error of the paired "
+            "difference"
+        )
     if not others:
         return f"{kept}: there is no other candidate"
     n = len(best.scores)
     if n < 2:
         return f"{kept}: {n or 'no'} scored validation example{'s' * (n != 1)} cannot show that another one is better"
     rival = max(others, key=lambda one: one.score or 0.0)
-    gain, error = _paired(rival, best)
+    gain, error = _paired(rival.scores, best.scores)
     if gain <= 0:
         return f"{kept}: no other candidate has a higher {metric} than its {best.score:.3f}"
     if rival.kind == "average" and rival.valid_loss > best.valid_loss:
         return f"{kept}: {rival} has {metric} {rival.score:.3f} against {best.score:.3f}, but a higher validation loss"
     return (
         f"{kept}: {rival} has {metric} {rival.score:.3f} against {best.score:.3f} on {n} validation examples, "
-        f"which is not more than {_errors(_bar(rival, others), error)}"
+        f"which is not more than {_errors(_bar(rival, others, favourite), error)}"
     )
 
 

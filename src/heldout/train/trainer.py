@@ -250,8 +250,16 @@ def choose(
     seen_losses = ((point.step, point.valid_calibrated_loss) for point in course.curve)
     losses = {step: loss for step, loss in seen_losses if loss is not None}
 
+    by_example = {one.step: tuple(one.losses) for one in (stopping.best, *stopping.recent) if one}
+
     def candidate(kind: Kind, step: int, loss: float, right: Sequence[bool]) -> Candidate:
-        return Candidate(kind=kind, step=step, valid_loss=loss, scores=tuple(map(float, right)))
+        return Candidate(
+            kind=kind,
+            step=step,
+            valid_loss=loss,
+            scores=tuple(map(float, right)),
+            losses=by_example.get(step, ()) if kind != "average" else (),
+        )
 
     finite = [step for step in sound if math.isfinite(losses[step])]
     if not finite:
@@ -268,7 +276,7 @@ def choose(
         seen = loop.validate(trainee, valid)
         mean = sum(seen.calibrated) / len(seen.calibrated)
         candidates.append(candidate("average", stopping.best_step, mean, seen.right))
-    selection = select(candidates, metric="share of answers that are right")
+    selection = select(candidates, metric="share of answers that are right", completed=course.completed)
     if damaged:
         selection = replace(selection, reason=f"of the checkpoints that can be read, {selection.reason}")
     return selection, folders[selection.chosen.kind]
