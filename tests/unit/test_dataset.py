@@ -55,6 +55,7 @@ def test_a_sound_file_becomes_examples_with_their_line_numbers():
         (b'{"a": tru', "truncated_json", "middle"),
         (b'{"a": "\\u12', "truncated_json", "escape"),
         (b"{'messages': []}", "invalid_json", "character 1"),
+        (b"text,label", "invalid_json", "this is not JSON, near 'text,label'. Each line must be one object"),
         (b'{"a": NaN}', "invalid_json", "NaN is not JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "invalid_json", "digits"),
         (b'{"a": "\x01"}', "invalid_json", "control character"),

@@ -112,6 +112,13 @@ def _describe(text: str, error: json.JSONDecodeError) -> Unreadable:
             "invalid JSON: a byte order mark inside the file, as when files were joined. Remove it.",
             example=shown,
         )
+    if error.pos == 0 and error.msg.startswith("Expecting value"):
+        return Unreadable(
+            "invalid_json",
+            f"this is not JSON, near {show(rest[:20])}. Each line must be one object, "
+            '{"messages": [...]}; a table (CSV) must be converted first.',
+            example=shown,
+        )
     seen = f"near {show(rest[:20])}" if rest else "at the end"
     return Unreadable("invalid_json", f"invalid JSON at {where}, {seen}: {error.msg}.", example=shown)
 
