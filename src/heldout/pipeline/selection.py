@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from heldout.pipeline.evaluate.statistics import paired_difference
+
 Kind = Literal["best_loss", "best_metric", "last", "average"]
 
 #: Paired standard errors by which a candidate's score must be better than the favourite's. Two where the rest speaks
@@ -96,8 +98,8 @@ def _holds(last: Candidate, best: Candidate) -> bool:
     loss by more than a standard error."""
     if not (len(last.losses) == len(best.losses) > 1 and math.isfinite(last.valid_loss)):
         return False
-    higher, error = _paired(last.losses, best.losses)
-    lost, error_of_scores = _paired(best.scores, last.scores)
+    higher, error = paired_difference(last.losses, best.losses)
+    lost, error_of_scores = paired_difference(best.scores, last.scores)
     return higher <= error and lost <= error_of_scores
 
 
@@ -134,23 +136,13 @@ def _bar(one: Candidate, others: Sequence[Candidate], favourite: Candidate) -> f
 def _is_better(one: Candidate, favourite: Candidate, bar: float) -> bool:
     if one.kind == "average" and one.valid_loss > favourite.valid_loss:
         return False  # never trained as it is: it has to hold on both counts
-    gain, error = _paired(one.scores, favourite.scores)
+    gain, error = paired_difference(one.scores, favourite.scores)
     # A single example that differs gives a gain of exactly one error; rounding must not decide that.
     return gain > bar * error * (1 + 1e-9)
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of a - b over the same examples, and its standard error; infinite below two examples."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    if n < 2:
-        return math.fsum(differences), math.inf
-    mean = math.fsum(differences) / n
-    return mean, math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1) / n)
-
-
 def _why_other(chosen: Candidate, favourite: Candidate, bar: float, metric: str) -> str:
-    gain, error = _paired(chosen.scores, favourite.scores)
+    gain, error = paired_difference(chosen.scores, favourite.scores)
     return (
         f"{chosen} is chosen: {metric} {chosen.score:.3f} on {len(chosen.scores)} validation examples, against "
         f"{favourite.score:.3f} for {favourite}; the gain of {gain:.3f} is more than {_errors(bar, error)}"
@@ -171,7 +163,7 @@ def _why_favourite(favourite: Candidate, best: Candidate, others: Sequence[Candi
     if n < 2:
         return f"{kept}: {n or 'no'} scored validation example{'s' * (n != 1)} cannot show that another one is better"
     rival = max(others, key=lambda one: one.score or 0.0)
-    gain, error = _paired(rival.scores, best.scores)
+    gain, error = paired_difference(rival.scores, best.scores)
     if gain <= 0:
         return f"{kept}: no other candidate has a higher {metric} than its {best.score:.3f}"
     if rival.kind == "average" and rival.valid_loss > best.valid_loss:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from heldout.pipeline.evaluate.statistics import paired_difference
+
 #: Evaluations over which the loss of each example is smoothed by its median.
 SMOOTHED = 3
 #: Two evaluations in a row this far above the best end training without waiting for patience.
@@ -166,7 +168,7 @@ class EarlyStopping:
         return _evaluation(self.recent[-1].step, [statistics.median(losses) for losses in by_example])
 
     def _is_progress(self, now: Evaluation, before: Evaluation) -> bool:
-        gain, error = paired(before.losses, now.losses)
+        gain, error = paired_difference(before.losses, now.losses)
         # With one example no error is known, and any gain has to do.
         noise = self.min_delta_errors * error if math.isfinite(error) else 0.0
         return gain > max(self.min_delta, noise)
@@ -174,7 +176,7 @@ class EarlyStopping:
     def _far_above_best(self, now: Evaluation) -> bool:
         if self.best is None:
             return False
-        rise, error = paired(now.losses, self.best.losses)
+        rise, error = paired_difference(now.losses, self.best.losses)
         return rise > RISE * self.best.mean and rise > RISE_ERRORS * error
 
     def _why_stop(self, now: Evaluation) -> str:
@@ -200,17 +202,6 @@ class EarlyStopping:
             f"validation loss is not a number at step {step}; stopping there, keeping step {self.best.step} "
             f"(calibrated validation loss {_nats(self.best.mean)})"
         )
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of a − b over the same examples, and its standard error; infinite for a single example."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    mean = math.fsum(differences) / n
-    if n < 2:
-        return mean, math.inf
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
-    return mean, math.sqrt(variance / n)
 
 
 def _evaluation(step: int, losses: Sequence[float]) -> Evaluation:

@@ -230,6 +230,16 @@ def p_above(values: Sequence[float], margin: float) -> float:
     return float((_bootstrap(values, -1.0, 1.0) > margin).mean())
 
 
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean of a - b over the same examples, and its standard error; infinite below two examples."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    n = len(differences)
+    mean = math.fsum(differences) / n if n else 0.0
+    if n < 2:
+        return mean, math.inf
+    return mean, math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1) / n)
+
+
 def paired_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of paired differences, each from -1 to 1."""
     return _quantiles(_bootstrap(values, -1.0, 1.0))
