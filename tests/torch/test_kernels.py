@@ -278,6 +278,16 @@ def trained(model: Path, directory: Path, told: Recording, **options: Any) -> An
     )
 
 
+def test_kernels_take_part_where_there_is_something_for_them(
+    wide: dict[str, Path], families: dict[str, Path], kernels: Kernels
+) -> None:
+    unfused = next(name for name in FAMILIES if FAMILIES[name]["model_type"] == "qwen3")
+    assert build(families[LLAMA], kernels=kernels).kernels, "its norms, at least"
+    assert build(wide[unfused], kernels=kernels).kernels
+    assert not build(families[unfused], kernels=kernels).kernels, "heads of 12, and layers that are left to torch"
+    assert not build(wide[LLAMA]).kernels
+
+
 def said(watch: Recording) -> list[str]:
     return [text for kind, text in watch.story if kind == "message"]
 
@@ -323,17 +333,26 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(
     tmp_path: Path, no_compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake, started = no_compiler / "g++", tmp_path / "started"
-    fake.write_text(f"#!/bin/sh\n{shutil.which('sleep', path='/bin:/usr/bin')} 600 &\necho $! > {started}\nwait\n")
+    sleep = shutil.which("sleep", path="/bin:/usr/bin")
+    fake.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\n{sleep} 600 &\necho $! > {started}\nwait\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(compiling, "PATIENCE", 1)
+    monkeypatch.setattr(compiling, "PATIENCE", 3)
     chosen, why_not = compiling.choose(tmp_path / "cache", use=True)
     assert chosen is None
-    assert "does not run" in why_not
+    assert why_not.startswith(f"{fake} does not run")
+    assert not list((tmp_path / "cache" / "kernels").iterdir()), "nothing half-made is left"
     worker = int(started.read_text())
     until = time.monotonic() + 10
-    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+    while runs(worker):
         assert time.monotonic() < until, "it still runs"
         time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -204,6 +204,11 @@ def context_of(config: Mapping[str, Any]) -> int:
     return int(min(positions, config.get("sliding_window") or positions)) if slides else int(positions)
 
 
+def head_width(config: Mapping[str, Any]) -> int:
+    """Numbers of an attention head's query."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def refuse_unknown_arithmetic(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelNotFound when the model computes something that our attention, loss and decoding leave out."""
     lost = [f"layers of the kind {kind!r}" for kind in sorted({*(config.get("layer_types") or ())} - ATTENTION)]

@@ -96,8 +96,8 @@ def run_job(request: Request, tools: Tools) -> Outcome:
 
 
 def as_computed(reproduction: Reproduction, adapter: Adapter, facts: ModelFacts) -> Reproduction:
-    """Told the precision that was probed here, and that there were no kernels: another machine may have others. A
-    classifier has one precision and no kernels."""
+    """Told the precision that was probed here, and whether there were no kernels: another machine may choose another
+    precision, and have kernels. A classifier has one precision and never kernels."""
     if facts.kind == catalogue.ENCODER:
         return reproduction
     environment = reproduction.environment | {"HELDOUT_PRECISION": adapter.precision}

@@ -1,5 +1,4 @@
-"""Which checkpoint of a finished training to ship: the one that training itself says is best, unless validation says
-clearly that another is better."""
+"""Which checkpoint of a finished training to ship: the lowest validation loss, unless another is clearly better."""
 
 from __future__ import annotations
 
@@ -12,10 +11,11 @@ from heldout.pipeline.evaluate.statistics import paired_difference
 
 Kind = Literal["best_loss", "best_metric", "last", "average"]
 
-#: Paired standard errors by which a candidate's score must be better than the favourite's. Two where the rest speaks
-#: against it: the last checkpoint of a stopped training went on while validation loss did not improve, and what was the
-#: highest of many scores before training improved on its loss was high by luck, more often than not.
-ERRORS, AGAINST = 1.0, 2.0
+#: Paired standard errors by which a candidate's score must be better than that of the lowest validation loss.
+ERRORS = 1.0
+#: Where the losses speak against it: the last checkpoint has trained on while validation loss did not improve, and one
+#: from before the lowest loss was not yet as far; its score was the highest of many by luck, more often than not.
+ERRORS_AGAINST = 2.0
 
 _WORDS: dict[Kind, str] = {
     "best_loss": "the lowest validation loss",
@@ -33,7 +33,6 @@ class Candidate:
     step: int  # of an average: the middle one
     valid_loss: float  # calibrated, nats per example, each with the same weight; may not be a number
     scores: tuple[float, ...]  # task metric of each validation example, 0 to 1; all candidates in one order
-    losses: tuple[float, ...] = ()  # of each validation example, in that order, if they are known
 
     @property
     def score(self) -> float | None:
@@ -70,37 +69,19 @@ class Selection:
         }
 
 
-def select(candidates: Sequence[Candidate], *, metric: str, completed: bool = False) -> Selection:
+def select(candidates: Sequence[Candidate], *, metric: str) -> Selection:
     """Choose by the one-standard-error rule (docs/design/stopping.md); `metric` names the scores in the reason.
-
-    The favourite is the lowest validation loss; of a training that was `completed`, which went on to its planned end
-    and a learning rate of 0, the last checkpoint, unless validation says that it is worse.
 
     Raises ValueError when there is no best_loss or two of a kind, when scores are not of the same examples
     or not within 0 and 1, and when the loss of best_loss is not a number.
     """
     best = _check(candidates)
-    last = next((one for one in candidates if one.kind == "last"), None)
-    favourite = last if completed and last and not _same(last, best) and _holds(last, best) else best
-    others = [one for one in candidates if not _same(one, favourite) and math.isfinite(one.valid_loss)]
-    passed = [one for one in others if _is_better(one, favourite, _bar(one, others, favourite))]
+    others = [one for one in candidates if one is not best and not _same(one, best) and math.isfinite(one.valid_loss)]
+    passed = [one for one in others if _is_better(one, best, _bar(one, best, others))]
     # Where scores tie, the lower validation loss decides.
-    chosen = max(passed, key=lambda one: (one.score or 0.0, -one.valid_loss), default=favourite)
-    if passed:
-        reason = _why_other(chosen, favourite, _bar(chosen, others, favourite), metric)
-    else:
-        reason = _why_favourite(favourite, best, others, metric)
+    chosen = max(passed, key=lambda one: (one.score or 0.0, -one.valid_loss), default=best)
+    reason = _why_other(chosen, best, others, metric) if passed else _why_best(best, others, metric)
     return Selection(chosen=chosen, reason=reason, candidates=tuple(candidates))
-
-
-def _holds(last: Candidate, best: Candidate) -> bool:
-    """Whether neither the losses nor the scores of the last checkpoint are worse than those of the lowest validation
-    loss by more than a standard error."""
-    if not (len(last.losses) == len(best.losses) > 1 and math.isfinite(last.valid_loss)):
-        return False
-    higher, error = paired_difference(last.losses, best.losses)
-    lost, error_of_scores = paired_difference(best.scores, last.scores)
-    return higher <= error and lost <= error_of_scores
 
 
 def _check(candidates: Sequence[Candidate]) -> Candidate:
@@ -122,41 +103,34 @@ def _check(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
-    """The same weights, whatever the name."""
-    return one is other or (one.step == other.step and "average" not in (one.kind, other.kind))
+    """The same weights under another name."""
+    return one.step == other.step and "average" not in (one.kind, other.kind)
 
 
-def _bar(one: Candidate, others: Sequence[Candidate], favourite: Candidate) -> float:
+def _bar(one: Candidate, best: Candidate, others: Sequence[Candidate]) -> float:
     """Standard errors that `one` needs; the last checkpoint keeps its bar under any other name."""
-    earlier = one.step < favourite.step
-    is_last = any(other.kind == "last" and _same(other, one) for other in others)
-    return AGAINST if earlier or is_last else ERRORS
+    is_last = any(other.kind == "last" and (other is one or _same(other, one)) for other in others)
+    return ERRORS_AGAINST if is_last or one.step < best.step else ERRORS
 
 
-def _is_better(one: Candidate, favourite: Candidate, bar: float) -> bool:
-    if one.kind == "average" and one.valid_loss > favourite.valid_loss:
+def _is_better(one: Candidate, best: Candidate, bar: float) -> bool:
+    if one.kind == "average" and one.valid_loss > best.valid_loss:
         return False  # never trained as it is: it has to hold on both counts
-    gain, error = paired_difference(one.scores, favourite.scores)
+    gain, error = paired_difference(one.scores, best.scores)
     # A single example that differs gives a gain of exactly one error; rounding must not decide that.
     return gain > bar * error * (1 + 1e-9)
 
 
-def _why_other(chosen: Candidate, favourite: Candidate, bar: float, metric: str) -> str:
-    gain, error = paired_difference(chosen.scores, favourite.scores)
+def _why_other(chosen: Candidate, best: Candidate, others: Sequence[Candidate], metric: str) -> str:
+    gain, error = paired_difference(chosen.scores, best.scores)
     return (
-        f"{chosen} is chosen: {metric} {chosen.score:.3f} on {len(chosen.scores)} validation examples, against "
-        f"{favourite.score:.3f} for {favourite}; the gain of {gain:.3f} is more than {_errors(bar, error)}"
+        f"{chosen} is chosen: {metric} {chosen.score:.3f} on {len(best.scores)} validation examples, against "
+        f"{best.score:.3f} for {best}; the gain of {gain:.3f} is more than {_errors(_bar(chosen, best, others), error)}"
     )
 
 
-def _why_favourite(favourite: Candidate, best: Candidate, others: Sequence[Candidate], metric: str) -> str:
-    kept = f"{favourite} is chosen (validation loss {favourite.valid_loss:.3g})"
-    if not _same(favourite, best):
-        return (
-            f"{kept}: training went on to its planned end, and neither validation loss nor {metric} is worse than that "
-            f"of {best}, {best.valid_loss:.3g} and {best.score:.3f}, by more than one standard error of the paired "
-            "difference"
-        )
+def _why_best(best: Candidate, others: Sequence[Candidate], metric: str) -> str:
+    kept = f"{best} is chosen (validation loss {best.valid_loss:.3g})"
     if not others:
         return f"{kept}: there is no other candidate"
     n = len(best.scores)
@@ -170,7 +144,7 @@ def _why_favourite(favourite: Candidate, best: Candidate, others: Sequence[Candi
         return f"{kept}: {rival} has {metric} {rival.score:.3f} against {best.score:.3f}, but a higher validation loss"
     return (
         f"{kept}: {rival} has {metric} {rival.score:.3f} against {best.score:.3f} on {n} validation examples, "
-        f"which is not more than {_errors(_bar(rival, others, favourite), error)}"
+        f"which is not more than {_errors(_bar(rival, best, others), error)}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heldout.engine.weights import context_of
+from heldout.engine.weights import context_of, head_width
 from heldout.errors import InvalidValue
 from heldout.train import norms
 from heldout.train.block import Block
@@ -63,7 +63,7 @@ class Body:
     ) -> None:
         """Raises InvalidValue as `refuse` does."""
         self.model, self.dropout, self.cut, self.checkpoint = model, dropout, cut, checkpoint
-        self.kernels = kernels
+        self._kernels = kernels
         config = model.config.to_dict()
         refuse(config, cut=cut, checkpoint=checkpoint)
         kind = config["model_type"]
@@ -76,7 +76,7 @@ class Body:
                 trim()  # or the weights that were copied stay in memory beside their copies until all are
         else:
             norms.fuse(model)
-        self._context = context_of(config)
+        self._context, self._head_width = context_of(config), head_width(config)
 
     def below(self, pack: Pack) -> torch.Tensor:
         """What enters the first trained layer, [L, h], without gradient."""
@@ -100,6 +100,13 @@ class Body:
         """Whether every layer is one operation of ours."""
         return bool(self._blocks)
 
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether there are kernels for at least some of its operations: layers of others only attend with them."""
+        if self._kernels is None:
+            return False
+        return self.fused or self._kernels.attends(self._head_width)
+
     def above(self, x: torch.Tensor, layout: Layout, rows: torch.Tensor) -> torch.Tensor:
         """Final hidden states at `rows`, [R, h], from what enters the first trained layer."""
         if not self._walks:
@@ -107,7 +114,7 @@ class Body:
                 inputs_embeds=x[None],
                 position_ids=layout.position_ids,
                 layout=layout,
-                tree_kernels=self.kernels,
+                tree_kernels=self._kernels,
                 use_cache=False,
             ).last_hidden_state[0]
             return hidden[rows]
@@ -138,6 +145,6 @@ class Body:
                 past_key_values=None,
                 use_cache=False,
                 layout=layout,
-                tree_kernels=self.kernels,
+                tree_kernels=self._kernels,
             )[0]
         return x if rows is None else x[rows]

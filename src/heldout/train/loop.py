@@ -27,7 +27,7 @@ Row = TypeVar("Row")
 
 @dataclass
 class Course:
-    """What a training run has done so far; all of it but `completed` is saved with every checkpoint."""
+    """What a training run has done so far; all of it is saved with every checkpoint."""
 
     stopping: EarlyStopping
     guard: Guard
@@ -37,7 +37,6 @@ class Course:
     step_seconds: float = 0.0  # spent in steps, validation and saving not counted
     seconds: float = 0.0  # spent in all
     stopped: str = ""
-    completed: bool = False  # to the end of its schedule, and nothing spoke for an earlier end
     curve: list[CurvePoint] = field(default_factory=list)
     answered: dict[int, list[bool]] = field(default_factory=dict)  # step -> valid examples that were all right
     kept: dict[int, list[float]] = field(default_factory=dict)  # kept step -> calibrated losses of valid examples
@@ -158,7 +157,6 @@ def run(
         if valid
         else f"all {plan.end_step} steps taken; there are no validation examples, so the last step is kept"
     )
-    course.completed = course.step == plan.total_steps and not course.stopping.reason
     course.seconds = time.monotonic() - started
     return course
 

@@ -69,7 +69,7 @@ class ChatTrainee:
     @property
     def kernels(self) -> bool:
         """See Trainee.kernels."""
-        return self.body.kernels is not None
+        return self.body.uses_kernels
 
     @property
     def description(self) -> str:
@@ -268,8 +268,7 @@ def shapes(
     config: Mapping[str, Any], parameters: int, number: int, *, gpu: bool, kernels: Kernels | None = None
 ) -> Shapes:
     """A base model's sizes from its config.json; `number` is the bytes of a weight."""
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // heads
+    heads, width = config["num_attention_heads"], weights.head_width(config)
     return Shapes(
         parameters=parameters,
         layers=config["num_hidden_layers"],

@@ -219,7 +219,7 @@ class TorchTrainer:
         if watch and why_not and not self._told:
             self._told = True  # once, not for every fold
             watch.message(
-                f"There are no kernels for this processor ({why_not}), so torch's own operations train: a step takes a "
+                f"Kernels for this processor are not used ({why_not}), torch's own operations train: a step takes a "
                 "tenth to a quarter longer"
             )
         return kernels
@@ -250,16 +250,8 @@ def choose(
     seen_losses = ((point.step, point.valid_calibrated_loss) for point in course.curve)
     losses = {step: loss for step, loss in seen_losses if loss is not None}
 
-    by_example = {one.step: tuple(one.losses) for one in (stopping.best, *stopping.recent) if one}
-
     def candidate(kind: Kind, step: int, loss: float, right: Sequence[bool]) -> Candidate:
-        return Candidate(
-            kind=kind,
-            step=step,
-            valid_loss=loss,
-            scores=tuple(map(float, right)),
-            losses=by_example.get(step, ()) if kind != "average" else (),
-        )
+        return Candidate(kind=kind, step=step, valid_loss=loss, scores=tuple(map(float, right)))
 
     finite = [step for step in sound if math.isfinite(losses[step])]
     if not finite:
@@ -276,7 +268,7 @@ def choose(
         seen = loop.validate(trainee, valid)
         mean = sum(seen.calibrated) / len(seen.calibrated)
         candidates.append(candidate("average", stopping.best_step, mean, seen.right))
-    selection = select(candidates, metric="share of answers that are right", completed=course.completed)
+    selection = select(candidates, metric="share of answers that are right")
     if damaged:
         selection = replace(selection, reason=f"of the checkpoints that can be read, {selection.reason}")
     return selection, folders[selection.chosen.kind]

@@ -112,15 +112,23 @@ def _describe(text: str, error: json.JSONDecodeError) -> Unreadable:
             "invalid JSON: a byte order mark inside the file, as when files were joined. Remove it.",
             example=shown,
         )
-    if error.pos == 0 and error.msg.startswith("Expecting value"):
+    if _is_row_of_table(text, error):
         return Unreadable(
             "invalid_json",
-            f"this is not JSON, near {show(rest[:20])}. Each line must be one object, "
+            f"this is not JSON: it begins with {show(text[:20])}. Each line must be one object, "
             '{"messages": [...]}; a table (CSV) must be converted first.',
-            example=shown,
+            example=text[:80],
         )
     seen = f"near {show(rest[:20])}" if rest else "at the end"
     return Unreadable("invalid_json", f"invalid JSON at {where}, {seen}: {error.msg}.", example=shown)
+
+
+def _is_row_of_table(text: str, error: json.JSONDecodeError) -> bool:
+    """True of a line that begins as no JSON does, or is a text or a number with a comma behind it."""
+    begun = text.lstrip()
+    if error.msg.startswith("Extra data"):
+        return begun[:1] not in ("{", "[") and text[error.pos : error.pos + 1] in (",", ";", "\t")
+    return error.pos <= len(text) - len(begun) and begun[:1].isalnum()
 
 
 def _is_cut_off(error: json.JSONDecodeError, rest: str) -> bool:

@@ -5,18 +5,20 @@ What is compiled depends on the sources, the compiler, its flags and the process
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+import psutil
 
 from heldout.errors import InvalidValue
 from heldout.pipeline.kept import read_record, write_record
@@ -158,17 +160,27 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
+        # In this process's own group and session: what ends a job ends its compiler, and what makes a job nice too.
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as started:
             try:
                 out, errors = started.communicate(timeout=PATIENCE)
             except BaseException:
-                os.killpg(started.pid, signal.SIGKILL)  # what does the work is a child of the command
+                _end(started.pid)
                 raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} does not run ({error})") from error
     return subprocess.CompletedProcess(command, started.returncode, out, errors)
+
+
+def _end(pid: int) -> None:
+    """End a process and what it started: a compiler's work is done by its children."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _last_line(text: str) -> str:
