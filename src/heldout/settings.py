@@ -107,6 +107,11 @@ class Settings(BaseSettings):
         return self.threads or _cores()
 
     @property
+    def uses_kernels(self) -> bool:
+        """Whether a job is to compute with kernels where they can be compiled."""
+        return self.kernels == "auto"
+
+    @property
     def chat_threads(self) -> int:
         """Threads the inference process answers with: as set, else every core it may use."""
         return self.inference_threads or _cores()

@@ -76,7 +76,7 @@ def select(candidates: Sequence[Candidate], *, metric: str) -> Selection:
     or not within 0 and 1, and when the loss of best_loss is not a number.
     """
     best = _check(candidates)
-    others = [one for one in candidates if one is not best and not _same(one, best) and math.isfinite(one.valid_loss)]
+    others = [one for one in candidates if not _same(one, best) and math.isfinite(one.valid_loss)]
     passed = [one for one in others if _is_better(one, best, _bar(one, best, others))]
     # Where scores tie, the lower validation loss decides.
     chosen = max(passed, key=lambda one: (one.score or 0.0, -one.valid_loss), default=best)
@@ -103,13 +103,13 @@ def _check(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
-    """The same weights under another name."""
+    """The same weights, under whatever names."""
     return one.step == other.step and "average" not in (one.kind, other.kind)
 
 
 def _bar(one: Candidate, best: Candidate, others: Sequence[Candidate]) -> float:
     """Standard errors that `one` needs; the last checkpoint keeps its bar under any other name."""
-    is_last = any(other.kind == "last" and (other is one or _same(other, one)) for other in others)
+    is_last = any(other.kind == "last" and _same(other, one) for other in others)
     return ERRORS_AGAINST if is_last or one.step < best.step else ERRORS
 
 

@@ -43,7 +43,7 @@ def prepare_kernels(settings: Settings) -> str:
     """Compile what training computes with on this machine; the outcome, as a sentence."""
     if device.is_gpu():
         return "Training computes on the GPU: no kernels are compiled for the processor"
-    _, why_not = compiling.choose(settings.cache, use=settings.kernels == "auto")
+    _, why_not = compiling.choose(settings.cache, use=settings.uses_kernels)
     if why_not:
         return f"No kernels for this processor, since {why_not}: a training step takes a tenth to a quarter longer"
     return f"The kernels for this processor lie in {settings.cache}"
@@ -51,7 +51,7 @@ def prepare_kernels(settings: Settings) -> str:
 
 def _trainer(settings: Settings) -> TorchTrainer:
     return TorchTrainer(
-        **_options(settings), memory_limit=int(settings.memory_limit), use_kernels=settings.kernels == "auto"
+        **_options(settings), memory_limit=int(settings.memory_limit), use_kernels=settings.uses_kernels
     )
 
 

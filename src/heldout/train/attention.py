@@ -56,10 +56,15 @@ class Attention:
     scale: float
     kernels: Kernels | None = None  # used for the widths they are for
 
+    @property
+    def attending(self) -> Kernels | None:
+        """The kernels, if they are for heads of this width."""
+        return self.kernels if self.kernels and self.kernels.attends(self.width) else None
+
     def forward(self, qkv: torch.Tensor, layout: Layout, angles: Angles | None) -> tuple[torch.Tensor, Attended]:
         """[L, (H + 2 K) d] -> [L, H d]. With angles queries and keys are turned by them first, in place or not."""
-        if self.kernels and self.kernels.attends(self.width):
-            out, log_sums = self.kernels.attend(qkv, (self.heads, self.kv_heads), layout, angles, self.scale)
+        if kernels := self.attending:
+            out, log_sums = kernels.attend(qkv, (self.heads, self.kv_heads), layout, angles, self.scale)
             return out, Attended(qkv=qkv, log_sums=log_sums)
         if angles:
             self._turn(qkv, *angles)
@@ -243,11 +248,10 @@ def prefix_tree_attention(
         raise ValueError(f"examples of {longest} tokens exceed the sliding window of {sliding_window}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    compiled = tree_kernels is not None and tree_kernels.attends(query.shape[-1])
-    if not layout.groups or not (compiled or keeps_scores(q, layout)):  # autograd computes nothing twice
-        return attend_anew(q, k, v, layout, scale)[None], None
     (length, heads, width), kv_heads = q.shape, k.shape[1]
     attention = Attention(heads=heads, kv_heads=kv_heads, width=width, scale=scale, kernels=tree_kernels)
+    if not layout.groups or not (attention.attending or keeps_scores(q, layout)):  # autograd computes nothing twice
+        return attend_anew(q, k, v, layout, scale)[None], None
     return _Attention.apply(torch.cat([q, k, v], dim=1).flatten(1), attention, layout).view(
         1, length, heads, width
     ), None

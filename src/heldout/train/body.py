@@ -103,9 +103,7 @@ class Body:
     @property
     def uses_kernels(self) -> bool:
         """Whether there are kernels for at least some of its operations: layers of others only attend with them."""
-        if self._kernels is None:
-            return False
-        return self.fused or self._kernels.attends(self._head_width)
+        return self._kernels is not None and (self.fused or self._kernels.attends(self._head_width))
 
     def above(self, x: torch.Tensor, layout: Layout, rows: torch.Tensor) -> torch.Tensor:
         """Final hidden states at `rows`, [R, h], from what enters the first trained layer."""
