@@ -69,7 +69,7 @@ def run_heldout(task: str, steps: int, contender: str, model: str, size: int) ->
     trainee: Any = ours.build(plan, split, model, None)
     keep_freed_memory()
     rows = trainee.rows(examples, task)
-    optimizer = torch.optim.AdamW(trainee.parameters.values(), lr=plan.learning_rate, fused=True)
+    optimizer = loop.optimizer_of(plan, trainee)
     spent = work = 0.0
     with device.repeatable():
         for step in range(1, WARM + steps + 1):

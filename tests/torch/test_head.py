@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heldout.train import head
 from heldout.train.method import TEMPERATURES
+from heldout.train.products import Dense
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
@@ -24,7 +25,7 @@ def test_the_head_gives_the_cross_entropy_of_full_logits(smoothing: float, chunk
     wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     (wanted_gradient,) = torch.autograd.grad((wanted * outer).sum(), hidden)
     loss, nll, right, tempered = head.losses(
-        hidden, weight, targets, smoothing=smoothing, temperatures=(3.0, *TEMPERATURES), chunk=chunk
+        hidden, Dense(weight, 16), targets, smoothing=smoothing, temperatures=(3.0, *TEMPERATURES), chunk=chunk
     )
     (gradient,) = torch.autograd.grad((loss * outer).sum(), hidden)
     torch.testing.assert_close(loss, wanted)
@@ -49,6 +50,6 @@ def test_the_head_keeps_no_logits_and_needs_no_gradient_in_validation() -> None:
             return out
 
     with Sizes():
-        loss, *_ = head.losses(hidden, weight, targets, temperatures=(0.5, 2.0), chunk=64)
+        loss, *_ = head.losses(hidden, Dense(weight, 8), targets, temperatures=(0.5, 2.0), chunk=64)
     assert biggest == 60, "five of one length"
     assert not loss.requires_grad

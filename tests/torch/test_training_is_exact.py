@@ -208,7 +208,7 @@ def test_rows_that_share_nothing_are_computed_once_and_nothing_is_padded(familie
     if kind == "nothing shared":
         assert len(one.ids) == sum(len(row) - 1 for row in rows)
     projections = [p for block in trainee.body._blocks for p in (block.qkv, block.o, block.gate_up, block.down)]
-    with Products({tuple(p.weight.shape) for p in projections}) as products:
+    with Products({tuple(p.weights.weight.shape) for p in projections}) as products:
         loop.validate(trainee, rows)
     # The last layer's attention looks at all tokens; after it only those that predict something are left.
     assert products.tokens == [len(one.ids)] * 9 + [len(one.rows)] * 3

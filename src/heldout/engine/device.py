@@ -17,6 +17,22 @@ from heldout import machine
 # Read when torch first multiplies on a GPU: without it the order of its sums is not fixed (see `repeatable`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+#: What torch hands to MKL's vector functions, of what models, training and evaluation compute.
+VECTOR_FUNCTIONS = (
+    *(torch.cos, torch.sin, torch.tan, torch.tanh, torch.exp, torch.expm1, torch.log, torch.log1p, torch.log2),
+    *(torch.sqrt, torch.erf, torch.erfc, torch.lgamma, torch.trunc),
+)
+
+
+def _settle_vector_functions() -> None:
+    """Call each of them once, by one thread. Where several threads are the first to call one of them, MKL may give what
+    one of them computes with an error of 1e-4 (pytorch issue 188792): another model, in one process of a few."""
+    for function in VECTOR_FUNCTIONS:
+        function(torch.ones(1))
+
+
+_settle_vector_functions()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Portions:

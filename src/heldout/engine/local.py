@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from heldout.engine import cache, catalogue, generate, likelihood, rungs, weights
+from heldout.engine import cache, catalogue, device, frozen, generate, likelihood, rungs, weights
 from heldout.engine.base import Message, ModelRef, Piece, Progress, Reply, Sampling
 from heldout.engine.encoder import LoadedEncoder
 from heldout.engine.expected import Expected
 from heldout.engine.template import ChatTemplate
 from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
+from heldout.kernels import Kernels, compiling
 
 #: Adapters kept loaded on top of one base model.
 LOADED_ADAPTERS = 8
@@ -26,8 +27,10 @@ LOADED_ADAPTERS = 8
 class Loaded:
     """One base model in memory with the adapters on top of it."""
 
-    def __init__(self, folder: Path, precision: torch.dtype) -> None:
-        self.model = weights.load_model(folder, precision, cache.IMPLEMENTATION)
+    def __init__(self, folder: Path, precision: torch.dtype, kernels: Kernels | None) -> None:
+        """`kernels`: to multiply with, if they are for such a model."""
+        taken = frozen.taking(kernels, weights.config_of(folder), precision)
+        self.model = weights.load_model(folder, precision, cache.IMPLEMENTATION, taken)
         self.template = ChatTemplate(weights.load_tokenizer(folder), _end_ids(self.model))
         self.context = weights.context_of(self.model.config.to_dict())
         self._peft: PeftModel | None = None
@@ -83,8 +86,11 @@ class LocalEngine:
         aliases: dict[str, str],
         precision: str = "auto",
         allow_paths: bool = False,
+        use_kernels: bool = True,
     ) -> None:
+        """`use_kernels`: where they can be compiled (heldout/kernels)."""
         self.cache = cache
+        self._use_kernels = use_kernels
         self.aliases = aliases
         self.allow_paths = allow_paths
         self._precision = precision
@@ -236,7 +242,8 @@ class LocalEngine:
         if self._loaded is None or self._name != name:
             self._name = self._loaded = None  # one chat model at a time: two may not fit
             precision = weights.choose_precision(self._precision)
-            self._loaded, self._name = Loaded(self.folder(name), precision), name
+            kernels = None if device.is_gpu() else compiling.choose(self.cache, use=self._use_kernels)[0]
+            self._loaded, self._name = Loaded(self.folder(name), precision, kernels), name
         return self._loaded
 
 

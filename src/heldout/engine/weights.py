@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -24,9 +23,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from heldout.engine import device
+from heldout.engine import device, frozen, stored
 from heldout.engine.catalogue import Source
 from heldout.errors import InvalidValue, ModelNotFound
+from heldout.kept import read_record, write_record
+from heldout.kernels import Kernels
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -68,18 +69,12 @@ def keep_precision(directory: Path, setting: str = "auto") -> torch.dtype:
     Raises InvalidValue when another precision is asked for.
     """
     global _auto
-    note = directory / PRECISION_NOTE
-    if not note.exists():
+    noted = read_record(directory / PRECISION_NOTE)
+    if noted is None:
         chosen = choose_precision(setting)
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(".writing")
-        with temporary.open("w") as file:
-            json.dump({"precision": str(chosen).removeprefix("torch.")}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, note)
+        write_record(directory / PRECISION_NOTE, {"precision": str(chosen).removeprefix("torch.")})
         return chosen
-    name = json.loads(note.read_text())["precision"]
+    name = noted["precision"]
     if setting not in ("auto", name):
         raise InvalidValue(
             f"This job began with {name} products, but HELDOUT_PRECISION is {setting} now: the rest would not fit what "
@@ -222,15 +217,23 @@ def refuse_unknown_arithmetic(folder: Path, config: Mapping[str, Any]) -> None:
         raise ModelNotFound(f"The model in {folder} has {', '.join(lost)}; that is not supported yet.")
 
 
-def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
-    """The model in evaluation mode, weights frozen. `attention` names a registered implementation."""
+def load_model(folder: Path, dtype: torch.dtype, attention: str, kernels: Kernels | None = None) -> Any:
+    """The model in evaluation mode, weights frozen, on this process's device.
+
+    Args:
+        attention: names a registered implementation.
+        kernels: multiply float32 with them, with weights that stay as their file has them (engine/frozen.py).
+    """
+    held = stored.precision(folder) if kernels else dtype
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+            folder, dtype=held, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"The model in {folder} cannot be loaded: {error}") from error
     refuse_unknown_arithmetic(folder, model.config.to_dict())
+    if kernels:
+        frozen.freeze(model, kernels)
     return model.requires_grad_(False).eval().to(device.chosen())
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from heldout.errors import InvalidValue
+from heldout.kept import read_record, write_record
 from heldout.pipeline.crossfit import Fold
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import Scores, score_answers
 from heldout.pipeline.fold_length import TrainedFold
-from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.ladder import Rung
 from heldout.pipeline.training import KeptModel
 from heldout.pipeline.types import Example, Split

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from heldout.engine.base import Engine, ModelRef, Reply, Sampling
 from heldout.errors import InvalidValue
-from heldout.pipeline.kept import read_record, write_record
+from heldout.kept import read_record, write_record
 from heldout.pipeline.watch import Watch
 
 FILE, FACTS_FILE = "general_answers.json", "general_facts.json"

@@ -19,8 +19,8 @@ GIB = 1 << 30
 RUNTIME = 450 << 20
 #: What oneDNN compiles for bfloat16 products, measured (train/rounding.py).
 COMPILED = 150 << 20
-#: Logits of so many predictions exist at once (train/head.py), so many times over.
-HEAD_ROWS, HEAD_COPIES = 256, 2
+#: Logits of so many predictions exist at once, with kernels and without (train/head.py), so many times over.
+HEAD_ROWS, HEAD_COPIES = (96, 256), 2
 #: What freed and allocated blocks leave unused between them.
 SLACK = 1.05
 #: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
@@ -50,9 +50,10 @@ class Shapes:
     heads: int
     kv_heads: int
     head_width: int
-    number: int  # bytes of a weight and of an activation: 4 or 2
+    number: int  # bytes of an activation: 4 or 2
+    held: int  # of a weight
     gpu: bool = False  # the memory is a GPU's
-    kernel_threads: int = 0  # that attend with kernels (train/kernels); none: attention's weights are in memory
+    kernel_threads: int = 0  # that attend with kernels (kernels); none: attention's weights are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +93,15 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     trained_layers = shapes.layers - plan.freeze_layers
     step = _step(shapes, sizes, packed, trained_layers, checkpointing=plan.checkpointing)
     predictions = min(sizes.predictions, packed)
-    logits = min(HEAD_ROWS, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
+    at_once = HEAD_ROWS[shapes.held == number]
+    logits = min(at_once, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
     cached = CACHED_TOKENS[shapes.gpu] * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
     answering = cached + _passing(shapes, sizes, READ_TOKENS[shapes.gpu]) + PREDICTED * shapes.vocabulary * 4 * 2
     validated = max(valid_tokens(plan), sizes.longest)
-    validating = _passing(shapes, sizes, validated) + HEAD_ROWS * shapes.vocabulary * 8
+    validating = _passing(shapes, sizes, validated) + at_once * shapes.vocabulary * 8
     return Need(
         # The place for s B beside every W is part of the weights.
-        weights=(shapes.parameters + sizes.trained // 2) * number,
+        weights=shapes.parameters * shapes.held + sizes.trained // 2 * number,
         adapter=sizes.trained * 4 * 4,
         training=step + logits + _dropout_pool(plan, shapes, sizes, packed),
         evaluation=max(validating + (step if shapes.gpu else 0), answering),

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heldout.engine.catalogue import ENCODER, hub_name
+from heldout.kept import write_whole
 from heldout.pipeline import layout
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.findings import RANK, markdown_text
-from heldout.pipeline.kept import write_whole
 from heldout.pipeline.ladder import CLASSICAL, FROZEN, Rung
 from heldout.pipeline.layout import markdown_code, markdown_table
 from heldout.pipeline.lights import LIGHTS, by_light

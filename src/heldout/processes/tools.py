@@ -6,12 +6,12 @@ from typing import Any
 
 from heldout.engine import device
 from heldout.engine.local import LocalEngine, use_threads
+from heldout.kernels import compiling
 from heldout.pipeline.checks import ModelTools
 from heldout.pipeline.intake import model_tools
 from heldout.pipeline.request import Tools
 from heldout.pipeline.watch import Watch
 from heldout.settings import Settings
-from heldout.train.kernels import compiling
 from heldout.train.trainer import TorchTrainer
 
 
@@ -50,9 +50,7 @@ def prepare_kernels(settings: Settings) -> str:
 
 
 def _trainer(settings: Settings) -> TorchTrainer:
-    return TorchTrainer(
-        **_options(settings), memory_limit=int(settings.memory_limit), use_kernels=settings.uses_kernels
-    )
+    return TorchTrainer(**_options(settings), memory_limit=int(settings.memory_limit))
 
 
 def _options(settings: Settings) -> dict[str, Any]:
@@ -61,4 +59,5 @@ def _options(settings: Settings) -> dict[str, Any]:
         "aliases": settings.model_aliases,
         "precision": settings.precision,
         "allow_paths": True,
+        "use_kernels": settings.uses_kernels,
     }

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from heldout.train.kernels import Kernels
+from heldout.kernels import Kernels
 from heldout.train.layout import Group, Layout
 
 IMPLEMENTATION = "heldout_prefix_tree"
@@ -61,10 +61,14 @@ class Attention:
         """The kernels, if they are for heads of this width."""
         return self.kernels if self.kernels and self.kernels.attends(self.width) else None
 
-    def forward(self, qkv: torch.Tensor, layout: Layout, angles: Angles | None) -> tuple[torch.Tensor, Attended]:
-        """[L, (H + 2 K) d] -> [L, H d]. With angles queries and keys are turned by them first, in place or not."""
+    def forward(
+        self, qkv: torch.Tensor, layout: Layout, angles: Angles | None, *, room: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Attended]:
+        """[L, (H + 2 K) d] -> [L, H d], in `room` if there is one and kernels attend. With angles queries and keys are
+        turned by them first, in place or not."""
         if kernels := self.attending:
-            out, log_sums = kernels.attend(qkv, (self.heads, self.kv_heads), layout, angles, self.scale)
+            out = qkv.new_empty(len(qkv), self.heads * self.width) if room is None else room
+            log_sums = kernels.attend(qkv, (self.heads, self.kv_heads), layout, angles, self.scale, out)
             return out, Attended(qkv=qkv, log_sums=log_sums)
         if angles:
             self._turn(qkv, *angles)

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from heldout.train.kernels import Kernels
+from heldout.kernels import Kernels
 
 #: Numbers in a block of activations of which a processor's cache holds a handful.
 CACHED = 1 << 18
@@ -25,17 +25,20 @@ def norm(
     mask: torch.Tensor | None,
     *,
     out: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of x, [n, h], into `out`.
+    masked: torch.Tensor,
+) -> torch.Tensor:
+    """RMSNorm of x, [n, h], into `out`, and with a mask mask * out into `masked`, which is `out` without one.
 
     Returns:
-        1 / sqrt(mean(x^2) + eps) in fp32, [n, 1], and mask * out (`out` itself without a mask).
+        1 / sqrt(mean(x^2) + eps) in fp32, [n, 1].
     """
     if kernels:
-        return kernels.norm(x, weight, eps, mask, out=out)
+        return kernels.norm(x, weight, eps, mask, out=out, masked=masked)
     r = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     torch.mul((x.float() * r).to(x.dtype), weight, out=out)
-    return r, out if mask is None else out * mask
+    if mask is not None:
+        torch.mul(out, mask, out=masked)
+    return r
 
 
 def norm_again(
@@ -73,19 +76,23 @@ def norm_backward(
 
 
 def gated(
-    kernels: Kernels | None, gate_up: torch.Tensor, mask: torch.Tensor | None, *, out: torch.Tensor
-) -> torch.Tensor:
-    """silu(gate) * up into `out`, [n, F]; all column-major, gate_up [n, 2 F].
-
-    Returns:
-        mask * out (`out` itself without a mask).
-    """
+    kernels: Kernels | None,
+    gate_up: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    out: torch.Tensor,
+    masked: torch.Tensor,
+) -> None:
+    """silu(gate) * up into `out`, [n, F], and with a mask mask * out into `masked`, which is `out` without one;
+    gate_up [n, 2 F]. Without kernels all are column-major."""
     if kernels:
-        return kernels.gated(gate_up.t(), None if mask is None else mask.t(), out=out.t()).t()
+        kernels.gated(gate_up, mask, out=out, masked=masked)
+        return
     width = out.shape[1]
     torch.ops.aten.silu.out(gate_up[:, :width], out=out)
     out.mul_(gate_up[:, width:])
-    return out if mask is None else out * mask
+    if mask is not None:
+        torch.mul(out, mask, out=masked)
 
 
 def gated_backward(
@@ -95,22 +102,21 @@ def gated_backward(
     a: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Through y = W act + s B A (mask * act) with act = silu(gate) * up.
+    """Through y = W act + s B A (mask * act) with act = silu(gate) * up. Without kernels all but `a` are column-major.
 
     Args:
-        gate_up: [n, 2 F], column-major.
-        both: [F + r, n], overwritten: W' grad and, below it, (s B)' grad.
-        a: [F, r], A transposed; r may be 0.
-        mask: [n, F], column-major.
+        gate_up: [n, 2 F].
+        both: [n, F + r], may be overwritten: W' grad and, beside it, (s B)' grad.
+        a: [r, F]; r may be 0.
+        mask: [n, F].
 
     Returns:
-        The gradient of gate and up, [n, 2 F], column-major, and that of A, [r, F].
+        The gradient of gate and up, [n, 2 F], and that of A, [r, F].
     """
-    width, ranks = len(a), a.shape[1]
-    masks = None if mask is None else mask.t()
-    if kernels and kernels.gates(ranks):
-        found, of_a = kernels.gated_backward(gate_up.t(), both, a, masks)
-        return found.t(), of_a.t()
+    if kernels:
+        return kernels.gated_backward(gate_up, both, a, mask)
+    ranks, width = a.shape
+    both, a, masks = both.t(), a.t(), None if mask is None else mask.t()
     gates, ups = gate_up.t().split(width)
     d_act, through = both[:width], both[width:]
     d_gate_up = torch.empty_like(gate_up.t())

@@ -15,93 +15,17 @@ dropout mask, one for all projections of the same input.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 
+from heldout.kernels import Kernels
 from heldout.train import between
 from heldout.train.attention import Angles, Attended, Attention
 from heldout.train.dropout import Dropout
-from heldout.train.kernels import Kernels
 from heldout.train.layout import Layout
+from heldout.train.projection import Projection, Scratch
 from heldout.train.rounding import padded
-
-
-class Adapter(NamedTuple):
-    """One projection's adapter, and where it lies in the joint product."""
-
-    a: torch.nn.Parameter  # [r, in]
-    b: torch.nn.Parameter  # [out, r]
-    scaling: float
-    outputs: slice  # its rows of the joint weight
-    ranks: slice  # its columns of the joint inner values
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Linear layers that take the same input, as one product.
-
-    With inner values i = A (m * x) a layer with an adapter is W x + s B i: one product of [W | s B] with
-    x and i side by side. Its backward product with [W | s B] gives the gradients of both at once. Where
-    several layers are stacked, B is block-diagonal.
-    """
-
-    weight: torch.Tensor  # [out, in + R]: W frozen, then the place for s B
-    bias: torch.Tensor | None
-    inputs: int
-    adapters: tuple[Adapter, ...]
-
-    @staticmethod
-    def of(*layers: torch.nn.Module) -> Projection:
-        """Layers of PEFT, or plain ones. Their base weights become views of the joint one."""
-        bases: list[Any] = [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
-        inputs = bases[0].in_features
-        outputs = rank = 0
-        adapters = []
-        for layer, base in zip(layers, bases, strict=True):
-            if isinstance(layer, Linear):
-                (name,) = layer.active_adapters
-                a, b = _matrices(layer, name)
-                rows = slice(outputs, outputs + base.out_features)
-                adapters.append(Adapter(a, b, layer.scaling[name], rows, slice(rank, rank + len(a))))
-                rank += len(a)
-            outputs += base.out_features
-        weight = bases[0].weight.data.new_zeros(outputs, inputs + rank)
-        outputs = 0
-        for base in bases:
-            part = weight[outputs : outputs + base.out_features, :inputs]
-            part.copy_(base.weight.data)
-            base.weight.data = part
-            outputs += base.out_features
-        bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
-        return Projection(weight, bias, inputs, tuple(adapters))
-
-    @property
-    def rank(self) -> int:
-        """R, the sum of the adapters' ranks."""
-        return self.weight.shape[1] - self.inputs
-
-    @property
-    def stacked_a(self) -> torch.Tensor:
-        """All A, [R, in], in the precision of the products."""
-        if not self.adapters:
-            return self.weight.new_empty(0, self.inputs)
-        return torch.cat([one.a.data for one in self.adapters]).to(self.weight.dtype)
-
-    def input_of(self, joint: torch.Tensor) -> torch.Tensor:
-        """The input in a room for it and its inner values."""
-        return joint[:, : self.inputs]
-
-    def refresh(self) -> None:
-        """Write the adapters' present s B beside W."""
-        for one in self.adapters:
-            ranks = slice(self.inputs + one.ranks.start, self.inputs + one.ranks.stop)
-            self.weight[one.outputs, ranks] = one.b.data * one.scaling
-
-
-def _matrices(layer: Any, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 @dataclass(frozen=True)
@@ -117,10 +41,11 @@ class Block:
     eps: float
     attention: Attention
     kernels: Kernels | None
+    scratch: Scratch
 
     @staticmethod
-    def of(layer: Any, index: int, kernels: Kernels | None = None) -> Block:
-        """Take over a layer of transformers (with PEFT's layers inside, or without)."""
+    def of(layer: Any, index: int, kernels: Kernels | None, scratch: Scratch) -> Block:
+        """Take over a layer of transformers (with PEFT's layers inside, or without). `scratch`: that of all layers."""
         attention, mlp = layer.self_attn, layer.mlp
         width = attention.head_dim
         qkv = Projection.of(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -140,7 +65,14 @@ class Block:
                 kernels=kernels,
             ),
             kernels=kernels,
+            scratch=scratch,
         )
+
+    @property
+    def wide(self) -> bool:
+        """Whether what the gated activation takes and gives is column-major: blocks of features in one piece are what
+        torch's operations work on; kernels take tokens row by row."""
+        return self.kernels is None
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
@@ -183,7 +115,7 @@ class _Kept:
     h: torch.Tensor
     r2: torch.Tensor
     b_inner: torch.Tensor  # [L, R], of gate and up
-    gate_up: torch.Tensor  # [L, 2 F], column-major
+    gate_up: torch.Tensor  # [L, 2 F], column-major if wide
     act_inner: torch.Tensor  # [L, r], of down
 
 
@@ -225,35 +157,42 @@ def _forward(
     dropout: Dropout,
     rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, _Kept]:
-    kernels = block.kernels
-    a = _room(x, len(x), block.qkv)
-    r1, masked = between.norm(
-        kernels, x, block.norms[0], block.eps, _mask(dropout, block, 0, x), out=block.qkv.input_of(a)
-    )
-    qkv = _project(block.qkv, a, masked)
-    attended, attention = block.attention.forward(qkv, layout, angles)
-    residual, attended = (one if rows is None else padded(one[rows]) for one in (x, attended))
-    o = _room(x, len(residual), block.o)
-    block.o.input_of(o).copy_(attended)
-    mask = _mask(dropout, block, 1, o)
-    h = _project(block.o, o, block.o.input_of(o) if mask is None else attended * mask, onto=residual)
-    b = _room(x, len(h), block.gate_up)
-    mask = _mask(dropout, block, 2, b)
-    r2, masked = between.norm(kernels, h, block.norms[1], block.eps, mask, out=block.gate_up.input_of(b))
-    gate_up = _project(block.gate_up, b, masked, wide=True)
-    act = _room(x, len(h), block.down, wide=True)
-    masked = between.gated(kernels, gate_up, _mask(dropout, block, 3, act), out=block.down.input_of(act))
-    y = _project(block.down, act, masked, onto=h)
+    kernels, wide, scratch = block.kernels, block.wide, block.scratch
+    joint = block.qkv.room(x, len(x), scratch=scratch)
+    a, mask = block.qkv.input_of(joint), _mask(dropout, block, 0, x)
+    masked = _masked(a, mask, scratch)
+    r1 = between.norm(kernels, x, block.norms[0], block.eps, mask, out=a, masked=masked)
+    qkv = block.qkv.forward(joint, masked)
+    a_inner = block.qkv.inner_of(joint).clone()
+    residual = x if rows is None else padded(x[rows])
+    kept_o = block.o.room(x, len(residual))
+    o, mask = block.o.input_of(kept_o), _mask(dropout, block, 1, residual)
+    attended, attention = block.attention.forward(qkv, layout, angles, room=o if rows is None else None)
+    if attended is not o:
+        o.copy_(attended if rows is None else padded(attended[rows]))
+    masked = _masked(o, mask, scratch)
+    h = block.o.forward(kept_o, masked if mask is None else torch.mul(o, mask, out=masked), onto=residual)
+    joint = block.gate_up.room(x, len(h), scratch=scratch)
+    b, mask = block.gate_up.input_of(joint), _mask(dropout, block, 2, h)
+    masked = _masked(b, mask, scratch)
+    r2 = between.norm(kernels, h, block.norms[1], block.eps, mask, out=b, masked=masked)
+    gate_up = block.gate_up.forward(joint, masked, wide=wide)
+    b_inner = block.gate_up.inner_of(joint).clone()
+    joint = block.down.room(x, len(h), wide=wide, scratch=scratch)
+    act, mask = block.down.input_of(joint), _mask(dropout, block, 3, h)
+    masked = _masked(act, mask, scratch)
+    between.gated(kernels, gate_up, mask, out=act, masked=masked)
+    y = block.down.forward(joint, masked, onto=h)
     return y, _Kept(
         r1=r1,
-        a_inner=a[:, block.qkv.inputs :].clone(),
+        a_inner=a_inner,
         attention=attention,
-        o=o,
+        o=kept_o,
         h=h,
         r2=r2,
-        b_inner=b[:, block.gate_up.inputs :].clone(),
+        b_inner=b_inner,
         gate_up=gate_up,
-        act_inner=act[:, block.down.inputs :].clone(),
+        act_inner=block.down.inner_of(joint).clone(),
     )
 
 
@@ -271,19 +210,17 @@ def _backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Gradient of x (None unless `needs_x`) and those of `block.parameters`."""
     kernels, down = block.kernels, block.down
-    both = torch.mm(down.weight.t(), grad.t())  # features are rows here: blocks of them lie in one piece
+    both = down.weights.product_back(grad, wide=block.wide)
     mask = _mask(dropout, block, 3, grad)
-    d_gate_up, of_a = between.gated_backward(kernels, kept.gate_up, both, down.stacked_a.t(), mask)
-    of_down = _of_adapters(down, of_a, grad, kept.act_inner)
+    d_gate_up, of_a = between.gated_backward(kernels, kept.gate_up, both, down.stacked_a, mask)
+    of_down = down.gradients(of_a, grad, kept.act_inner)
     mask = _mask(dropout, block, 2, grad)
     b = between.norm_again(kernels, kept.h, kept.r2, block.norms[1], mask)
-    d_b, more, of_gate_up = _project_backward(block.gate_up, d_gate_up, b, kept.b_inner, mask)
+    d_b, more, of_gate_up = block.gate_up.backward(d_gate_up, b, kept.b_inner, mask)
     assert d_b is not None
     d_h = between.norm_backward(kernels, kept.h, kept.r2, block.norms[1], d_b, more, mask, onto=grad)
     o, mask = block.o.input_of(kept.o), _mask(dropout, block, 1, grad)
-    d_o, more, of_o = _project_backward(
-        block.o, d_h, o if mask is None else o * mask, kept.o[:, block.o.inputs :], mask
-    )
+    d_o, more, of_o = block.o.backward(d_h, o if mask is None else o * mask, block.o.inner_of(kept.o), mask)
     assert d_o is not None
     if more is not None and mask is not None:
         d_o.addcmul_(more, mask)
@@ -293,85 +230,16 @@ def _backward(
     d_qkv = block.attention.backward(d_o, kept.attention, layout, angles)
     mask = _mask(dropout, block, 0, x)
     a = between.norm_again(kernels, x, kept.r1, block.norms[0], mask)
-    d_a, more, of_qkv = _project_backward(block.qkv, d_qkv, a, kept.a_inner, mask, needs_x=needs_x)
+    d_a, more, of_qkv = block.qkv.backward(d_qkv, a, kept.a_inner, mask, needs_x=needs_x)
     d_x = None
     if d_a is not None:
         d_x = between.norm_backward(kernels, x, kept.r1, block.norms[0], d_a, more, mask, onto=d_h)
     return d_x, [*of_qkv, *of_o, *of_gate_up, *of_down]
 
 
-def _room(like: torch.Tensor, length: int, projection: Projection, *, wide: bool = False) -> torch.Tensor:
-    """Room for a projection's input and its inner values side by side, [n, in + R]; column-major if `wide`."""
-    width = projection.inputs + projection.rank
-    return like.new_empty(width, length).t() if wide else like.new_empty(length, width)
-
-
-def _project(
-    projection: Projection,
-    joint: torch.Tensor,
-    masked: torch.Tensor,
-    *,
-    onto: torch.Tensor | None = None,
-    wide: bool = False,
-) -> torch.Tensor:
-    """W x + bias + adapters (+ onto) of the input in `joint`, whose inner values are written beside it.
-
-    Args:
-        masked: what the adapters take, [n, in].
-        wide: give the result column-major: the same numbers, and a fifth faster where the output is wider
-            than the input (the product splits along the longer side).
-    """
-    if projection.adapters:
-        torch.mm(masked, projection.stacked_a.t(), out=joint[:, projection.inputs :])
-        projection.refresh()
-    if wide:
-        y = torch.mm(projection.weight, joint.t()).t()
-    elif onto is None:
-        y = torch.mm(joint, projection.weight.t())
-    else:
-        y = torch.addmm(onto, joint, projection.weight.t())
-    return y if projection.bias is None else y.add_(projection.bias)
-
-
-def _project_backward(
-    projection: Projection,
-    grad: torch.Tensor,
-    masked: torch.Tensor,
-    inner: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    needs_x: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
-    """Gradient of the input x in two parts, and those of every adapter's A and B. The gradient is the first part plus
-    mask times the second, which is None where there is nothing to be masked."""
-    inputs, weight = projection.inputs, projection.weight
-    if not needs_x:
-        through = grad @ weight[:, inputs:]
-        d_x = None
-    else:
-        both = torch.mm(grad, weight)
-        d_x, through = both[:, :inputs], both[:, inputs:]
-    if not projection.adapters:
-        return d_x, None, []
-    of_a = through.t() @ masked
-    more = None
-    if d_x is not None and mask is None:
-        d_x.addmm_(through, projection.stacked_a)
-    elif d_x is not None:
-        more = through @ projection.stacked_a
-    return d_x, more, _of_adapters(projection, of_a, grad, inner)
-
-
-def _of_adapters(
-    projection: Projection, of_a: torch.Tensor, grad: torch.Tensor, inner: torch.Tensor
-) -> list[torch.Tensor]:
-    """Gradients of every adapter's A and B, given that of all A stacked, [R, in]."""
-    gradients = []
-    for one in projection.adapters:
-        of_b = (inner[:, one.ranks].t() @ grad[:, one.outputs]).t()  # twice as fast as the product of the transposed
-        gradients.append(of_a[one.ranks].to(one.a.dtype))
-        gradients.append((of_b * one.scaling).to(one.b.dtype))
-    return gradients
+def _masked(x: torch.Tensor, mask: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+    """Where mask * x goes: x itself without a mask."""
+    return x if mask is None else scratch.like("masked", x)
 
 
 def _mask(dropout: Dropout, block: Block, place: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -380,4 +248,4 @@ def _mask(dropout: Dropout, block: Block, place: int, like: torch.Tensor) -> tor
     if not projection.adapters:
         return None
     inputs = projection.inputs
-    return dropout.mask(4 * block.index + place, len(like), inputs, like, column_major=place == 3)
+    return dropout.mask(4 * block.index + place, len(like), inputs, like, column_major=place == 3 and block.wide)

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
+from heldout.engine import device
 from heldout.engine.weights import context_of, head_width
 from heldout.errors import InvalidValue
+from heldout.kernels import Kernels
 from heldout.train import norms
 from heldout.train.block import Block
 from heldout.train.dropout import Dropout
-from heldout.train.kernels import Kernels
 from heldout.train.layout import Layout
 from heldout.train.memory import trim
 from heldout.train.packing import Pack
+from heldout.train.projection import Scratch
 from heldout.train.rounding import padded
 
 #: Architectures whose layers train/block.py computes as one operation.
@@ -37,7 +39,7 @@ def refuse(config: Mapping[str, Any], *, cut: int, checkpoint: bool = False) -> 
             f"freeze_layers={cut} is not supported for models of type {kind!r}; leave it at 0.",
             param="hyperparameters.freeze_layers",
         )
-    if checkpoint and not _is_fused(config):
+    if checkpoint and not is_fused(config):
         raise InvalidValue(
             "This job needs checkpointing to fit into HELDOUT_MEMORY_LIMIT, but checkpointing is not supported "
             f"for models of type {kind!r}. Use shorter examples, a smaller model, or a higher limit.",
@@ -45,7 +47,8 @@ def refuse(config: Mapping[str, Any], *, cut: int, checkpoint: bool = False) -> 
         )
 
 
-def _is_fused(config: Mapping[str, Any]) -> bool:
+def is_fused(config: Mapping[str, Any]) -> bool:
+    """Whether every layer is computed as one operation (train/block.py)."""
     return config["model_type"] in FUSED and config["hidden_act"] == "silu"
 
 
@@ -70,9 +73,10 @@ class Body:
         self._inner = model.base_model
         self._walks = kind in WALKED
         self._blocks: list[Block] = []
-        if _is_fused(config):
+        if is_fused(config):
+            scratch = Scratch(shared=not device.is_gpu())
             for index, layer in enumerate(self._inner.layers):
-                self._blocks.append(Block.of(layer, index, kernels))
+                self._blocks.append(Block.of(layer, index, kernels, scratch))
                 trim()  # or the weights that were copied stay in memory beside their copies until all are
         else:
             norms.fuse(model)

@@ -37,7 +37,8 @@ class Dropout:
         size, draw = max(self.POOL, 1 << (2 * largest).bit_length()), step // self.STEPS
         if (size, draw) != self._drawn:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % (1 << 62))
-            self._pool = (torch.rand(size, generator=generator) >= self.p).float().div_(1 - self.p)
+            self._pool = torch.empty(0)  # or both would be in memory
+            self._pool = torch.rand(size, generator=generator).ge_(self.p).div_(1 - self.p)
             self._drawn = (size, draw)
 
     def next_pack(self, number: int) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from heldout.train.products import Weights
 from heldout.train.rounding import padded, spare_rows
 
-#: Predictions whose logits exist at the same time; bounds the memory of the output head.
-CHUNK = 256
+#: Predictions whose logits exist at the same time, by products of torch and by those of kernels, which need fewer rows
+#: to be fast; bounds the memory of the output head.
+CHUNK, FEW = 256, 96
 #: Rows of logits that a processor works on at a time, so that they stay in its cache.
 CACHED = 16
 
@@ -25,7 +27,7 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        weights: Weights,
         targets: torch.Tensor,
         smoothing: float,
         temperatures: Sequence[float],
@@ -43,7 +45,7 @@ class _Loss(torch.autograd.Function):
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             aims = targets[part]
-            room = torch.mm(padded(hidden[part]), weight.t()).float()
+            room = weights.product(padded(hidden[part])).float()
             logits, behind = room[: len(aims)], room[len(aims) :]
             aimed = logits.gather(1, aims[:, None])[:, 0]
             mean = logits.mean(dim=-1) if smoothing else aimed
@@ -66,7 +68,8 @@ class _Loss(torch.autograd.Function):
                     powers.sub_(sums * (smoothing / logits.shape[1]))
                 powers[torch.arange(len(aims), device=aims.device), aims] -= (1 - smoothing) * sums[:, 0]
                 behind.zero_()
-                gradient[part] = (room.to(hidden.dtype) @ weight)[: len(aims)] / sums
+                gradient[part] = weights.product_back(room.to(hidden.dtype))[: len(aims)] / sums
+            del room, logits, behind, powers  # or the next chunk's would lie beside them
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(plain, right, tempered)
         return loss, plain, right, tempered
@@ -110,7 +113,7 @@ def _halving(temperatures: Sequence[float]) -> list[list[int]]:
 
 def losses(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weights: Weights,
     targets: torch.Tensor,
     *,
     smoothing: float = 0.0,
@@ -120,7 +123,7 @@ def losses(
     """Cross-entropy of each prediction, without logits kept.
 
     Args:
-        hidden: [U, h]; weight: [V, h], frozen; targets: [U].
+        hidden: [U, h]; weights: of the head, [V, h]; targets: [U].
         smoothing: share e of the target's mass spread evenly over the vocabulary.
         temperatures: K numbers above 0 that logits are divided by.
 
@@ -128,4 +131,4 @@ def losses(
         The loss with smoothing and with gradient, negative log-likelihood without either (nats), and
         whether the target is the argmax; [U] each. Negative log-likelihood at every temperature, [K, U].
     """
-    return _Loss.apply(hidden, weight, targets, smoothing, temperatures, chunk)
+    return _Loss.apply(hidden, weights, targets, smoothing, temperatures, chunk)

@@ -111,9 +111,7 @@ def run(
 
     Raises InvalidTrainingFile when training breaks down at every learning rate that is tried.
     """
-    optimizer = torch.optim.AdamW(
-        trainee.parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
-    )
+    optimizer = optimizer_of(plan, trainee)
     average = Average(trainee.parameters, plan.ema_decay)
     course = Course.of(plan, len(train))
     _resume(checkpoints, trainee, optimizer, average, course, watch)
@@ -200,6 +198,22 @@ def is_due(plan: TrainPlan, n: int, step: int) -> bool:
     kept, and at the very end."""
     within = step % math.ceil(n / plan.batch_size)
     return within % plan.eval_every == 0 or step == plan.end_step or step in plan.kept_steps
+
+
+def optimizer_of(plan: TrainPlan, trainee: Trainee[Any]) -> torch.optim.Optimizer:
+    """AdamW on the trained parameters. Its moments exist from now on: made after the first step, they would lie among
+    what that step has freed, and a later one that is larger could not use the holes between them."""
+    parameters = list(trainee.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=plan.weight_decay, fused=True)
+    for one in parameters:
+        one.grad = torch.zeros_like(one)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = plan.learning_rate
+    return optimizer
 
 
 def gradients(trainee: Trainee[Row], rows: Sequence[Row], step: int) -> Step:

@@ -57,7 +57,7 @@ class Trainee(Protocol[Row]):
 
     @property
     def kernels(self) -> bool:
-        """Whether operations compiled for the processor take part (train/kernels)."""
+        """Whether operations compiled for the processor take part (kernels)."""
         ...
 
     @property

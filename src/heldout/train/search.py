@@ -106,7 +106,7 @@ def _train(
     """Take these steps at the trial's rate after a warm-up, from where the trial was left. False if one of
     them was not a number."""
     put(trainee.parameters, trial.weights)
-    optimizer = torch.optim.AdamW(trainee.parameters.values(), weight_decay=plan.weight_decay, fused=True)
+    optimizer = loop.optimizer_of(plan, trainee)
     if trial.optimizer:
         optimizer.load_state_dict(trial.optimizer)
     for step in steps:

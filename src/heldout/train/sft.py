@@ -11,22 +11,23 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 
-from heldout.engine import weights
+from heldout.engine import frozen, stored, weights
+from heldout.engine.frozen import FrozenLinear
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidTrainingFile, InvalidValue, ModelNotFound
+from heldout.kernels import Kernels
 from heldout.pipeline.memory import Shapes, Sizes, valid_tokens
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.types import Example
 from heldout.pipeline.watch import Watch
-from heldout.train import head, lora
+from heldout.train import body, head, lora
 from heldout.train.activations import Activations
 from heldout.train.attention import IMPLEMENTATION
-from heldout.train.body import Body
 from heldout.train.dropout import DrawnOnGpu, Dropout
 from heldout.train.graphs import Filled, Graphs, fill
-from heldout.train.kernels import Kernels
 from heldout.train.method import TEMPERATURES, Learned, Losses, add_gradients
 from heldout.train.packing import Pack, micro_batches, pack
+from heldout.train.products import Dense, Held
 
 #: What must be known of a model's size.
 SHAPES = (
@@ -49,11 +50,16 @@ class ChatTrainee:
         self.peft, self.template, self.plan = peft, template, plan
         self.activations: Activations | None = None
         self.head: torch.nn.Linear = model.get_output_embeddings()  # frozen
+        held = isinstance(self.head, FrozenLinear)
+        self.output = Held.of([self.head.frozen]) if held else Dense.of(self.head)
+        self.logits_at_once = head.FEW if held else head.CHUNK
         on_gpu = self.device.type == "cuda"
         masks = (plan.lora_dropout, plan.seed)
         self.dropout = DrawnOnGpu(*masks, like=self.head.weight) if on_gpu else Dropout(*masks)
         lora.fuse(peft, self.dropout)
-        self.body = Body(model, self.dropout, cut=plan.freeze_layers, checkpoint=plan.checkpointing, kernels=kernels)
+        self.body = body.Body(
+            model, self.dropout, cut=plan.freeze_layers, checkpoint=plan.checkpointing, kernels=kernels
+        )
         self.parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
         self.graphs = Graphs(self.run_filled, self.parameters.values()) if on_gpu and self.body.fused else None
         self._widest = max(p.shape[-1] for name, p in self.parameters.items() if ".lora_A." in name)
@@ -148,10 +154,11 @@ class ChatTrainee:
         # That of plain indexing is added in whatever order threads come, and a resumed job would end elsewhere.
         loss, nll, right, tempered = head.losses(
             hidden.index_select(0, one.sources),
-            self.head.weight,
+            self.output,
             one.targets,
             smoothing=plan.label_smoothing if training else 0.0,
             temperatures=() if training else TEMPERATURES,
+            chunk=self.logits_at_once,
         )
         entries = one.entries
         return Losses(
@@ -178,9 +185,10 @@ class ChatTrainee:
         hidden = self.body.above(filled.x, filled.layout, filled.rows)
         loss, nll, right, _ = head.losses(
             hidden.index_select(0, filled.sources),
-            self.head.weight,
+            self.output,
             filled.targets,
             smoothing=self.plan.label_smoothing,
+            chunk=self.logits_at_once,
         )
         (loss * filled.weights).sum().backward()
         return nll, right
@@ -220,7 +228,7 @@ def build_model(
 
     Raises InvalidValue when the model has none of the target modules, or cannot be cut.
     """
-    model = weights.load_model(folder, precision, IMPLEMENTATION)
+    model = weights.load_model(folder, precision, IMPLEMENTATION, freezing(kernels, config_of(folder), precision))
     template = ChatTemplate(weights.load_tokenizer(folder))
     torch.manual_seed(plan.seed)  # A starts random, B at zero
     names = linear_names(model)
@@ -264,13 +272,18 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
+def freezing(kernels: Kernels | None, config: Mapping[str, Any], precision: torch.dtype) -> Kernels | None:
+    """The kernels if all products with base weights are to be theirs (engine/frozen.py)."""
+    return frozen.taking(kernels, config, precision) if body.is_fused(config) else None
+
+
 def shapes(
-    config: Mapping[str, Any], parameters: int, number: int, *, gpu: bool, kernels: Kernels | None = None
+    config: Mapping[str, Any], folder: Path, precision: torch.dtype, *, gpu: bool, kernels: Kernels | None = None
 ) -> Shapes:
-    """A base model's sizes from its config.json; `number` is the bytes of a weight."""
+    """A base model's sizes from its config.json and its files; `precision`: of its products."""
     heads, width = config["num_attention_heads"], weights.head_width(config)
     return Shapes(
-        parameters=parameters,
+        parameters=stored.parameters(folder),
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         intermediate=config["intermediate_size"],
@@ -278,7 +291,8 @@ def shapes(
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_width=width,
-        number=number,
+        number=precision.itemsize,
+        held=(stored.precision(folder) if freezing(kernels, config, precision) else precision).itemsize,
         gpu=gpu,
         kernel_threads=torch.get_num_threads() if kernels and kernels.attends(width) else 0,
     )

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from heldout.engine import device
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Timings
@@ -42,9 +40,7 @@ def time_parts(
     looked_at = valid[:VALIDATED]
     sample = [train[row] for step in order[:LEAST_STEPS] for row in loop.batch_rows(plan, len(train), step)]
     prepare = _seconds(lambda: trainee.prepare([*sample, *looked_at], Silent())) / (len(sample) + len(looked_at))
-    optimizer = torch.optim.AdamW(
-        trainee.parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
-    )
+    optimizer = loop.optimizer_of(plan, trainee)
     average = Average(trainee.parameters, plan.ema_decay)
 
     def take(step: int) -> None:
@@ -52,7 +48,7 @@ def time_parts(
         loop.update(plan, trainee, optimizer, loop.learning_rate(plan, step, plan.learning_rate), found.norm)
         average.update(step)
 
-    take(order[0])  # the first one also makes the optimizer's state and malloc's heap
+    take(order[0])  # the first one also makes malloc's heap
     if device.is_gpu():  # and there the second step of a size is recorded (train/graphs.py), once in a training
         for first in (*order[:LEAST_STEPS], *order[:LEAST_STEPS]):
             take(first)

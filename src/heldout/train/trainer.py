@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from heldout.engine import catalogue, device, weights
+from heldout.engine import catalogue, device, stored, weights
 from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import InvalidState, InvalidTrainingFile
+from heldout.kernels import Kernels, compiling
 from heldout.pipeline import encoder_memory, memory
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
@@ -21,7 +22,6 @@ from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Proof, Tim
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent, Watch
 from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
-from heldout.train.kernels import Kernels, compiling
 from heldout.train.loop import Course
 from heldout.train.memory import PeakMemory, give_back_memory, keep_freed_memory
 from heldout.train.method import Trainee
@@ -46,7 +46,7 @@ class TorchTrainer:
         use_kernels: bool = True,
     ) -> None:
         """`memory_limit`: bytes this process may fill where it computes; 0: what there is. `use_kernels`: where they
-        can be compiled (train/kernels)."""
+        can be compiled (kernels)."""
         self._memory_limit = memory_limit
         self._use_kernels = use_kernels
         self._settled: tuple[Kernels | None, str] | None = None  # kernels of this job, and why none
@@ -61,13 +61,13 @@ class TorchTrainer:
         """See Trainer.facts."""
         folder = self._folder(base_model)
         if catalogue.kind_of(folder) == catalogue.ENCODER:
-            return classifier.facts(folder, _stored_parameters(folder))
+            return classifier.facts(folder, stored.parameters(folder))
         config = sft.config_of(folder)
         return ModelFacts(
             hidden_size=config["hidden_size"],
             layers=config["num_hidden_layers"],
             context=weights.context_of(config),
-            parameters=_stored_parameters(folder),
+            parameters=stored.parameters(folder),
             gpu=device.is_gpu(),
         )
 
@@ -87,7 +87,7 @@ class TorchTrainer:
         folder = self._folder(base_model)
         limit = self._memory_limit or device.memory_bytes()
         if catalogue.kind_of(folder) == catalogue.ENCODER:
-            encoder, longest = classifier.shapes(plan, folder, _stored_parameters(folder), split)
+            encoder, longest = classifier.shapes(plan, folder, stored.parameters(folder), split)
             return encoder_memory.fit(plan, encoder, limit, longest=longest, valid_tokens=device.portions().padded)
         precision = (
             weights.keep_precision(directory, self._precision)
@@ -100,9 +100,7 @@ class TorchTrainer:
         rows, others = _tokenize(template, split, plan.max_length)
         copies, _ = that_fit(split.copies, lambda some: sft.tokenize(template, some, plan.max_length, "copies"))
         kernels = self._kernels(directory)
-        shapes = sft.shapes(
-            config, _stored_parameters(folder), precision.itemsize, gpu=device.is_gpu(), kernels=kernels
-        )
+        shapes = sft.shapes(config, folder, precision, gpu=device.is_gpu(), kernels=kernels)
         turns = max(1, 2 * max(map(len, copies), default=0))  # epochs until every copy was seen
         steps = range(1, turns * math.ceil(len(rows) / plan.batch_size) + 1)
         batches = [loop.batch(plan, rows, copies, step) for step in steps]
@@ -348,17 +346,3 @@ def _announce(trainee: Trainee[Row], watch: Watch) -> int:
         data={"trained_parameters": trained, "parameters": total, "share": trained / total},
     )
     return trained
-
-
-def _stored_parameters(folder: Path) -> int:
-    from safetensors import safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                size = 1
-                for side in tensors.get_slice(name).get_shape():
-                    size *= side
-                count += size
-    return count

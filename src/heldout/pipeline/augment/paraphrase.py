@@ -15,11 +15,11 @@ from pathlib import Path
 
 from heldout.engine.base import Engine, Message, ModelRef, Reply, Sampling
 from heldout.errors import InvalidValue
+from heldout.kept import read_record, write_record
 from heldout.pipeline.augment.copies import COPIES, Augmented, elsewhere, with_user_text
 from heldout.pipeline.augment.perturb import pieces
 from heldout.pipeline.checks.groups import fold, prompt_fingerprint
 from heldout.pipeline.general_answers import is_whole
-from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 

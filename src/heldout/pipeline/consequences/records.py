@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from heldout.kept import read_record, write_record
 from heldout.pipeline.consequences.base import Consequence
-from heldout.pipeline.kept import read_record, write_record
 from heldout.pipeline.types import Example
 
 RECORD = "consequences.json"

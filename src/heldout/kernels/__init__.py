@@ -1,8 +1,9 @@
 """Operations of a decoder layer that this processor's own compiler made, for what torch has no single one for.
 
 Attention over a prefix tree keeps its scores in the cache and pads nothing; what lies between the products is one pass
-over memory each. They compute what train/attention.py and train/between.py compute with torch, which is what happens
-where there is no compiler, on a GPU, and in the tests that compare the two.
+over memory each; products take frozen weights as their file has them (frozen.py). They compute what train/attention.py,
+train/between.py and train/products.py compute with torch, which is what happens where there is no compiler, on a GPU,
+and in the tests that compare the two.
 
 Shapes: L packed tokens, H heads of d, K key heads; F features of the gated activation. Tensors are float32 or bfloat16,
 arithmetic is float32.
@@ -11,11 +12,10 @@ arithmetic is float32.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Sized
+from typing import Any, Protocol
 
 import torch
-
-from heldout.train.layout import Layout
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -29,6 +29,26 @@ class _Shape(ctypes.Structure):
     ]
 
 
+class Tree(Protocol):
+    """What attention must know of a packed sequence (train/layout.py)."""
+
+    @property
+    def until(self) -> torch.Tensor:
+        """[L]: where the tokens end that may look at this one."""
+
+    @property
+    def segments(self) -> Sized:
+        """Stretches whose tokens have the same examples below them."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path."""
+
+    @property
+    def tree(self) -> torch.Tensor:
+        """The segments as attention.cpp reads them."""
+
+
 class Kernels:
     """A compiled library's operations."""
 
@@ -36,8 +56,8 @@ class Kernels:
         """`name`: the library's file."""
         self.name = name
         self._library = library
-        library.attention_memory.restype = ctypes.c_int64
-        self._widest, self._most_ranks = library.attention_widest(), library.gated_most_ranks()
+        library.attention_memory.restype = library.gated_memory.restype = ctypes.c_int64
+        self._widest, self.panel = library.attention_widest(), library.product_panel()
 
     def attends(self, width: int) -> bool:
         """Whether heads of this width can be attended with."""
@@ -47,11 +67,12 @@ class Kernels:
         self,
         qkv: torch.Tensor,
         heads: tuple[int, int],
-        layout: Layout,
+        layout: Tree,
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of every token with its path, [L, H d]; rows behind the layout's last token are 0.
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of every token with its path into `out`, [L, H d]; rows behind the layout's last token are 0.
 
         Args:
             qkv: [L, (H + 2 K) d]: queries, keys and values side by side, before rotation.
@@ -59,28 +80,27 @@ class Kernels:
             angles: cosines and sines, [L, d] each; None where queries and keys are turned already.
 
         Returns:
-            Besides the result the logarithm of the sum of each row's exponentials, [H, L], for the backward pass.
+            The logarithm of the sum of each row's exponentials, [H, L], for the backward pass.
         """
         shape, given = self._given(qkv, heads, layout, angles, scale)
         log_sums = torch.empty(shape.heads, shape.length)
-        out = qkv.new_empty(len(qkv), shape.heads * shape.width)
         self._call(
             "attention_forward",
             qkv,
             *given,
             _at(out, like=qkv),
-            ctypes.c_int64(out.stride(0)),
+            _row(out),
             _at(log_sums),
             _at(self._memory(shape, backward=False)),
         )
         out[shape.length :] = 0
-        return out, log_sums
+        return log_sums
 
     def attend_backward(
         self,
         qkv: torch.Tensor,
         heads: tuple[int, int],
-        layout: Layout,
+        layout: Tree,
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         scale: float,
         grad: torch.Tensor,
@@ -95,20 +115,26 @@ class Kernels:
             qkv,
             *given,
             _at(grad, like=qkv),
-            ctypes.c_int64(grad.stride(0)),
+            _row(grad),
             _at(log_sums),
             *_parts(found, shape),
-            ctypes.c_int64(found.stride(0)),
+            _row(found),
             _at(self._memory(shape, backward=True)),
         )
         return found
 
     def norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, mask: torch.Tensor | None, *, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        mask: torch.Tensor | None,
+        *,
+        out: torch.Tensor,
+        masked: torch.Tensor,
+    ) -> torch.Tensor:
         """See between.norm."""
         x, r = x.contiguous(), torch.empty(len(x), 1)
-        masked = out if mask is None else torch.empty_like(x)
         self._call(
             "norm_forward",
             x,
@@ -117,13 +143,13 @@ class Kernels:
             _at(weight, like=x),
             _at(mask, like=x),
             _at(out, like=x),
-            ctypes.c_int64(out.stride(0)),
+            _row(out),
             _at(masked, like=x),
             _at(r),
             ctypes.c_float(eps),
             torch.get_num_threads(),
         )
-        return r, masked
+        return r
 
     def norm_again(
         self, x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None
@@ -166,7 +192,7 @@ class Kernels:
             _at(weight, like=x),
             _at(r),
             _at(grad, like=x),
-            ctypes.c_int64(grad.stride(0)),
+            _row(grad),
             _at(more, like=x),
             _at(mask, like=x),
             _at(onto, like=x),
@@ -175,50 +201,89 @@ class Kernels:
         )
         return out
 
-    def gated(self, gate_up: torch.Tensor, mask: torch.Tensor | None, *, out: torch.Tensor) -> torch.Tensor:
-        """See between.gated; features are rows here, [2 F, n] and [F, n]."""
-        width, n = out.shape
-        masked = out if mask is None else torch.empty_like(out)
+    def gated(
+        self, gate_up: torch.Tensor, mask: torch.Tensor | None, *, out: torch.Tensor, masked: torch.Tensor
+    ) -> None:
+        """See between.gated."""
+        n, width = out.shape
         self._call(
             "gated_forward",
             gate_up,
-            *(width, n),
+            *(n, width),
             _at(gate_up),
-            _at(gate_up[width:]),
+            _row(gate_up),
             _at(mask, like=out),
             _at(out, like=gate_up),
+            _row(out),
             _at(masked, like=gate_up),
             torch.get_num_threads(),
         )
-        return masked
 
     def gated_backward(
         self, gate_up: torch.Tensor, both: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See between.gated_backward; features are rows here."""
-        width, n = len(gate_up) // 2, gate_up.shape[1]
-        ranks = len(both) - width
-        found, of_a = torch.empty_like(gate_up), both.new_empty(width, ranks)
+        """See between.gated_backward."""
+        n, width = len(gate_up), gate_up.shape[1] // 2
+        ranks = both.shape[1] - width
+        found, of_a = torch.empty_like(gate_up), both.new_empty(ranks, width)
+        threads = torch.get_num_threads()
         self._call(
             "gated_backward",
             gate_up,
-            *(width, n, ranks),
+            *(n, width, ranks),
             _at(gate_up),
-            _at(gate_up[width:]),
+            _row(gate_up),
             _at(both, like=gate_up),
-            _at(both[width:]),
+            _row(both),
             _at(a.contiguous(), like=gate_up),
             _at(mask, like=gate_up),
             _at(found),
-            _at(found[width:]),
             _at(of_a),
-            torch.get_num_threads(),
+            _at(torch.empty(self._library.gated_memory(width, ranks, threads))),
+            threads,
         )
         return found, of_a
 
-    def gates(self, ranks: int) -> bool:
-        """Whether an adapter of this rank may lie behind a gated activation."""
-        return ranks <= self._most_ranks
+    def product(
+        self,
+        panels: torch.Tensor,
+        outputs: int,
+        x: torch.Tensor,
+        beside: torch.Tensor | None,
+        onto: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x [W | beside]' (+ onto), fp32, [n, out].
+
+        Args:
+            panels: W, [out, in], see frozen.py.
+            x: [n, in + R], fp32; beside: [out, R], fp32.
+        """
+        y = x.new_empty(len(x), outputs)
+        weights = self._weights(panels, outputs, beside, x.shape[1])
+        rows = (_at(x, like=y), _row(x), _at(onto, like=y), ctypes.c_int64(0 if onto is None else onto.stride(0)))
+        self._call("product_forward", panels, len(x), *weights, *rows, _at(y), _row(y), torch.get_num_threads())
+        return y
+
+    def product_back(
+        self, panels: torch.Tensor, outputs: int, grad: torch.Tensor, beside: torch.Tensor | None
+    ) -> torch.Tensor:
+        """grad [W | beside], fp32, [n, in + R], of grad [n, out]."""
+        width = panels.shape[1] + (0 if beside is None else beside.shape[1])
+        found = grad.new_empty(len(grad), width)
+        weights = self._weights(panels, outputs, beside, width)
+        rows = (_at(grad, like=found), _row(grad), _at(found), _row(found))
+        self._call("product_backward", panels, len(grad), *weights, *rows, torch.get_num_threads())
+        return found
+
+    def _weights(self, panels: torch.Tensor, outputs: int, beside: torch.Tensor | None, width: int) -> list[Any]:
+        inputs = panels.shape[1]
+        ranks = 0 if beside is None else beside.shape[1]
+        if inputs + ranks != width or (beside is not None and len(beside) != outputs):
+            raise ValueError(f"a product of {width} inputs with weights of {inputs} and {ranks} beside them")
+        if beside is not None and beside.dtype != torch.float32:
+            raise ValueError(f"{beside.dtype} where torch.float32 is expected")
+        row = ctypes.c_int64(0 if beside is None else beside.stride(0))
+        return [outputs, inputs, ranks, _at(panels), _at(beside), row]
 
     def _call(self, name: str, like: torch.Tensor, *arguments: Any) -> None:
         getattr(self._library, f"{name}_{_NAMES[like.dtype]}")(*arguments)
@@ -227,7 +292,7 @@ class Kernels:
         self,
         qkv: torch.Tensor,
         heads: tuple[int, int],
-        layout: Layout,
+        layout: Tree,
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         scale: float,
     ) -> tuple[_Shape, list[Any]]:
@@ -237,7 +302,7 @@ class Kernels:
         length, threads = len(layout.until), torch.get_num_threads()
         shape = _Shape(count, kv_heads, width, length, len(layout.segments), layout.longest, threads, scale)
         cos, sin = (None, None) if angles is None else (one.contiguous() for one in angles)
-        stride = ctypes.c_int64(qkv.stride(0))
+        stride = _row(qkv)
         turned = (_at(cos, like=qkv), _at(sin, like=qkv))
         return shape, [ctypes.byref(shape), _at(layout.tree), *_parts(qkv, shape), stride, *turned]
 
@@ -262,6 +327,11 @@ def _at(x: torch.Tensor | None, *, like: torch.Tensor | None = None) -> _Pointer
     if like is not None and x.dtype != like.dtype:
         raise ValueError(f"{x.dtype} where {like.dtype} is expected")
     return _Pointer(x)
+
+
+def _row(x: torch.Tensor) -> ctypes.c_int64:
+    """How far its rows are apart."""
+    return ctypes.c_int64(x.stride(0))
 
 
 def _parts(qkv: torch.Tensor, shape: _Shape) -> list[_Pointer]:
