@@ -416,6 +416,14 @@ def test_a_job_goes_on_as_it_began(kernels: Kernels, tmp_path: Path, no_compiler
         compiling.keep(tmp_path / "with", cache, use=False)
     with pytest.raises(InvalidValue, match=r"began with kernels .* since there is no C"):
         compiling.keep(tmp_path / "with", empty, use=True)
+    # What other sources gave takes other arguments.
+    other = "kernels-0123456789abcdef-" + kernels.name.rsplit("-", 1)[1]
+    home = tmp_path / "upgraded" / "kernels"
+    home.mkdir(parents=True, mode=0o700)
+    shutil.copy2(cache / "kernels" / kernels.name, home / other)
+    write_record(tmp_path / "upgraded" / compiling.NOTE, {"library": other})
+    with pytest.raises(InvalidValue, match=r"now there are others or none"):
+        compiling.keep(tmp_path / "upgraded", tmp_path / "upgraded", use=True)
     (tmp_path / "older" / "checkpoints").mkdir(parents=True)
     assert compiling.keep(tmp_path / "older", cache, use=True) == (None, "this job began without them")
 

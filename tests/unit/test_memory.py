@@ -33,6 +33,7 @@ SHAPES = Shapes(
     kv_heads=3,
     head_width=64,
     number=4,
+    held=4,
 )
 SIZES = Sizes(packed=382, longest=179, predictions=93, trained=4_884_480, ranks=112)
 BIG = replace(SIZES, packed=1800, longest=600, predictions=800)
@@ -45,13 +46,13 @@ def peak(plan: TrainPlan = PLAN, sizes: Sizes = SIZES) -> int:
 def test_more_tokens_more_layers_and_wider_numbers_need_more() -> None:
     assert peak(sizes=BIG) > peak()
     assert peak(replace(PLAN, freeze_layers=15), BIG) < peak(sizes=BIG)
-    assert predict(replace(SHAPES, number=2), SIZES, PLAN).weights < predict(SHAPES, SIZES, PLAN).weights
+    assert predict(replace(SHAPES, number=2, held=2), SIZES, PLAN).weights < predict(SHAPES, SIZES, PLAN).weights
 
 
 def test_a_gpu_holds_no_interpreter_and_keeps_no_scores_but_answers_more_at_once() -> None:
     """Measured on an H200: 0.72 GiB of training on banking12 with the 135M model in bfloat16 (docs/experiments.md)."""
-    gpu = predict(replace(SHAPES, number=2, gpu=True), SIZES, replace(PLAN, micro_tokens=4096))
-    here = predict(replace(SHAPES, number=2), SIZES, PLAN)
+    gpu = predict(replace(SHAPES, number=2, held=2, gpu=True), SIZES, replace(PLAN, micro_tokens=4096))
+    here = predict(replace(SHAPES, number=2, held=2), SIZES, PLAN)
     assert gpu.runtime < here.runtime
     assert gpu.training < here.training
     assert gpu.evaluation > here.evaluation

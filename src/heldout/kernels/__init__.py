@@ -258,7 +258,9 @@ class Kernels:
             panels: W, [out, in], see frozen.py.
             x: [n, in + R], fp32; beside: [out, R], fp32.
         """
-        y = x.new_empty(len(x), outputs)
+        y = torch.empty(len(x), outputs)
+        if onto is not None and onto.shape != y.shape:
+            raise ValueError(f"a product of {tuple(y.shape)} added to {tuple(onto.shape)}")
         weights = self._weights(panels, outputs, beside, x.shape[1])
         rows = (_at(x, like=y), _row(x), _at(onto, like=y), ctypes.c_int64(0 if onto is None else onto.stride(0)))
         self._call("product_forward", panels, len(x), *weights, *rows, _at(y), _row(y), torch.get_num_threads())
@@ -269,7 +271,9 @@ class Kernels:
     ) -> torch.Tensor:
         """grad [W | beside], fp32, [n, in + R], of grad [n, out]."""
         width = panels.shape[1] + (0 if beside is None else beside.shape[1])
-        found = grad.new_empty(len(grad), width)
+        found = torch.empty(len(grad), width)
+        if grad.shape[1] != outputs:
+            raise ValueError(f"a product of {grad.shape[1]} gradients with weights of {outputs} outputs")
         weights = self._weights(panels, outputs, beside, width)
         rows = (_at(grad, like=found), _row(grad), _at(found), _row(found))
         self._call("product_backward", panels, len(grad), *weights, *rows, torch.get_num_threads())

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def keep(directory: Path, folder: Path, *, use: bool) -> tuple[Kernels | None, s
     chosen, why_not = choose(folder, use=use)
     if chosen is None or chosen.name != noted["library"]:
         path = _home(folder) / Path(noted["library"]).name
-        if use and _is_ours(path):  # the compiler is another one now, or gone
-            return _open(path), ""
+        if use and path.name.startswith(_of_these_sources()) and _is_ours(path):
+            return _open(path), ""  # the compiler is another one now, or gone
         raise InvalidValue(
             "This job began with kernels compiled for this processor, but now there are others or none"
             f"{f', since {why_not}' if why_not else ''}: the rest would not fit what was trained so far. Make them "
@@ -127,9 +128,18 @@ def name_of(compiler: str) -> str:
     version = _run([compiler, "--version"]).stdout
     lines = _CPU.read_text().splitlines() if _CPU.exists() else []
     features = {line for line in lines if line.lower().startswith(("flags", "features", "model name"))}
-    parts = [version, *FLAGS, platform.machine(), *sorted(features), *(path.read_text() for path in SOURCES)]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return f"kernels-{digest[:16]}.so"
+    parts = [version, *FLAGS, platform.machine(), *sorted(features)]
+    return f"{_of_these_sources()}{_digest(parts)}.so"
+
+
+@cache
+def _of_these_sources() -> str:
+    """How a library's name begins: what was compiled from other sources takes other arguments."""
+    return f"kernels-{_digest([path.read_text() for path in SOURCES])}-"
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _is_ours(path: Path) -> bool:

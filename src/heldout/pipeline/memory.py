@@ -51,8 +51,9 @@ class Shapes:
     kv_heads: int
     head_width: int
     number: int  # bytes of an activation: 4 or 2
-    held: int  # of a weight
+    held: int  # of a weight in memory
     gpu: bool = False  # the memory is a GPU's
+    frozen: bool = False  # kernels multiply with base weights (engine/frozen.py)
     kernel_threads: int = 0  # that attend with kernels (kernels); none: attention's weights are in memory
 
 
@@ -93,7 +94,7 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     trained_layers = shapes.layers - plan.freeze_layers
     step = _step(shapes, sizes, packed, trained_layers, checkpointing=plan.checkpointing)
     predictions = min(sizes.predictions, packed)
-    at_once = HEAD_ROWS[shapes.held == number]
+    at_once = HEAD_ROWS[not shapes.frozen]
     logits = min(at_once, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
     cached = CACHED_TOKENS[shapes.gpu] * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
     answering = cached + _passing(shapes, sizes, READ_TOKENS[shapes.gpu]) + PREDICTED * shapes.vocabulary * 4 * 2

@@ -282,6 +282,7 @@ def shapes(
 ) -> Shapes:
     """A base model's sizes from its config.json and its files; `precision`: of its products."""
     heads, width = config["num_attention_heads"], weights.head_width(config)
+    taken = freezing(kernels, config, precision)
     return Shapes(
         parameters=stored.parameters(folder),
         layers=config["num_hidden_layers"],
@@ -292,7 +293,8 @@ def shapes(
         kv_heads=config.get("num_key_value_heads") or heads,
         head_width=width,
         number=precision.itemsize,
-        held=(stored.precision(folder) if freezing(kernels, config, precision) else precision).itemsize,
+        held=(stored.precision(folder) if taken else precision).itemsize,
+        frozen=taken is not None,
         gpu=gpu,
         kernel_threads=torch.get_num_threads() if kernels and kernels.attends(width) else 0,
     )

@@ -1,0 +1,221 @@
+"""Products with weights as their file has them are those of torch, and models that multiply so answer as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from heldout.engine import frozen, weights
+from heldout.engine.base import ModelRef, Sampling
+from heldout.engine.frozen import FrozenEmbedding, FrozenLinear
+from heldout.engine.local import LocalEngine
+from heldout.kernels import Kernels, compiling
+from heldout.kernels.frozen import Frozen
+from heldout.settings import read_settings
+from tests.torch.cases import FAMILIES, make_family, tokens_of
+from tests.torch.conftest import LLAMA, TOOLS, build, difference
+from tests.torch.test_training_is_exact import check_step
+
+TYPES = [torch.float32, torch.bfloat16]
+HELD = [name for name in FAMILIES if FAMILIES[name]["model_type"] in frozen.KINDS]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    try:
+        return compiling.load(read_settings().cache)
+    except compiling.Unavailable as error:
+        pytest.skip(f"no kernels: {error}")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is as before after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every family whose file is bfloat16, as most models are published."""
+    root, found = tmp_path_factory.mktemp("published"), {}
+    for number, name in enumerate(FAMILIES):
+        folder = make_family(root / str(number), tiny_model, name, width=16)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        found[name] = folder
+    return found
+
+
+# Products
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("ranks", [0, 4, 16, 48, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (1, 1), (33, 7), (96, 300), (200, 576), (31, 1000)])
+@pytest.mark.parametrize("n", [1, 2, 11, 12, 13, 36, 37, 100])
+def test_products_in_both_directions_are_those_of_torch(
+    kernels: Kernels, n: int, outputs: int, inputs: int, ranks: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, beside = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs, ranks)
+    ours, theirs = Frozen.of(kernels, weight), torch.cat([weight.float(), beside], dim=1)
+    # Rows that are parts of wider ones, and one that all tokens are added to.
+    x, grad = torch.randn(n, inputs + ranks + 5)[:, 2:-3], torch.randn(n, outputs + 3)[:, 1:-2]
+    onto, bias = torch.randn(n, outputs), torch.randn(outputs).expand(n, -1)
+    assert difference(ours.product(x, beside), x @ theirs.t()) < 1e-5
+    assert difference(ours.product(x, beside, onto), x @ theirs.t() + onto) < 1e-5
+    assert difference(ours.product(x, beside, bias), x @ theirs.t() + bias) < 1e-5
+    assert difference(ours.product_back(grad, beside), grad @ theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_product_of_no_rows_is_empty(kernels: Kernels, dtype: torch.dtype) -> None:
+    ours = Frozen.of(kernels, torch.randn(40, 8).to(dtype))
+    assert ours.product(torch.empty(0, 8)).shape == (0, 40)
+    assert ours.product_back(torch.empty(0, 40)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weights_come_back_as_they_were(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(outputs, 24).to(dtype) for outputs in (64, 5, 33)]
+    for part in parts:
+        assert torch.equal(Frozen.of(kernels, part).weight, part)
+    joined = Frozen.joined([Frozen.of(kernels, part) for part in parts])
+    assert torch.equal(joined.weight, torch.cat(parts))
+    assert joined.panels.dtype == dtype
+    numbers = torch.tensor([[0, 101, 17], [16, 31, 32]])
+    assert torch.equal(joined.rows(numbers), torch.cat(parts)[numbers].float())
+
+
+def test_a_row_has_the_same_bits_whatever_is_computed_beside_it(kernels: Kernels, threads: None) -> None:
+    torch.manual_seed(0)
+    ours, beside = Frozen.of(kernels, torch.randn(100, 700).bfloat16()), torch.randn(100, 16)
+    x, grad = torch.randn(90, 716), torch.randn(90, 100)
+    together, back = ours.product(x, beside), ours.product_back(grad, beside)
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(ours.product(x, beside), together)
+        assert torch.equal(ours.product_back(grad, beside), back)
+        for rows in (slice(3, 4), slice(10, 30), slice(40, 90)):
+            assert torch.equal(ours.product(x[rows], beside), together[rows])
+            assert torch.equal(ours.product_back(grad[rows], beside), back[rows])
+
+
+@pytest.mark.parametrize(
+    ("x", "beside"),
+    [
+        (torch.zeros(2, 9), None),
+        (torch.zeros(2, 8), torch.zeros(40, 4)),
+        (torch.zeros(2, 12), torch.zeros(39, 4)),
+        (torch.zeros(2, 12), torch.zeros(40, 4).bfloat16()),
+        (torch.zeros(8, 2).t(), None),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_memory_is_touched(
+    kernels: Kernels, x: torch.Tensor, beside: torch.Tensor | None
+) -> None:
+    with pytest.raises(ValueError, match=r"a product of|is expected|in one piece"):
+        Frozen.of(kernels, torch.zeros(40, 8)).product(x, beside)
+
+
+def test_a_gradient_or_a_sum_of_another_shape_is_refused(kernels: Kernels) -> None:
+    ours = Frozen.of(kernels, torch.zeros(40, 8))
+    with pytest.raises(ValueError, match="of 39 gradients with weights of 40"):
+        ours.product_back(torch.zeros(2, 39))
+    with pytest.raises(ValueError, match="added to"):
+        ours.product(torch.zeros(2, 8), onto=torch.zeros(1, 40))
+
+
+@pytest.mark.parametrize("call", [Frozen.product, Frozen.product_back])
+def test_rows_of_another_type_are_refused(kernels: Kernels, call: Any) -> None:
+    with pytest.raises(ValueError, match=r"where torch\.float32 is expected"):
+        call(Frozen.of(kernels, torch.zeros(8, 8)), torch.zeros(2, 8).bfloat16())
+
+
+# Models
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", HELD)
+def test_a_model_that_multiplies_with_its_weights_as_they_are_says_the_same(
+    published: dict[str, Path], kernels: Kernels, family: str, tied: bool, tmp_path: Path
+) -> None:
+    folder = published[family]
+    if tied:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.save_pretrained(folder := tmp_path)
+    plain = weights.load_model(folder, torch.float32, "eager")
+    ours = weights.load_model(folder, torch.float32, "eager", kernels)
+    ids = torch.arange(60).view(2, 30) + 7
+    with torch.no_grad():
+        assert difference(ours(ids).logits, plain(ids).logits) < 1e-5
+    panels = {module.frozen.panels.dtype for module in ours.modules() if hasattr(module, "frozen")}
+    assert panels == {torch.bfloat16}
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    embedding, head = ours.get_input_embeddings(), ours.get_output_embeddings()
+    assert isinstance(embedding, FrozenEmbedding)
+    assert (embedding.frozen is head.frozen) == tied
+
+
+def test_weights_of_a_file_in_float32_stay_float32(tiny_model: Path, kernels: Kernels) -> None:
+    with safe_open(next(tiny_model.glob("*.safetensors")), framework="pt") as tensors:
+        stored = {str(tensors.get_tensor(name).dtype) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    assert stored == {"torch.float32"}
+    model = weights.load_model(tiny_model, torch.float32, "eager", kernels)
+    assert {m.frozen.panels.dtype for m in model.modules() if isinstance(m, FrozenLinear)} == {torch.float32}
+
+
+def test_a_gradient_that_would_be_lost_is_an_error(kernels: Kernels) -> None:
+    layer = FrozenLinear(Frozen.of(kernels, torch.zeros(8, 4)), None)
+    with pytest.raises(RuntimeError, match="hands no gradient on"):
+        layer(torch.zeros(2, 4, requires_grad=True))
+    assert layer.weight.isnan().all(), "nobody computes with what only says a shape"
+
+
+def test_other_kinds_of_models_and_other_precisions_are_left_to_torch(
+    published: dict[str, Path], kernels: Kernels
+) -> None:
+    other = next(name for name in FAMILIES if name not in HELD)
+    config = weights.config_of(published[LLAMA])
+    assert frozen.taking(kernels, config, torch.float32) is kernels
+    assert frozen.taking(kernels, config, torch.bfloat16) is None
+    assert frozen.taking(None, config, torch.float32) is None
+    assert frozen.taking(kernels, weights.config_of(published[other]), torch.float32) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_on_a_published_model_is_that_of_transformers_and_peft(
+    published: dict[str, Path], kernels: Kernels, family: str
+) -> None:
+    trainee = build(published[family], kernels=kernels)
+    check_step(published[family], trainee, tokens_of(trainee.template, "everything"))
+
+
+def test_answers_are_those_of_torch_with_an_adapter_and_without(
+    published: dict[str, Path], kernels: Kernels, tmp_path: Path
+) -> None:
+    folder = published[LLAMA]
+    build(folder, kernels=kernels).save(tmp_path)
+    asked = [
+        [{"role": "user", "content": text}] for text in ("red or blue", "green", "a longer question, of more words")
+    ]
+    for adapter in (None, str(tmp_path)):
+        model = ModelRef(base_model=str(folder), adapter=adapter)
+        ours, theirs = (LocalEngine(**{**TOOLS, "use_kernels": use}) for use in (True, False))
+        said = [[r.text for r in one.chat(model, asked, Sampling(max_tokens=12))] for one in (ours, theirs)]
+        assert said[0] == said[1]
+        whole = [[*messages, {"role": "assistant", "content": "yellow"}] for messages in asked]
+        assert ours.log_probs(model, whole) == pytest.approx(theirs.log_probs(model, whole), abs=1e-3)
+        assert isinstance(ours._base(str(folder)).model.get_output_embeddings(), FrozenLinear)
+        assert not isinstance(theirs._base(str(folder)).model.get_output_embeddings(), FrozenLinear)
