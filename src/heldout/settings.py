@@ -108,7 +108,7 @@ class Settings(BaseSettings):
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether a job is to compute with kernels where they can be compiled."""
+        """Whether to compute with kernels where they can be compiled."""
         return self.kernels == "auto"
 
     @property

@@ -18,8 +18,8 @@ from heldout.train.sft import ChatTrainee
 from heldout.train.trainer import choose
 from tests.torch.conftest import NOISY, SMALL, Recording, train
 
-#: Overfits: the lowest validation loss comes long before the last step.
-PLAN = replace(NOISY, learning_rate=0.04, n_epochs=4, total_steps=24, early_stopping=False)
+#: Overfits: the lowest validation loss comes long before the last step. Without dropout, which differs with kernels.
+PLAN = replace(NOISY, lora_dropout=0.0, learning_rate=0.06, n_epochs=4, total_steps=24, early_stopping=False)
 
 
 class Warned(Recording):

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from heldout.engine import frozen, weights
+from heldout.engine import frozen, stored, weights
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.frozen import FrozenEmbedding, FrozenLinear
 from heldout.engine.local import LocalEngine
+from heldout.errors import InvalidValue
 from heldout.kernels import Kernels, compiling
 from heldout.kernels.frozen import Frozen
 from heldout.settings import read_settings
+from heldout.train import loop
 from tests.torch.cases import FAMILIES, make_family, tokens_of
-from tests.torch.conftest import LLAMA, TOOLS, build, difference
-from tests.torch.test_training_is_exact import check_step
+from tests.torch.conftest import LLAMA, PLAN, TOOLS, build, difference
+from tests.torch.test_training_is_exact import check_step, step_of
 
 TYPES = [torch.float32, torch.bfloat16]
 HELD = [name for name in FAMILIES if FAMILIES[name]["model_type"] in frozen.KINDS]
@@ -52,6 +57,16 @@ def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         model.save_pretrained(folder)
         found[name] = folder
     return found
+
+
+def tied_model(folder: Path, to: Path) -> Path:
+    """The same model with one matrix for its embedding and its head."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(to)
+    return to
 
 
 # Products
@@ -92,6 +107,9 @@ def test_weights_come_back_as_they_were(kernels: Kernels, dtype: torch.dtype) ->
     joined = Frozen.joined([Frozen.of(kernels, part) for part in parts])
     assert torch.equal(joined.weight, torch.cat(parts))
     assert joined.panels.dtype == dtype
+    for outside in (-1, 102):
+        with pytest.raises(IndexError, match="outside of the 102"):
+            joined.rows(torch.tensor([0, outside]))
     numbers = torch.tensor([[0, 101, 17], [16, 31, 32]])
     assert torch.equal(joined.rows(numbers), torch.cat(parts)[numbers].float())
 
@@ -151,10 +169,7 @@ def test_a_model_that_multiplies_with_its_weights_as_they_are_says_the_same(
 ) -> None:
     folder = published[family]
     if tied:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-        model.save_pretrained(folder := tmp_path)
+        folder = tied_model(folder, tmp_path)
     plain = weights.load_model(folder, torch.float32, "eager")
     ours = weights.load_model(folder, torch.float32, "eager", kernels)
     ids = torch.arange(60).view(2, 30) + 7
@@ -166,6 +181,8 @@ def test_a_model_that_multiplies_with_its_weights_as_they_are_says_the_same(
     embedding, head = ours.get_input_embeddings(), ours.get_output_embeddings()
     assert isinstance(embedding, FrozenEmbedding)
     assert (embedding.frozen is head.frozen) == tied
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert "Embedding" in repr(ours)
 
 
 def test_weights_of_a_file_in_float32_stay_float32(tiny_model: Path, kernels: Kernels) -> None:
@@ -219,3 +236,69 @@ def test_answers_are_those_of_torch_with_an_adapter_and_without(
         assert ours.log_probs(model, whole) == pytest.approx(theirs.log_probs(model, whole), abs=1e-3)
         assert isinstance(ours._base(str(folder)).model.get_output_embeddings(), FrozenLinear)
         assert not isinstance(theirs._base(str(folder)).model.get_output_embeddings(), FrozenLinear)
+
+
+def test_a_tied_model_is_trained_as_transformers_and_peft_do(
+    published: dict[str, Path], kernels: Kernels, tmp_path: Path
+) -> None:
+    folder = tied_model(published[LLAMA], tmp_path)
+    trainee = build(folder, kernels=kernels)
+    assert trainee.size == build(folder).size
+    check_step(folder, trainee, tokens_of(trainee.template, "everything"))
+
+
+def test_a_target_that_is_no_layer_is_refused_with_kernels_too(published: dict[str, Path], kernels: Kernels) -> None:
+    with pytest.raises(InvalidValue, match=r"target_modules=\['model'\] does not fit this model"):
+        build(published[LLAMA], replace(PLAN, target_modules=("model",)), kernels=kernels)
+
+
+def test_steps_of_other_sizes_and_a_validation_between_leave_a_step_as_it_was(
+    published: dict[str, Path], kernels: Kernels
+) -> None:
+    """What layers need for a moment lies in memory that they share."""
+    plan = replace(PLAN, lora_dropout=0.3)
+    trainee = build(published[LLAMA], plan, kernels=kernels)
+    rows = tokens_of(trainee.template, "everything")
+    wanted = step_of(trainee, rows)
+    step_of(trainee, rows[:2])
+    loop.validate(trainee, rows)
+    again = step_of(trainee, rows)
+    assert again[0] == wanted[0]
+    assert torch.equal(again[1], wanted[1])
+    checkpointed = build(published[LLAMA], replace(plan, checkpointing=True), kernels=kernels)
+    assert torch.equal(step_of(checkpointed, rows)[1], wanted[1])
+
+
+def test_an_optimizer_begins_where_torch_begins(published: dict[str, Path]) -> None:
+    plan = replace(PLAN, weight_decay=0.1, learning_rate=3e-3)
+    ours, theirs = build(published[LLAMA], plan), build(published[LLAMA], plan)
+    optimizers = [
+        loop.optimizer_of(plan, ours),
+        torch.optim.AdamW(theirs.parameters.values(), lr=3e-3, weight_decay=0.1, fused=True),
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters.values(), theirs.parameters.values(), strict=True))
+    assert all(p.grad is None for p in ours.parameters.values())
+    for _ in range(3):
+        for trainee, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for p in trainee.parameters.values():
+                p.grad = p.detach().sin()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters.values(), theirs.parameters.values(), strict=True))
+
+
+# What files say
+
+
+def test_weights_are_held_in_bfloat16_only_if_all_of_them_are(published: dict[str, Path], tmp_path: Path) -> None:
+    folder = published[LLAMA]
+    assert stored.precision(folder) == torch.bfloat16
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    names = sorted(tensors)
+    assert stored.parameters(folder) == sum(tensor.numel() for tensor in tensors.values())
+    for other in (torch.float32, torch.float16):
+        home = tmp_path / str(other)
+        home.mkdir()
+        save_file({name: tensors[name] for name in names[1:]}, home / "model-00001-of-00002.safetensors")
+        save_file({names[0]: tensors[names[0]].to(other)}, home / "model-00002-of-00002.safetensors")
+        assert stored.precision(home) == torch.float32
+        assert stored.parameters(home) == stored.parameters(folder)

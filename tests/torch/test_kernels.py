@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -185,7 +188,7 @@ def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(("n", "width"), [(1, 16), (5, 576), (37, 72), (3, 7)])
+@pytest.mark.parametrize(("n", "width"), [(1, 16), (5, 576), (37, 72), (3, 7), (70, 600)])
 def test_norms_are_those_of_torch(kernels: Kernels, n: int, width: int, masked: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     x, weight, grad, onto, more = (random(*shape, dtype=dtype) for shape in ((n, width), (width,), *3 * [(n, width)]))
@@ -208,7 +211,7 @@ def test_norms_are_those_of_torch(kernels: Kernels, n: int, width: int, masked: 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("ranks", [0, 4, 8, 16, 32, 256, 300])
-@pytest.mark.parametrize(("n", "width"), [(1, 16), (33, 48), (50, 5)])
+@pytest.mark.parametrize(("n", "width"), [(1, 16), (33, 48), (50, 5), (300, 168)])
 def test_the_gated_activation_is_that_of_torch(
     kernels: Kernels, n: int, width: int, ranks: int, masked: bool, dtype: torch.dtype
 ) -> None:
@@ -231,6 +234,32 @@ def test_the_gated_activation_is_that_of_torch(
     for ours, theirs in zip(*found, strict=True):
         if ours.numel():
             close(ours, theirs, dtype)
+
+
+FEWER_THREADS = """
+import torch
+from heldout.kernels import compiling
+from heldout.settings import read_settings
+
+kernels = compiling.load(read_settings().cache)
+torch.manual_seed(0)
+gate_up, both, a = torch.randn(300, 400), torch.randn(300, 216), torch.randn(16, 200)
+torch.set_num_threads(1)
+_, wanted = kernels.gated_backward(gate_up, both, a, None)
+torch.set_num_threads(4)
+empty = torch.empty
+torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)
+_, found = kernels.gated_backward(gate_up, both, a, None)
+assert (found - wanted).norm() < 1e-5 * wanted.norm(), found
+"""
+
+
+def test_fewer_threads_than_asked_for_give_the_same_gradient(kernels: Kernels) -> None:
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS], env=limited, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Training
@@ -422,7 +451,7 @@ def test_a_job_goes_on_as_it_began(kernels: Kernels, tmp_path: Path, no_compiler
     home.mkdir(parents=True, mode=0o700)
     shutil.copy2(cache / "kernels" / kernels.name, home / other)
     write_record(tmp_path / "upgraded" / compiling.NOTE, {"library": other})
-    with pytest.raises(InvalidValue, match=r"now there are others or none"):
+    with pytest.raises(InvalidValue, match=r"kernels of another version of Heldout"):
         compiling.keep(tmp_path / "upgraded", tmp_path / "upgraded", use=True)
     (tmp_path / "older" / "checkpoints").mkdir(parents=True)
     assert compiling.keep(tmp_path / "older", cache, use=True) == (None, "this job began without them")

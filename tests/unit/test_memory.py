@@ -49,6 +49,13 @@ def test_more_tokens_more_layers_and_wider_numbers_need_more() -> None:
     assert predict(replace(SHAPES, number=2, held=2), SIZES, PLAN).weights < predict(SHAPES, SIZES, PLAN).weights
 
 
+def test_weights_that_stay_in_bfloat16_need_half_and_logits_of_fewer_rows_exist() -> None:
+    held, plain = (predict(one, BIG, PLAN) for one in (replace(SHAPES, held=2, frozen=True), SHAPES))
+    assert plain.weights - held.weights == 2 * SHAPES.parameters
+    assert plain.training - held.training == 2 * (256 - 96) * 4 * SHAPES.vocabulary
+    assert held.adapter == plain.adapter
+
+
 def test_a_gpu_holds_no_interpreter_and_keeps_no_scores_but_answers_more_at_once() -> None:
     """Measured on an H200: 0.72 GiB of training on banking12 with the 135M model in bfloat16 (docs/experiments.md)."""
     gpu = predict(replace(SHAPES, number=2, held=2, gpu=True), SIZES, replace(PLAN, micro_tokens=4096))

@@ -18,12 +18,15 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 class FrozenLinear(torch.nn.Linear):
     """A linear layer without gradients. Its `weight` is of its shape and type and holds no numbers."""
 
-    def __init__(self, frozen: Frozen, bias: torch.Tensor | None) -> None:
+    def __init__(self, frozen: Frozen, bias: torch.Tensor | None, weight: Any = None) -> None:
+        """`weight`: that of a layer with the same weights."""
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = frozen.inputs, frozen.outputs
         self.frozen = frozen
-        self.weight = _placeholder(frozen)
-        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias.float(), requires_grad=False))
+        self.weight: torch.nn.Parameter = _placeholder(frozen) if weight is None else weight
+        self.register_parameter(
+            "bias", None if bias is None else torch.nn.Parameter(bias.data.float(), requires_grad=False)
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Raises RuntimeError where a gradient would be lost."""
@@ -40,9 +43,12 @@ class FrozenEmbedding(torch.nn.Embedding):
     def __init__(self, frozen: Frozen) -> None:
         torch.nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = frozen.outputs, frozen.inputs
-        self.padding_idx = self.max_norm = None
         self.frozen = frozen
         self.weight = _placeholder(frozen)
+
+    def extra_repr(self) -> str:
+        """See torch."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[...] -> [..., in]."""
@@ -62,14 +68,26 @@ def taking(kernels: Kernels | None, config: Mapping[str, Any], precision: torch.
 def freeze(model: Any, kernels: Kernels) -> None:
     """Let all products of `model`, which is of one of KINDS, be computed with its weights as they are; the rest of it
     becomes float32."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight is embedding.weight
-    of_head = Frozen.of(kernels, head.weight.data)
-    model.set_input_embeddings(FrozenEmbedding(of_head if tied else Frozen.of(kernels, embedding.weight.data)))
-    model.set_output_embeddings(FrozenLinear(of_head, head.bias))
-    for module in list(model.modules()):
+    _freeze_ends(model, kernels)
+    # Layer by layer, and nothing holds what was replaced: memory is that of one copy.
+    for module in model.modules():
         for name, child in module.named_children():
             if type(child) is torch.nn.Linear:
-                bias = None if child.bias is None else child.bias.data
-                setattr(module, name, FrozenLinear(Frozen.of(kernels, child.weight.data), bias))
+                setattr(module, name, _frozen(child, kernels))
     model.float()
+
+
+def _freeze_ends(model: Any, kernels: Kernels) -> None:
+    """The embedding and the head, which may share their weights."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        model.set_input_embeddings(FrozenEmbedding(Frozen.of(kernels, embedding.weight.data)))
+        model.set_output_embeddings(_frozen(head, kernels))
+        return
+    both = FrozenEmbedding(Frozen.of(kernels, head.weight.data))
+    model.set_input_embeddings(both)
+    model.set_output_embeddings(FrozenLinear(both.frozen, head.bias, both.weight))
+
+
+def _frozen(layer: torch.nn.Linear, kernels: Kernels) -> FrozenLinear:
+    return FrozenLinear(Frozen.of(kernels, layer.weight.data), layer.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from heldout.engine.expected import Expected
 from heldout.engine.template import ChatTemplate
 from heldout.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 from heldout.kernels import Kernels, compiling
+
+_log = logging.getLogger(__name__)
 
 #: Adapters kept loaded on top of one base model.
 LOADED_ADAPTERS = 8
@@ -90,7 +93,7 @@ class LocalEngine:
     ) -> None:
         """`use_kernels`: where they can be compiled (heldout/kernels)."""
         self.cache = cache
-        self._use_kernels = use_kernels
+        self._use_kernels, self._told = use_kernels, False
         self.aliases = aliases
         self.allow_paths = allow_paths
         self._precision = precision
@@ -242,9 +245,19 @@ class LocalEngine:
         if self._loaded is None or self._name != name:
             self._name = self._loaded = None  # one chat model at a time: two may not fit
             precision = weights.choose_precision(self._precision)
-            kernels = None if device.is_gpu() else compiling.choose(self.cache, use=self._use_kernels)[0]
-            self._loaded, self._name = Loaded(self.folder(name), precision, kernels), name
+            self._loaded, self._name = Loaded(self.folder(name), precision, self._kernels()), name
         return self._loaded
+
+    def _kernels(self) -> Kernels | None:
+        if device.is_gpu():
+            return None
+        kernels, why_not = compiling.choose(self.cache, use=self._use_kernels)
+        if why_not and self._use_kernels and not self._told:
+            self._told = True
+            _log.warning(
+                "Answers come slower and models take up to twice the memory: there are no kernels, %s", why_not
+            )
+        return kernels
 
 
 def use_threads(count: int) -> None:

@@ -32,7 +32,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-fPIC", "-shared", "-Wno-psabi"),
 )
-#: Seconds a compiler may take; it takes three.
+#: Seconds a compiler may take; it takes ten.
 PATIENCE = 120
 _CPU = Path("/proc/cpuinfo")
 _log = logging.getLogger(__name__)
@@ -75,7 +75,12 @@ def keep(directory: Path, folder: Path, *, use: bool) -> tuple[Kernels | None, s
     chosen, why_not = choose(folder, use=use)
     if chosen is None or chosen.name != noted["library"]:
         path = _home(folder) / Path(noted["library"]).name
-        if use and path.name.startswith(_of_these_sources()) and _is_ours(path):
+        if not path.name.startswith(_of_these_sources()):
+            raise InvalidValue(
+                "This job began with the kernels of another version of Heldout: the rest would not fit what was "
+                "trained so far. Let that version finish it, or start a new job."
+            )
+        if use and _is_ours(path):
             return _open(path), ""  # the compiler is another one now, or gone
         raise InvalidValue(
             "This job began with kernels compiled for this processor, but now there are others or none"
@@ -97,6 +102,7 @@ def load(folder: Path) -> Kernels:
             return _open(path)
         except Unavailable as error:  # a file of this name that is damaged
             _log.warning("%s is compiled anew: %s", path, error)
+    _log.info("Compiling the kernels for this processor into %s (ten seconds, once)", path)
     _compile(chosen, path)
     if not _is_ours(path):
         raise Unavailable(f"others may write to {path.parent}")

@@ -60,7 +60,9 @@ class Frozen:
         return panels.permute(0, 3, 2, 1).reshape(-1, inputs)[: self.outputs]
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The weights of some outputs, [..., in], as float32: an embedding's."""
+        """The weights of some outputs, [..., in], as float32: an embedding's. Raises IndexError where there is none."""
+        if numbers.numel() and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.outputs):
+            raise IndexError(f"a row outside of the {self.outputs} that there are")
         panel, place = numbers // self.kernels.panel, numbers % self.kernels.panel
         if self._halves == 2:
             half = self.kernels.panel // 2

@@ -8,10 +8,13 @@
 
 namespace {
 
+constexpr int64_t LEAST = 1 << 14;  // numbers that are worth a thread
+
 // out = rmsnorm(x), and masked = mask * out; r = 1 / sqrt(mean(x^2) + eps) of each row.
 template <class T>
 void norm_forward(int rows, int width, const T* x, const T* weight, const T* mask, T* out, int64_t row_of_out, T* masked,
                   float* r, float eps, int threads) {
+    threads = worth(threads, (int64_t)rows * width, LEAST);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int i = 0; i < rows; i++) {
         const T* from = x + (int64_t)i * width;
@@ -33,6 +36,7 @@ void norm_forward(int rows, int width, const T* x, const T* weight, const T* mas
 // out = mask * rmsnorm(x), given r.
 template <class T>
 void norm_again(int rows, int width, const T* x, const T* weight, const T* mask, T* out, const float* r, int threads) {
+    threads = worth(threads, (int64_t)rows * width, LEAST);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int i = 0; i < rows; i++) {
         const int64_t at = (int64_t)i * width;
@@ -50,6 +54,7 @@ void norm_again(int rows, int width, const T* x, const T* weight, const T* mask,
 template <class T>
 void norm_backward(int rows, int width, const T* x, const T* weight, const float* r, const T* grad, int64_t row_of_grad,
                    const T* more, const T* mask, const T* onto, T* out, int threads) {
+    threads = worth(threads, (int64_t)rows * width, LEAST);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int i = 0; i < rows; i++) {
         const int64_t at = (int64_t)i * width;
@@ -75,6 +80,7 @@ inline vec sigmoid(vec x) { return 1.f / (1.f + power(-x)); }
 template <class T>
 void gated_forward(int n, int width, const T* gate_up, int64_t row, const T* mask, T* out, int64_t row_of_out, T* masked,
                    int threads) {
+    threads = worth(threads, (int64_t)n * width, LEAST);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int t = 0; t < n; t++) {
         const T *gate = gate_up + t * row, *up = gate + width;
@@ -135,6 +141,7 @@ void gated_backward_of(int width, int ranks, const T* gate_up, int64_t row, cons
 template <class T>
 void gated_backward(int n, int width, int ranks, const T* gate_up, int64_t row, const T* both, int64_t row_of_both,
                     const T* a, const T* mask, T* found, T* of_a, float* memory, int threads) {
+    threads = worth(threads, (int64_t)n * width, LEAST);
     const int64_t size = size_of_sums(width, ranks);
     const int blocks = (n + TOKENS - 1) / TOKENS;
     float* all_sums = memory + size;
@@ -161,7 +168,7 @@ void gated_backward(int n, int width, int ranks, const T* gate_up, int64_t row, 
         for (int f = 0; f < width; f += LANES)
             for (int rank = 0; rank < ranks; rank++) {
                 vec sum{};
-                for (int i = 0; i < threads; i++) sum += load(all_sums + i * size + (int64_t)f * ranks + rank * LANES);
+                for (int i = 0; i < omp_get_num_threads(); i++) sum += load(all_sums + i * size + (int64_t)f * ranks + rank * LANES);
                 store(of_a + (int64_t)rank * width + f, sum, width - f);
             }
     }

@@ -72,6 +72,12 @@ static inline void store_one(T* to, float x) {
     store(to, all(x), 1);
 }
 
+// So many of the threads that each has at least `least` of `work`: to wait for one that is late takes longer than a little.
+static inline int worth(int threads, int64_t work, int64_t least) {
+    const int64_t most = work / least;
+    return most < 1 ? 1 : most < threads ? (int)most : threads;
+}
+
 // x as memory of this type would hold it.
 template <class T>
 static inline vec rounded(vec x) {

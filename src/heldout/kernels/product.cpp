@@ -20,6 +20,7 @@ constexpr int PANEL = VECTORS * LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // with them a tile's sums fill the registers
 constexpr int DEPTH = 256;                  // of a piece, a multiple of PANEL: 32 KiB in fp32
 constexpr int DIRECT = 3;                   // so few tiles read the panel as it is: widening it would take longer
+constexpr int64_t LEAST = 1 << 20;          // products of two numbers that are worth a thread; reading a weight is worth 8
 constexpr int NEAR = 4096;                  // bytes between what is read of a panel and what is asked for
 
 struct Line {
@@ -118,13 +119,17 @@ void tile_of(int rows, const Given& x, const T* panel, int depth, const Given& o
     if constexpr (R > 1) tile_of<R - 1, FETCH>(rows, x, panel, depth, onto, to, columns, next);
 }
 
-typedef int32_t picks __attribute__((vector_size(4 * LANES)));
-
 // LANES vectors as rows of a square: rows become columns.
 inline void transpose(vec* x) {
+#ifdef __clang__  // which takes no shuffles by variables, not even by these
+    float square[LANES][LANES];
+    for (int i = 0; i < LANES; i++) store(square[i], x[i]);
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) x[i][j] = square[j][i];
+#else
 #pragma GCC unroll 8
     for (int half = LANES / 2; half; half /= 2) {
-        picks low{}, high{};
+        ints low{}, high{};
         for (int i = 0; i < LANES; i++) {
             low[i] = i & half ? LANES + i - half : i;
             high[i] = i & half ? LANES + i : i + half;
@@ -137,6 +142,7 @@ inline void transpose(vec* x) {
             x[i + half] = __builtin_shuffle(a, b, high);
         }
     }
+#endif
 }
 
 // A thread's tiles, panel after panel.
@@ -188,6 +194,7 @@ int pieces_of(int size, int most) { return (size + most - 1) / most; }
 template <class T>
 void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const Result& y, int threads) {
     if (!n) return;
+    threads = worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST);
     const int pieces = pieces_of(w.inputs, DEPTH), piece = (w.inputs + pieces - 1) / pieces;
 #pragma omp parallel num_threads(threads)
     {
@@ -241,6 +248,7 @@ void widen_turned(const Frozen<T>& w, int output, int depth, int input, int colu
 template <class T>
 void backward(int n, const Frozen<T>& w, const Given& grad, const Result& d, int threads) {
     if (!n) return;
+    threads = worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST);
     const int of_inputs = pieces_of(w.inputs, PANEL), panels = of_inputs + pieces_of(w.ranks, PANEL);
 #pragma omp parallel num_threads(threads)
     {

@@ -40,12 +40,15 @@ def check_tools(settings: Settings, base_model: str) -> ModelTools:
 
 
 def prepare_kernels(settings: Settings) -> str:
-    """Compile what training computes with on this machine; the outcome, as a sentence."""
+    """Compile what models compute with on this machine; the outcome, as a sentence."""
     if device.is_gpu():
-        return "Training computes on the GPU: no kernels are compiled for the processor"
+        return "Models compute on the GPU: no kernels are compiled for the processor"
     _, why_not = compiling.choose(settings.cache, use=settings.uses_kernels)
     if why_not:
-        return f"No kernels for this processor, since {why_not}: a training step takes a tenth to a quarter longer"
+        return (
+            f"No kernels for this processor, since {why_not}: a training step takes a tenth to a third longer, and a "
+            "model up to twice the memory"
+        )
     return f"The kernels for this processor lie in {settings.cache}"
 
 

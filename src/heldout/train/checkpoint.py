@@ -93,7 +93,7 @@ def restore(folder: Path, trainee: Trainee[Any], optimizer: torch.optim.Optimize
     average.restart({name: tensors[f"{name}.{NOW}"] for name in average.weights})
     optimizer.state.clear()
     for name, parameter in trainee.parameters.items():
-        if f"{name}.step" in tensors:  # the checkpoint of step 0 has no state yet
+        if f"{name}.step" in tensors:  # that of step 0 had no state once
             optimizer.state[parameter] = {
                 "step": tensors[f"{name}.step"].to(parameter.device),
                 "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device),

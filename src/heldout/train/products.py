@@ -22,10 +22,10 @@ class Weights(Protocol):
         """[out, R], to be written to."""
 
     def product(self, x: torch.Tensor, onto: torch.Tensor | None = None, *, wide: bool = False) -> torch.Tensor:
-        """x [W | beside]' (+ onto), [n, out], of x [n, in + R]; column-major if `wide`."""
+        """x [W | beside]' (+ onto), [n, out], of x [n, in + R]; column-major if `wide` and torch computes."""
 
     def product_back(self, grad: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
-        """grad [W | beside], [n, in + R], of grad [n, out]; column-major if `wide`."""
+        """grad [W | beside], [n, in + R], of grad [n, out]; column-major if `wide` and torch computes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Dense:
     def product(self, x: torch.Tensor, onto: torch.Tensor | None = None, *, wide: bool = False) -> torch.Tensor:
         """See Weights.product."""
         if wide:
-            return torch.mm(self.weight, x.t()).t()
+            y = torch.mm(self.weight, x.t()).t()
+            return y if onto is None else y.add_(onto)
         return torch.mm(x, self.weight.t()) if onto is None else torch.addmm(onto, x, self.weight.t())
 
     def product_back(self, grad: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
@@ -58,7 +59,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Held:
-    """Weights as their file has them. Results are row-major: kernels do not care."""
+    """Weights as their file has them. Results are row-major."""
 
     frozen: Frozen
     beside: torch.Tensor
