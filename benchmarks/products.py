@@ -27,6 +27,7 @@ from heldout.engine.cache import Rows
 from heldout.kernels import Kernels, compiling
 from heldout.kernels.frozen import Frozen
 from heldout.settings import read_settings
+from heldout.train.memory import keep_freed_memory
 from heldout.train.products import Dense, Held, Weights
 
 RANK, PAST = 16, 100
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    keep_freed_memory()  # as training does
     kernels, folder = compiling.load(read_settings().cache), base_folder(asked.model)
     plain = weights.load_model(folder, torch.float32, cache.IMPLEMENTATION)
     print(f"{torch.get_num_threads()} threads\n")

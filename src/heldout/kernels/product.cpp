@@ -190,6 +190,19 @@ class Share {
 
 int pieces_of(int size, int most) { return (size + most - 1) / most; }
 
+// wide[k][c] = more[output + c][rank + k], for a panel of outputs and `depth` ranks.
+template <class T>
+void turn_more(const Frozen<T>& w, int output, int columns, int rank, int depth, float* wide) {
+    for (int c = 0; c < PANEL; c += LANES)
+        for (int k = 0; k < depth; k += LANES) {
+            vec x[LANES];
+            for (int i = 0; i < LANES; i++)
+                x[i] = c + i < columns ? load(w.more + (output + c + i) * w.row_of_more + rank + k, depth - k) : vec{};
+            transpose(x);
+            for (int i = 0; i < LANES && k + i < depth; i++) store(wide + (k + i) * PANEL + c, x[i]);
+        }
+}
+
 // y = onto + x [W | more]': x [n][inputs + ranks], y and onto [n][outputs]; `onto` may be null.
 template <class T>
 void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const Result& y, int threads) {
@@ -203,6 +216,9 @@ void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const
             const int out = share.panel * PANEL, columns = std::min(PANEL, w.outputs - out);
             const Result to = y.from(0, out);
             Given before = onto.at ? onto.from(0, out) : onto;
+            for (int c = 0; c < columns; c++)  // they come last, and by then they are here
+                for (int k = 0; k < w.ranks; k += 64 / (int)sizeof(float))
+                    __builtin_prefetch(w.more + (out + c) * w.row_of_more + k);
             for (int start = 0; start < w.inputs; start += piece) {
                 const int depth = std::min(piece, w.inputs - start);
                 const T* from = w.panel(out, start);
@@ -218,9 +234,7 @@ void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const
             }
             for (int start = 0; start < w.ranks; start += DEPTH) {
                 const int depth = std::min(DEPTH, w.ranks - start);
-                for (int c = 0; c < PANEL; c++)
-                    for (int k = 0; k < depth; k++)
-                        wide[k * PANEL + c] = c < columns ? w.more[(out + c) * w.row_of_more + start + k] : 0.f;
+                turn_more(w, out, columns, start, depth, wide);
                 share.multiply(x.from(0, w.inputs + start), wide, depth, before, to, columns, Ahead{});
             }
         }
@@ -264,8 +278,10 @@ void backward(int n, const Frozen<T>& w, const Given& grad, const Result& d, int
                 Ahead next;
                 if (of_more) {
                     for (int k = 0; k < depth; k++)
-                        for (int c = 0; c < PANEL; c++)
-                            wide[k * PANEL + c] = c < columns ? w.more[(start + k) * w.row_of_more + first + c] : 0.f;
+                        for (int c = 0; c < PANEL; c += LANES) {
+                            const float* from = w.more + (start + k) * w.row_of_more + first + c;
+                            store(wide + k * PANEL + c, c < columns ? load(from, columns - c) : vec{});
+                        }
                 } else {
                     widen_turned(w, start, depth, first, columns, wide);
                     const bool same = start + DEPTH < w.outputs;
