@@ -92,6 +92,24 @@ def test_products_in_both_directions_are_those_of_torch(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("n", "outputs", "inputs", "ranks"), [(400, 1300, 70, 20), (400, 70, 1300, 20), (900, 600, 600, 0)]
+)
+def test_what_does_not_fit_into_the_cache_is_taken_in_turns(
+    kernels: Kernels, n: int, outputs: int, inputs: int, ranks: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, beside = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs, ranks)
+    ours, theirs = Frozen.of(kernels, weight), torch.cat([weight.float(), beside], dim=1)
+    x, grad, onto = torch.randn(n, inputs + ranks), torch.randn(n, outputs), torch.randn(n, outputs)
+    found, back = ours.product(x, beside, onto), ours.product_back(grad, beside)
+    assert difference(found, x @ theirs.t() + onto) < 1e-5
+    assert difference(back, grad @ theirs) < 1e-5
+    assert torch.equal(ours.product(x[5:17], beside, onto[5:17]), found[5:17])
+    assert torch.equal(ours.product_back(grad[5:17], beside), back[5:17])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_a_product_of_no_rows_is_empty(kernels: Kernels, dtype: torch.dtype) -> None:
     ours = Frozen.of(kernels, torch.randn(40, 8).to(dtype))
     assert ours.product(torch.empty(0, 8)).shape == (0, 40)

@@ -3,7 +3,8 @@
 //
 // Weights [outputs][inputs] lie in panels, [outputs / PANEL][inputs][PANEL]: products in either direction find what they
 // need next in one place. A tile of up to ROWS tokens by PANEL results is summed in registers, over a piece of a panel that
-// is widened once for all tokens and lies in the first cache. Activations are read where they are.
+// is widened once for all tokens and lies in the first cache. Activations are read where they are, as many numbers of each
+// token at a time as stay in the second cache.
 //
 // A result's bits depend on its token and its weights only, not on the other tokens nor on the number of threads.
 
@@ -19,6 +20,7 @@ constexpr int VECTORS = 2;
 constexpr int PANEL = VECTORS * LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // with them a tile's sums fill the registers
 constexpr int DEPTH = 256;                  // of a piece, a multiple of PANEL: 32 KiB in fp32
+constexpr int64_t NEARBY = 768 << 10;       // bytes of tokens that stay in the second cache while all panels go by
 constexpr int DIRECT = 3;                   // so few tiles read the panel as it is: widening it would take longer
 constexpr int64_t LEAST = 1 << 20;          // products of two numbers that are worth a thread; reading a weight is worth 8
 constexpr int NEAR = 4096;                  // bytes between what is read of a panel and what is asked for
@@ -190,6 +192,11 @@ class Share {
 
 int pieces_of(int size, int most) { return (size + most - 1) / most; }
 
+// Numbers of each token, in whole pieces, that are nearby.
+int span_of(int n, int piece) {
+    return piece * (int)std::max<int64_t>(1, NEARBY / ((int64_t)sizeof(float) * n * piece));
+}
+
 // wide[k][c] = more[output + c][rank + k], for a panel of outputs and `depth` ranks.
 template <class T>
 void turn_more(const Frozen<T>& w, int output, int columns, int rank, int depth, float* wide) {
@@ -209,33 +216,39 @@ void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const
     if (!n) return;
     threads = worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST);
     const int pieces = pieces_of(w.inputs, DEPTH), piece = (w.inputs + pieces - 1) / pieces;
+    const int span = span_of(n, piece);
 #pragma omp parallel num_threads(threads)
     {
         alignas(64) float wide[DEPTH * PANEL];
-        for (Share share(n, pieces_of(w.outputs, PANEL)); share.next();) {
-            const int out = share.panel * PANEL, columns = std::min(PANEL, w.outputs - out);
-            const Result to = y.from(0, out);
-            Given before = onto.at ? onto.from(0, out) : onto;
-            for (int c = 0; c < columns; c++)  // they come last, and by then they are here
-                for (int k = 0; k < w.ranks; k += 64 / (int)sizeof(float))
-                    __builtin_prefetch(w.more + (out + c) * w.row_of_more + k);
-            for (int start = 0; start < w.inputs; start += piece) {
-                const int depth = std::min(piece, w.inputs - start);
-                const T* from = w.panel(out, start);
-                if (share.few()) {
-                    const Ahead next = ahead(from + NEAR / (int)sizeof(T), PANEL * PANEL);
-                    share.multiply(x.from(0, start), from, depth, before, to, columns, next);
-                } else {
-                    const Ahead next = ahead(from + depth * PANEL, PANEL * PANEL);
-                    for (int k = 0; k < depth; k++) put(wide + k * PANEL, line(from + k * PANEL));
-                    share.multiply(x.from(0, start), wide, depth, before, to, columns, next);
+        for (int begin = 0; begin < w.inputs; begin += span) {
+            const int end = std::min(w.inputs, begin + span);
+            for (Share share(n, pieces_of(w.outputs, PANEL)); share.next();) {
+                const int out = share.panel * PANEL, columns = std::min(PANEL, w.outputs - out);
+                const Result to = y.from(0, out);
+                Given before = begin ? Given{to.at, to.row} : onto.at ? onto.from(0, out) : onto;
+                for (int c = 0; c < columns; c++)  // they come last, and by then they are here
+                    for (int k = 0; k < w.ranks; k += 64 / (int)sizeof(float))
+                        __builtin_prefetch(w.more + (out + c) * w.row_of_more + k);
+                for (int start = begin; start < end; start += piece) {
+                    const int depth = std::min(piece, end - start);
+                    const T* from = w.panel(out, start);
+                    if (share.few()) {
+                        const Ahead next = ahead(from + NEAR / (int)sizeof(T), PANEL * PANEL);
+                        share.multiply(x.from(0, start), from, depth, before, to, columns, next);
+                    } else {
+                        const Ahead next = ahead(start + depth < end ? from + depth * PANEL : w.panel(out + PANEL, begin),
+                                                 PANEL * PANEL);
+                        for (int k = 0; k < depth; k++) put(wide + k * PANEL, line(from + k * PANEL));
+                        share.multiply(x.from(0, start), wide, depth, before, to, columns, next);
+                    }
+                    before = {to.at, to.row};
                 }
-                before = {to.at, to.row};
-            }
-            for (int start = 0; start < w.ranks; start += DEPTH) {
-                const int depth = std::min(DEPTH, w.ranks - start);
-                turn_more(w, out, columns, start, depth, wide);
-                share.multiply(x.from(0, w.inputs + start), wide, depth, before, to, columns, Ahead{});
+                if (end < w.inputs) continue;
+                for (int start = 0; start < w.ranks; start += DEPTH) {
+                    const int depth = std::min(DEPTH, w.ranks - start);
+                    turn_more(w, out, columns, start, depth, wide);
+                    share.multiply(x.from(0, w.inputs + start), wide, depth, before, to, columns, Ahead{});
+                }
             }
         }
     }
@@ -264,32 +277,35 @@ void backward(int n, const Frozen<T>& w, const Given& grad, const Result& d, int
     if (!n) return;
     threads = worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST);
     const int of_inputs = pieces_of(w.inputs, PANEL), panels = of_inputs + pieces_of(w.ranks, PANEL);
+    const int span = span_of(n, DEPTH);
 #pragma omp parallel num_threads(threads)
     {
         alignas(64) float wide[DEPTH * PANEL];
-        for (Share share(n, panels); share.next();) {
-            const bool of_more = share.panel >= of_inputs;
-            const int first = (of_more ? share.panel - of_inputs : share.panel) * PANEL;
-            const int columns = std::min(PANEL, (of_more ? w.ranks : w.inputs) - first);
-            const Result to = d.from(0, (of_more ? w.inputs : 0) + first);
-            Given before{nullptr, 0};
-            for (int start = 0; start < w.outputs; start += DEPTH) {
-                const int depth = std::min(DEPTH, w.outputs - start);
-                Ahead next;
-                if (of_more) {
-                    for (int k = 0; k < depth; k++)
-                        for (int c = 0; c < PANEL; c += LANES) {
-                            const float* from = w.more + (start + k) * w.row_of_more + first + c;
-                            store(wide + k * PANEL + c, c < columns ? load(from, columns - c) : vec{});
-                        }
-                } else {
-                    widen_turned(w, start, depth, first, columns, wide);
-                    const bool same = start + DEPTH < w.outputs;
-                    const T* from = same ? w.panel(start + DEPTH, first) : w.panel(0, first + PANEL);
-                    next = ahead(from, (int64_t)w.inputs * PANEL);
+        for (int begin = 0; begin < w.outputs; begin += span) {
+            const int end = std::min(w.outputs, begin + span);
+            for (Share share(n, panels); share.next();) {
+                const bool of_more = share.panel >= of_inputs;
+                const int first = (of_more ? share.panel - of_inputs : share.panel) * PANEL;
+                const int columns = std::min(PANEL, (of_more ? w.ranks : w.inputs) - first);
+                const Result to = d.from(0, (of_more ? w.inputs : 0) + first);
+                for (int start = begin; start < end; start += DEPTH) {
+                    const int depth = std::min(DEPTH, end - start);
+                    Ahead next;
+                    if (of_more) {
+                        for (int k = 0; k < depth; k++)
+                            for (int c = 0; c < PANEL; c += LANES) {
+                                const float* from = w.more + (start + k) * w.row_of_more + first + c;
+                                store(wide + k * PANEL + c, c < columns ? load(from, columns - c) : vec{});
+                            }
+                    } else {
+                        widen_turned(w, start, depth, first, columns, wide);
+                        const bool same = start + DEPTH < end;
+                        const T* from = same ? w.panel(start + DEPTH, first) : w.panel(begin, first + PANEL);
+                        next = ahead(from, (int64_t)w.inputs * PANEL);
+                    }
+                    const Given before = start ? Given{to.at, to.row} : Given{nullptr, 0};
+                    share.multiply(grad.from(0, start), wide, depth, before, to, columns, next);
                 }
-                share.multiply(grad.from(0, start), wide, depth, before, to, columns, next);
-                before = {to.at, to.row};
             }
         }
     }
