@@ -18,6 +18,7 @@ from heldout.engine.device import Portions
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import ChatTemplate
 from heldout.engine.weights import load_tokenizer
+from heldout.kernels import Kernels, compiling
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.pipeline.types import Example, Split
@@ -180,6 +181,23 @@ SMALL = parts(24, 6)
 LEARNING = replace(PLAN, learning_rate=2e-2, lora_r=16, lora_alpha=32.0, n_epochs=6, total_steps=60)
 
 TOOLS: dict[str, Any] = {"cache": read_settings().cache, "aliases": {}, "precision": "float32", "allow_paths": True}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    """Those of this machine; a test that needs them is skipped where there are none."""
+    try:
+        return compiling.load(read_settings().cache)
+    except compiling.Unavailable as error:
+        pytest.skip(f"no kernels: {error}")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is as before after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def train(

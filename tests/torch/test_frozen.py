@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.frozen import FrozenEmbedding, FrozenLinear
 from heldout.engine.local import LocalEngine
 from heldout.errors import InvalidValue
-from heldout.kernels import Kernels, compiling
+from heldout.kernels import Kernels
 from heldout.kernels.frozen import Frozen
-from heldout.settings import read_settings
 from heldout.train import loop
 from tests.torch.cases import FAMILIES, make_family, tokens_of
 from tests.torch.conftest import LLAMA, PLAN, TOOLS, build, difference
@@ -29,22 +27,6 @@ from tests.torch.test_training_is_exact import check_step, step_of
 
 TYPES = [torch.float32, torch.bfloat16]
 HELD = [name for name in FAMILIES if FAMILIES[name]["model_type"] in frozen.KINDS]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    try:
-        return compiling.load(read_settings().cache)
-    except compiling.Unavailable as error:
-        pytest.skip(f"no kernels: {error}")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of threads is as before after the test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -35,26 +35,10 @@ TYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    try:
-        return compiling.load(read_settings().cache)
-    except compiling.Unavailable as error:
-        pytest.skip(f"no kernels: {error}")
-
-
-@pytest.fixture(scope="module")
 def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model of every family, with heads that kernels attend with."""
     root = tmp_path_factory.mktemp("wide")
     return {name: make_family(root / str(i), tiny_model, name, width=16) for i, name in enumerate(FAMILIES)}
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of threads is as before after the test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def close(ours: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:

@@ -54,7 +54,7 @@ class Shapes:
     held: int  # of a weight in memory
     gpu: bool = False  # the memory is a GPU's
     frozen: bool = False  # kernels multiply with base weights (engine/frozen.py)
-    kernel_threads: int = 0  # that attend with kernels (kernels); none: attention's weights are in memory
+    kernel_threads: int = 0  # that attend with kernels (heldout/kernels); none: attention's weights are in memory
 
 
 @dataclass(frozen=True, kw_only=True)

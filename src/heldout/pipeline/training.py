@@ -84,7 +84,7 @@ class Adapter:
     seconds: float  # the whole training phase
     peak_memory_bytes: int  # of this process during training
     precision: str  # of the products: "float32" or "bfloat16"
-    kernels: bool  # whether operations compiled for the processor took part (kernels)
+    kernels: bool  # whether operations compiled for the processor took part (heldout/kernels)
     learning_rate: float  # the peak rate at the end; below the plan's if training had to start again
     stopped: str  # why training ended, in words
     selection: Selection  # which checkpoint was taken, and why

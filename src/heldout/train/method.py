@@ -57,7 +57,7 @@ class Trainee(Protocol[Row]):
 
     @property
     def kernels(self) -> bool:
-        """Whether operations compiled for the processor take part (kernels)."""
+        """Whether operations compiled for the processor take part (heldout/kernels)."""
         ...
 
     @property

@@ -157,9 +157,8 @@ class Projection:
         """Gradients of every adapter's A and B, given that of all A stacked, [R, in]."""
         found = []
         for one in self.adapters:
-            of_b = (
-                inner[:, one.ranks].t() @ grad[:, one.outputs]
-            ).t()  # twice as fast as the product of the transposed
+            # Twice as fast as the product of the transposed.
+            of_b = (inner[:, one.ranks].t() @ grad[:, one.outputs]).t()
             found.append(of_a[one.ranks].to(one.a.dtype))
             found.append((of_b * one.scaling).to(one.b.dtype))
         return found

@@ -46,7 +46,7 @@ class TorchTrainer:
         use_kernels: bool = True,
     ) -> None:
         """`memory_limit`: bytes this process may fill where it computes; 0: what there is. `use_kernels`: where they
-        can be compiled (kernels)."""
+        can be compiled (heldout/kernels)."""
         self._memory_limit = memory_limit
         self._use_kernels = use_kernels
         self._settled: tuple[Kernels | None, str] | None = None  # kernels of this job, and why none
