@@ -62,6 +62,12 @@ class InvalidState(UserError):
     code = "invalid_status"
 
 
+class CheckpointDamaged(UserError):
+    """A checkpoint cannot be read back: it was written half, or changed since."""
+
+    code = "checkpoint_damaged"
+
+
 class Unauthorized(UserError):
     """The API key is missing or wrong."""
 

@@ -83,6 +83,7 @@ class TerminalWatch:
         self.message(
             f"Plan: at most {plan.n_epochs} epochs of {plan.total_steps // plan.n_epochs} steps, batch "
             f"{plan.batch_size}, learning rate {plan.learning_rate:g}, a validation every {plan.eval_every} steps"
+            + (f" on {plan.valid_rows} rows" if plan.valid_rows else "")
             + (f"; ended after {plan.end_share:.0%} of the steps" if plan.end_share < 1 else "")
         )
 

@@ -46,6 +46,7 @@ PLAN = TrainPlan(
     end_share=1.0,
     kept_shares=(),
     eval_every=5,
+    valid_rows=10_000,
     lora_r=8,
     lora_alpha=16.0,
     lora_dropout=0.0,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from heldout.errors import InvalidState
+from heldout.errors import CheckpointDamaged
 from heldout.train import checkpoint, loop, sft
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.loop import Course
@@ -107,6 +107,6 @@ def test_with_no_sound_checkpoint_left_the_job_fails_with_what_is_wrong(
     for step in others:
         damage(tmp_path, step)
     watch = Warned()
-    with pytest.raises(InvalidState, match=rf"no checkpoint .* step {last} is damaged.*Start a new job"):
+    with pytest.raises(CheckpointDamaged, match=rf"no checkpoint .* step {last} is damaged.*Start a new job"):
         choose(trainee, rows, course, checkpoints=tmp_path, watch=watch)
     assert len(watch.warnings) == len(steps), "each is told of"

@@ -52,6 +52,19 @@ def test_a_broken_training_starts_again_from_before_at_a_third_of_the_rate(tiny_
     assert all(tensor.isfinite().all() for tensor in load_file(adapter.directory / ADAPTER).values())
 
 
+def test_a_damaged_checkpoint_is_not_gone_back_to(tiny_model: Path, tmp_path: Path) -> None:
+    class Damaging(Looking):
+        def metrics(self, point: CurvePoint, total_steps: int) -> None:
+            super().metrics(point, total_steps)
+            if point.step == 8 and len(self.there) == 8:
+                (self.root / "step-000007" / ADAPTER).write_bytes(b"cut short")
+
+    watch = Damaging(tmp_path / "checkpoints")
+    Work(model=tiny_model, plan=OFTEN, reach=9.0).train(tmp_path, watch)
+    first, *_ = [text for text in watch.messages if "starting again" in text]
+    assert "starting again from the checkpoint of step 6 " in first, "the one before is used"
+
+
 def test_a_training_that_breaks_down_at_every_rate_gives_up_with_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
     watch = Recording()
     with pytest.raises(InvalidTrainingFile, match=r"2 times, has not helped. Set learning_rate below 3.3e-3") as failed:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from heldout.errors import InvalidState, JobPaused
+from heldout.errors import CheckpointDamaged, JobPaused
 from heldout.pipeline.training import Adapter, CurvePoint
 from heldout.train import checkpoint, loop, sft
 from heldout.train.averaging import Average
@@ -131,6 +131,16 @@ def test_paused_at_many_steps_it_goes_on_from_each_and_ends_with_the_same_bits(
     assert {what for kind, what in story if kind == "checkpoint"} == epochs, "every epoch's checkpoint is told of"
 
 
+def test_paused_at_the_step_that_ends_training_its_checkpoint_is_told_of(tiny_model: Path, tmp_path: Path) -> None:
+    still = replace(NOISY, learning_rate=1e-12, n_epochs=3, total_steps=18, eval_every=6, patience=1)
+    work, watch, last = Work(model=tiny_model, plan=still, split=SMALL), Pausing(12), Recording()
+    with pytest.raises(JobPaused):
+        work.train(tmp_path, watch)
+    adapter = work.train(tmp_path, last)
+    assert (adapter.last_step, "has not improved" in adapter.stopped) == (12, True)
+    assert [what for kind, what in [*watch.story, *last.story] if kind == "checkpoint"] == [6, 12]
+
+
 def test_killed_right_after_it_has_started_again_it_ends_with_the_same_bits(
     works: dict[str, Work], alone: dict[str, Adapter], tmp_path: Path
 ) -> None:
@@ -203,7 +213,7 @@ def test_a_checkpoint_with_a_damaged_file_is_passed_over(
     found = checkpoint.latest(root)
     assert found is not None
     assert (found[0].name, found[1]["step"]) == ("step-000001", 1)
-    with pytest.raises(InvalidState, match="checkpoint of step 2"):
+    with pytest.raises(CheckpointDamaged, match="checkpoint of step 2"):
         checkpoint.read(root, 2)
 
 

@@ -73,6 +73,39 @@ def test_a_job_that_comes_to_rest_says_where_it_will_go_on(
     assert watch.db.get_job(watch.job.id).status is JobStatus.QUEUED
 
 
+def test_a_checkpoint_is_on_the_wire_with_its_metrics_and_told_of_once(watch: DbWatch, tmp_path: Path) -> None:
+    folder = tmp_path / "step-000007"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).write_bytes(b"{}")
+    metrics = {
+        "step": 7,
+        "train_loss": 0.5,
+        "train_accuracy": 0.8,
+        "valid_loss": 0.6,
+        "valid_calibrated_loss": 0.55,
+        "valid_accuracy": 0.75,
+    }
+    for _ in range(2):  # a job that was taken up again comes by once more
+        watch.checkpoint(7, folder, metrics)
+    checkpoints, _ = watch.db.list_checkpoints(watch.job.id, after=None, limit=10)
+    assert [(one.step, one.model, one.metrics) for one in checkpoints] == [
+        (
+            7,
+            f"{watch.name}:ckpt-step-7",
+            {
+                "step": 7,
+                "train_loss": 0.5,
+                "train_mean_token_accuracy": 0.8,
+                "full_valid_loss": 0.6,
+                "full_valid_mean_token_accuracy": 0.75,
+            },
+        )
+    ]
+    events, _ = watch.db.list_events(watch.job.id, after=None, limit=10)
+    assert [event.message for event in events].count("Checkpoint created at step 7") == 1
+
+
 def test_the_time_before_training_does_not_count_as_steps(watch: DbWatch) -> None:
     watch.progress("zero-shot prompt", 1, 2)
     time.sleep(0.4)

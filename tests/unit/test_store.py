@@ -238,6 +238,18 @@ def test_a_checkpoint_that_is_passed_twice_is_recorded_once(db: Db) -> None:
     assert [one.id for one in db.list_models()] == ["ft:m:o::x:ckpt-step-5"]
 
 
+def test_a_checkpoint_is_told_of_once_and_again_when_it_has_become_another(db: Db) -> None:
+    job = added(db)
+    model = Model(id="ft:m:o::x:ckpt-step-5", job_id=job.id, base_model="m", blobs="adapters/x", owned_by="o")
+    for loss in (0.5, 0.5, 0.4):
+        told = Event(job_id=job.id, message=f"loss {loss}")
+        db.add_checkpoint(Checkpoint(job_id=job.id, step=5, model=model.id, metrics={"loss": loss}), model, told)
+    checkpoints, _ = db.list_checkpoints(job.id, after=None, limit=10)
+    assert [one.metrics for one in checkpoints] == [{"loss": 0.4}], "its weights are those of the second time"
+    events, _ = db.list_events(job.id, after=None, limit=10)
+    assert [event.message for event in reversed(events) if event.message.startswith("loss")] == ["loss 0.5", "loss 0.4"]
+
+
 def test_one_checkpoint_is_the_best(db: Db) -> None:
     job = added(db)
     for step in (5, 10, 15):

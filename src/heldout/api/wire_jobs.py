@@ -222,7 +222,8 @@ class JobEvent(BaseModel):
 
 
 class JobCheckpoint(BaseModel):
-    """A checkpoint that can be called; `x_best` marks the one the fine-tuned model is."""
+    """A checkpoint that can be called; `x_best` marks the one the fine-tuned model is, or the middle one of three where
+    it is their average."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

@@ -205,16 +205,15 @@ class DbWatch:
 
     def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
         """See Watch.checkpoint."""
-        self.publish(step, folder, metrics)
+        self.publish(step, folder, metrics, Event(job_id=self.job.id, message=f"Checkpoint created at step {step}"))
         self.db.update_job(self.job.id, attempts=0)  # it got somewhere: being killed again is no dead end
-        self.db.add_event(Event(job_id=self.job.id, message=f"Checkpoint created at step {step}"))
 
     def kept(self) -> None:
         """See Watch.kept."""
         self.db.update_job(self.job.id, attempts=0)
 
-    def publish(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
-        """Make a checkpoint callable by its name."""
+    def publish(self, step: int, folder: Path, metrics: dict[str, Any], event: Event | None = None) -> None:
+        """Make a checkpoint callable by its name, and tell of it if nobody has."""
         prefix = f"adapters/{self.job.id}/step-{step}"
         put_adapter(self.blobs, prefix, folder)
         name = checkpoint_name(self.name, step)
@@ -228,6 +227,7 @@ class DbWatch:
         self.db.add_checkpoint(
             Checkpoint(job_id=self.job.id, step=step, model=name, metrics=known),
             self.model(name, prefix),
+            event,
         )
 
     def model(self, name: str, prefix: str) -> Model:

@@ -208,14 +208,23 @@ class Db:
         """One page of a job's events, newest first."""
         return self._page(Event, [schema.events.c.job_id == job_id], after=after, limit=limit, order="desc")
 
-    def add_checkpoint(self, checkpoint: Checkpoint, model: Model) -> None:
-        """Record a checkpoint and the model it is called by. Recording it again changes nothing:
-        a job that was taken up again passes the same steps."""
+    def add_checkpoint(self, checkpoint: Checkpoint, model: Model, event: Event | None = None) -> None:
+        """Record a checkpoint, the model it is called by and the event that tells of it. Recording the same again
+        changes nothing: a job that was taken up again passes the same steps. One that started again at a smaller
+        learning rate passes them with other metrics: they replace those before."""
+        table = schema.checkpoints
+        here = (table.c.job_id == checkpoint.job_id) & (table.c.step == checkpoint.step)
         with self._engine.begin() as connection:
-            if connection.execute(select(schema.models.c.seq).where(schema.models.c.id == model.id)).first():
+            known = connection.execute(select(table.c.metrics).where(here)).first()
+            if known and known.metrics == checkpoint.metrics:
                 return
-            _insert(connection, checkpoint)
-            _insert(connection, model)
+            if known:
+                connection.execute(update(table).where(here).values(metrics=checkpoint.metrics))
+            else:
+                _insert(connection, checkpoint)
+                _insert(connection, model)
+            if event:
+                _insert(connection, event)
 
     def list_checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
         """One page of a job's checkpoints, those of the latest steps first: the one that is kept is recorded last,
@@ -224,7 +233,7 @@ class Db:
         return self._page(Checkpoint, [condition], after=after, limit=limit, order="desc", by="step")
 
     def mark_best(self, job_id: str, step: int) -> None:
-        """Say which checkpoint the fine-tuned model is."""
+        """Say which checkpoint the fine-tuned model is, or has as its middle."""
         table = schema.checkpoints
         with self._engine.begin() as connection:
             connection.execute(update(table).where(table.c.job_id == job_id).values(best=table.c.step == step))

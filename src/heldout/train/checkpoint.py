@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from heldout.errors import InvalidState
+from heldout.errors import CheckpointDamaged
 from heldout.train.averaging import Average
 from heldout.train.method import Trainee
 
@@ -48,7 +48,7 @@ def save(
 
 
 def read(root: Path, step: int) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of `step` and its state. Raises InvalidState when it is missing or damaged."""
+    """The checkpoint of `step` and its state. Raises CheckpointDamaged when it is missing or damaged."""
     folder = root / f"step-{step:06d}"
     try:
         stored = json.loads((folder / STATE).read_text())
@@ -57,16 +57,16 @@ def read(root: Path, step: int) -> tuple[Path, dict[str, Any]]:
             _checksum(folder / name) == wanted for name, wanted in stored["sha256"].items()
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InvalidState(f"the checkpoint of step {step} cannot be read: {error}") from error
+        raise CheckpointDamaged(f"the checkpoint of step {step} cannot be read: {error}") from error
     if not sound:
-        raise InvalidState(f"the checkpoint of step {step} is damaged: its checksums do not hold")
+        raise CheckpointDamaged(f"the checkpoint of step {step} is damaged: its checksums do not hold")
     return folder, state
 
 
 def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest sound checkpoint and its state; a damaged one is passed over."""
     for step in reversed(steps(root)):
-        with contextlib.suppress(InvalidState):
+        with contextlib.suppress(CheckpointDamaged):
             return read(root, step)
     return None
 
@@ -74,6 +74,14 @@ def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
 def steps(root: Path) -> list[int]:
     """Steps that have a checkpoint, ascending."""
     return sorted(int(state.parent.name.removeprefix("step-")) for state in root.glob(f"step-*/{STATE}"))
+
+
+def readable(root: Path) -> Iterator[int]:
+    """Steps that have a sound checkpoint, ascending. Reads all of them."""
+    for step in steps(root):
+        with contextlib.suppress(CheckpointDamaged):
+            read(root, step)
+            yield step
 
 
 def rewind(root: Path, step: int, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -120,8 +120,7 @@ def run(
         step, clock = course.step + 1, time.perf_counter()
         rows = batch(plan, train, copies, step)
         found = gradients(trainee, rows, step)
-        saved = course.stopping.can_go_back_to(checkpoint.steps(checkpoints))
-        if alarm := course.guard.look(step, found.loss, found.norm, saved):
+        if alarm := course.guard.look(step, found.loss, found.norm, _to_go_back_to(course, checkpoints)):
             watch.message(alarm.sentence, level="warn")
             _start_again(alarm, checkpoints, trainee, optimizer, average, course)
             continue
@@ -326,9 +325,14 @@ def _resume(
     _prune(root, course)  # a process that was killed in between leaves more, and a restart must not see it
     if course.step:
         watch.message(f"Training continues from the checkpoint of step {course.step}", level="warn")
-    if course.step and course.step % course.stopping.steps_per_epoch == 0 and not course.stopped:
+    if course.step and course.step % course.stopping.steps_per_epoch == 0:
         # It was saved, but whoever was stopped just then may not have said so.
         watch.checkpoint(course.step, folder, course.curve[-1].as_dict())
+
+
+def _to_go_back_to(course: Course, root: Path) -> Iterator[int]:
+    """Steps that training can go on from; which ones can be read is found out when somebody wants to know."""
+    yield from course.stopping.can_go_back_to(checkpoint.readable(root))
 
 
 def _start_again(

@@ -13,10 +13,10 @@ import torch
 
 from heldout.engine import catalogue, device, stored, weights
 from heldout.engine.template import ChatTemplate, Tokens
-from heldout.errors import InvalidState, InvalidTrainingFile
+from heldout.errors import CheckpointDamaged, InvalidTrainingFile
 from heldout.kernels import Kernels, compiling
 from heldout.pipeline import encoder_memory, memory
-from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.plan import TrainPlan, looked_at
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Proof, Timings
 from heldout.pipeline.types import Example, Split
@@ -132,7 +132,7 @@ class TorchTrainer:
             trainee = self.build(plan, split, base_model, cache, directory, watch)
             keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
-            valid = trainee.rows(split.valid, "the validation data")
+            valid = trainee.rows(looked_at(plan, split.valid), "the validation data")
             copies, left_out = that_fit(split.copies, lambda some: trainee.rows(some, "the copies"))
             if left_out:
                 watch.message(f"{left_out} copies of training rows are left out: too long for {plan.max_length} tokens")
@@ -183,7 +183,7 @@ class TorchTrainer:
         trainee = self.build(plan, split, base_model, directory / "activations", directory)
         keep_freed_memory()
         train = trainee.rows(split.train, "the training data")
-        valid = trainee.rows(split.valid, "the validation data")
+        valid = trainee.rows(looked_at(plan, split.valid), "the validation data")
         build = time.perf_counter() - began
         with device.repeatable():
             return timing.time_parts(plan, trainee, train, valid, directory=directory, seconds=seconds, build=build)
@@ -233,13 +233,15 @@ def choose(
     """The checkpoint to hand over, and where it lies: the lowest validation loss, the most answers right,
     the last, or the average of three neighbours, by pipeline/selection.py.
 
-    A damaged one is left out, and the watch is told. Raises InvalidState when none is left.
+    A damaged one is left out, and the watch is told. Raises CheckpointDamaged when none is left.
     """
     stopping = course.stopping
     wanted = {course.step, *((stopping.best_step, stopping.top_step, *stopping.neighbours()) if valid else ())}
     sound, damaged = _sound(checkpoints, course, wanted, watch)
     if not sound:
-        raise InvalidState(f"no checkpoint of this training can be handed over: {'; '.join(damaged)}. Start a new job.")
+        raise CheckpointDamaged(
+            f"no checkpoint of this training can be handed over: {'; '.join(damaged)}. Start a new job."
+        )
     if not valid:
         last = Candidate(kind="last", step=max(sound), valid_loss=math.nan, scores=())
         named = "the last" if last.step == course.step else "the last that can be read"
@@ -253,7 +255,7 @@ def choose(
 
     finite = [step for step in sound if math.isfinite(losses[step])]
     if not finite:
-        raise InvalidState(f"no checkpoint whose validation loss is a number can be read: {'; '.join(damaged)}.")
+        raise CheckpointDamaged(f"no checkpoint whose validation loss is a number can be read: {'; '.join(damaged)}.")
     best = stopping.best_step if stopping.best_step in sound else min(finite, key=lambda step: losses[step])
     steps: dict[Kind, int] = {"best_loss": best, "best_metric": stopping.top_step, "last": course.step}
     steps = {kind: step for kind, step in steps.items() if step in sound}
@@ -273,7 +275,7 @@ def choose(
 
 
 def _kept(plan: TrainPlan, course: Course, directory: Path) -> tuple[KeptModel, ...]:
-    """The checkpoints that the plan wants beside the best, published. Raises InvalidState for a damaged one."""
+    """The checkpoints that the plan wants beside the best, published. Raises CheckpointDamaged for a damaged one."""
     return tuple(
         KeptModel(
             step=step,
@@ -296,7 +298,7 @@ def _sound(checkpoints: Path, course: Course, wanted: set[int], watch: Watch) ->
         for step in sorted(steps - sound.keys()):
             try:
                 sound[step] = checkpoint.read(checkpoints, step)[0]
-            except InvalidState as error:
+            except CheckpointDamaged as error:
                 damaged.append(str(error))
                 watch.message(f"Left out when choosing what to hand over: {error}", level="warn")
 
