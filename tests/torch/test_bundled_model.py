@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,19 +15,24 @@ from safetensors import safe_open
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.engine.template import Tokens
+from heldout.kernels import Kernels
+from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.watch import Silent
 from heldout.settings import DEFAULT_MODEL, Settings
-from heldout.train import attention, loop, sft
+from heldout.train import attention, layout, loop, sft
 from heldout.train.packing import pack
 from heldout.train.sft import ChatTrainee
 from tests.torch.cases import tokens_of
 from tests.torch.conftest import PLAN, difference, gradients, stirred
-from tests.torch.plain import Plain
+from tests.torch.plain import Curve, Plain
 
 #: 30 steps of two short examples.
 SMALL = replace(
     PLAN, lora_r=4, batch_size=2, total_steps=30, n_epochs=15, learning_rate=1e-4, eval_every=30, early_stopping=False
 )
+
+
+FROZEN = replace(SMALL, freeze_layers=22)
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +61,34 @@ def test_the_bundled_model_answers(engine: LocalEngine) -> None:
 # Training, against transformers and PEFT as they come (tests/torch/plain.py)
 
 
-@pytest.fixture(scope="module")
-def trainee(engine: LocalEngine) -> ChatTrainee:
-    return stirred(sft.build_model(SMALL, engine.folder(DEFAULT_MODEL), torch.float32))
+class Maker:
+    """Makes trainees of the bundled model whose adapters are the same each time."""
+
+    def __init__(self, folder: Path, kernels: Kernels | None) -> None:
+        self.folder, self.kernels = folder, kernels
+
+    def __call__(
+        self,
+        plan: TrainPlan = SMALL,
+        precision: torch.dtype = torch.float32,
+        *,
+        cache: Path | None = None,
+        stir: bool = True,
+    ) -> ChatTrainee:
+        trainee = sft.build_model(plan, self.folder, precision, cache, self.kernels)
+        assert trainee.kernels == (self.kernels is not None)
+        return stirred(trainee) if stir else trainee
+
+
+@pytest.fixture(scope="module", params=["torch's operations", "kernels"])
+def make(request: pytest.FixtureRequest, engine: LocalEngine) -> Maker:
+    kernels = request.getfixturevalue("kernels") if request.param == "kernels" else None
+    return Maker(engine.folder(DEFAULT_MODEL), kernels)
 
 
 @pytest.fixture(scope="module")
-def plain(engine: LocalEngine, trainee: ChatTrainee) -> Plain:
-    return Plain(engine.folder(DEFAULT_MODEL), trainee)
+def trainee(make: Maker) -> ChatTrainee:
+    return make()
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +101,16 @@ def rows(trainee: ChatTrainee) -> list[Tokens]:
     ]
 
 
+def of_plain(trainee: ChatTrainee, folder: Path, rows: list[Tokens]) -> tuple[float, torch.Tensor]:
+    """Loss and gradients of the plain loop, with the trainee's adapter."""
+    plain = Plain(folder, trainee)
+    return plain.gradients(rows), gradients(plain)
+
+
 @pytest.fixture(scope="module")
-def wanted(plain: Plain, rows: list[Tokens]) -> tuple[float, torch.Tensor]:
+def wanted(make: Maker, trainee: ChatTrainee, rows: list[Tokens]) -> tuple[float, torch.Tensor]:
     """Loss and gradients of the plain loop."""
-    loss = plain.gradients(rows)
-    found = torch.cat([p.grad.flatten() for p in plain.parameters.values() if p.grad is not None])
-    for parameter in plain.parameters.values():
-        parameter.grad = None
-    return loss, found
+    return of_plain(trainee, make.folder, rows)
 
 
 def as_it_is(_: ChatTrainee, __: pytest.MonkeyPatch) -> None: ...
@@ -96,6 +124,15 @@ def in_several_packs(trainee: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainee, "plan", replace(trainee.plan, micro_tokens=100))
 
 
+def in_a_bucket_for_every_length(_: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layout, "SPARE", 0.0)
+    patch.setattr(layout, "FEW", 0)
+
+
+def in_one_bucket(_: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layout, "SPARE", 1.0)
+
+
 def with_checkpointing(trainee: ChatTrainee, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainee.body, "checkpoint", True)
 
@@ -104,10 +141,19 @@ def with_scores_computed_anew(_: ChatTrainee, patch: pytest.MonkeyPatch) -> None
     patch.setattr(attention, "KEPT_SCORES", 0)
 
 
+WAYS = [
+    as_it_is,
+    without_sharing,
+    in_several_packs,
+    in_a_bucket_for_every_length,
+    in_one_bucket,
+    with_checkpointing,
+    with_scores_computed_anew,
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "way", [as_it_is, without_sharing, in_several_packs, with_checkpointing, with_scores_computed_anew]
-)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_step_of_the_bundled_model_is_exact(
     trainee: ChatTrainee,
     rows: list[Tokens],
@@ -122,30 +168,78 @@ def test_a_step_of_the_bundled_model_is_exact(
 
 
 @pytest.mark.slow
-def test_a_frozen_step_of_the_bundled_model_is_exact_from_the_cache(
-    engine: LocalEngine, rows: list[Tokens], tmp_path: Path
+@pytest.mark.parametrize("cached", [True, False], ids=["from the cache", "computed every time"])
+def test_a_frozen_step_of_the_bundled_model_is_exact(
+    make: Maker, rows: list[Tokens], tmp_path: Path, cached: bool
 ) -> None:
-    folder = engine.folder(DEFAULT_MODEL)
-    frozen = stirred(sft.build_model(replace(SMALL, freeze_layers=22), folder, torch.float32, tmp_path))
+    frozen = make(FROZEN, cache=tmp_path if cached else None)
     frozen.prepare(rows, Silent())
-    plain = Plain(folder, frozen)
+    assert any(tmp_path.iterdir()) == cached
+    wanted = of_plain(frozen, make.folder, rows)
     loss = loop.gradients(frozen, rows, 1).loss
-    assert loss == pytest.approx(plain.gradients(rows), rel=1e-3)
-    assert difference(gradients(frozen), gradients(plain)) < 1e-3
+    assert loss == pytest.approx(wanted[0], rel=1e-3)
+    assert difference(gradients(frozen), wanted[1]) < 1e-3
 
 
 @pytest.mark.slow
-def test_thirty_steps_of_the_bundled_model_follow_the_plain_loop(
-    trainee: ChatTrainee, plain: Plain, tmp_path: Path
+def test_a_step_of_the_bundled_model_in_bfloat16_is_that_in_fp32_as_far_as_bfloat16_goes(
+    make: Maker, rows: list[Tokens], wanted: tuple[float, torch.Tensor]
 ) -> None:
-    # Their beginning, which they share, and their end.
-    train = [
+    rough = make(precision=torch.bfloat16)
+    loss = loop.gradients(rough, rows, 1).loss
+    assert loss == pytest.approx(wanted[0], rel=2e-2)
+    assert difference(gradients(rough), wanted[1]) < 0.1
+
+
+def short(trainee: ChatTrainee) -> list[Tokens]:
+    """Four examples' beginning, which they share, and their end."""
+    return [
         Tokens(row.ids[:10] + row.ids[-12:], row.supervised[:10] + row.supervised[-12:])
         for row in tokens_of(trainee.template, "one system prompt")[:4]
     ]
+
+
+#: What is switched, and how: the plan, where activations are cached, the way.
+CURVES = {
+    "as it is": (SMALL, False, as_it_is),
+    "nothing shared": (SMALL, False, without_sharing),
+    "a bucket for every length": (SMALL, False, in_a_bucket_for_every_length),
+    "frozen, from the cache": (FROZEN, True, as_it_is),
+    "frozen, computed every time": (FROZEN, False, as_it_is),
+}
+
+
+@pytest.fixture(scope="module")
+def curves(engine: LocalEngine) -> Callable[[int], Curve]:
+    """Those of the plain loop, by the number of frozen layers."""
+    folder = engine.folder(DEFAULT_MODEL)
+
+    @functools.cache
+    def curve(frozen: int) -> Curve:
+        trainee = Maker(folder, None)(replace(SMALL, freeze_layers=frozen), stir=False)
+        train = short(trainee)
+        return Plain(folder, trainee).train(train, train[:1])
+
+    return curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CURVES)
+def test_thirty_steps_of_the_bundled_model_follow_the_plain_loop(
+    make: Maker,
+    curves: Callable[[int], Curve],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    plan, cached, way = CURVES[name]
+    trainee = make(plan, cache=tmp_path / "activations" if cached else None, stir=False)
+    train = short(trainee)
     assert len(pack(train).layout.segments) > len(train)
-    course = loop.run(SMALL, trainee, train, train[:1], checkpoints=tmp_path, watch=Silent())
-    curve = plain.train(train, train[:1])
+    way(trainee, monkeypatch)
+    trainee.prepare(train, Silent())
+    course = loop.run(plan, trainee, train, train[:1], checkpoints=tmp_path / "checkpoints", watch=Silent())
+    curve = curves(plan.freeze_layers)
     assert [point.train_loss for point in course.curve] == pytest.approx(curve.train, rel=1e-3, abs=1e-5)
     assert course.curve[-1].valid_loss == pytest.approx(curve.valid[-1], rel=1e-3, abs=1e-5)
     assert curve.train[-1] < 0.8 * curve.train[0], "it has learned something"
