@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from heldout.engine import cache, device
 from heldout.engine.base import ModelRef
-from heldout.engine.device import Portions
 from heldout.engine.local import LocalEngine
+from heldout.engine.portions import Portions
 from heldout.engine.template import ChatTemplate
 from heldout.engine.weights import load_tokenizer
 from heldout.kernels import Kernels, compiling

@@ -17,14 +17,15 @@ from heldout.engine.local import LocalEngine
 from heldout.engine.template import Tokens
 from heldout.kernels import Kernels
 from heldout.pipeline.plan import TrainPlan
+from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Silent
 from heldout.settings import DEFAULT_MODEL, Settings
 from heldout.train import attention, layout, loop, sft
 from heldout.train.packing import pack
 from heldout.train.sft import ChatTrainee
 from tests.torch.cases import tokens_of
-from tests.torch.conftest import PLAN, difference, gradients, stirred
-from tests.torch.plain import Curve, Plain
+from tests.torch.conftest import PLAN, Recording, difference, gradients, stirred
+from tests.torch.plain import Curve, Plain, vector
 
 #: 30 steps of two short examples.
 SMALL = replace(
@@ -189,6 +190,26 @@ def test_a_step_of_the_bundled_model_in_bfloat16_is_that_in_fp32_as_far_as_bfloa
     loss = loop.gradients(rough, rows, 1).loss
     assert loss == pytest.approx(wanted[0], rel=2e-2)
     assert difference(gradients(rough), wanted[1]) < 0.1
+
+
+@pytest.mark.slow
+def test_a_training_on_two_threads_that_is_killed_ends_with_the_same_bits(
+    make: Maker, rows: list[Tokens], tmp_path: Path, threads: None
+) -> None:
+    torch.set_num_threads(2)
+    plan = replace(SMALL, lora_dropout=0.1, ema_decay=0.5, batch_size=4, n_epochs=3, total_steps=6, eval_every=1)
+
+    def train(folder: Path, watch: Recording) -> tuple[list[CurvePoint], torch.Tensor]:
+        trainee = make(plan, stir=False)
+        course = loop.run(plan, trainee, rows, rows[:2], checkpoints=folder, watch=watch)
+        return course.curve, vector(trainee.parameters)
+
+    alone = train(tmp_path / "alone", Recording())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", Recording(interrupt_at=4))
+    curve, weights = train(tmp_path / "killed", Recording())
+    assert curve == alone[0]
+    assert torch.equal(weights, alone[1])
 
 
 def short(trainee: ChatTrainee) -> list[Tokens]:

@@ -25,6 +25,7 @@ from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Split
 from heldout.pipeline.verdict import Verdict
 from heldout.pipeline.watch import Watch
+from heldout.train.activations import Activations
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row, write_rows
@@ -100,7 +101,9 @@ class Done:
     watch: Recording
 
 
-def run(model: Path, folder: Path, watch: Recording, valid: Path | None = None, budget: float = 0.0) -> Done:
+def run(
+    model: Path, folder: Path, watch: Recording, valid: Path | None = None, budget: float = 0.0, **asked: Any
+) -> Done:
     """A job on the 40 rows of `rows.jsonl` beside `folder`; a killed one goes on."""
     folder.mkdir(exist_ok=True)
     trainer, engine = NotingTrainer(), NotingEngine()
@@ -110,7 +113,7 @@ def run(model: Path, folder: Path, watch: Recording, valid: Path | None = None, 
             training=source(folder.parent / "rows.jsonl"),
             validation=source(valid) if valid else None,
             seed=2,
-            hyperparameters=Hyperparameters(n_epochs=2, learning_rate=LEARNING.learning_rate),
+            hyperparameters=Hyperparameters(n_epochs=2, learning_rate=LEARNING.learning_rate, **asked),
             directory=folder,
             eval_budget=budget,
         ),
@@ -240,6 +243,21 @@ def test_folds_share_one_cache_folder_and_leave_only_their_records(done: Done, r
         "seed": 2,
         "sources": {},
     }
+
+
+def test_what_leaves_the_frozen_layers_is_computed_once_for_all_folds(
+    tiny_model: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, computed = Activations.prepare, list[int]()
+
+    def noting(self: Activations, *given: Any) -> int:
+        computed.append(prepare(self, *given))
+        return computed[-1]
+
+    monkeypatch.setattr(Activations, "prepare", noting)
+    found = run(tiny_model, root / "frozen", Recording(), freeze_layers=1)
+    assert {plan.freeze_layers for _, _, plan, _ in found.trainer.given} == {1}
+    assert sum(computed) == ROWS < sum(len(split.train) for _, split, _, _ in found.trainer.given)
 
 
 @pytest.fixture(scope="module")

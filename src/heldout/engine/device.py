@@ -1,4 +1,4 @@
-"""Where models compute: this machine's GPU where torch sees one, else its processor; and how much is computed at once.
+"""Where models compute: this machine's GPU where torch sees one, else its processor.
 
 `CUDA_VISIBLE_DEVICES` decides which GPU a process sees, and the first it sees is used; empty, it hides them all.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from heldout import machine
+from heldout.engine.portions import GPU, PROCESSOR, Portions
 
 # Read when torch first multiplies on a GPU: without it the order of its sums is not fixed (see `repeatable`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -32,23 +32,6 @@ def _settle_vector_functions() -> None:
 
 
 _settle_vector_functions()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Portions:
-    """How much is computed at once where answers are made. Whatever is computed, its numbers do not depend on it but
-    for rounding."""
-
-    cached: int  # tokens of all rows of a batch, prompt and answer: bounds the memory of keys and values
-    rows: int  # of a batch
-    read: int  # tokens read at once
-    padded: int  # an encoder's tokens, padding counted
-
-
-#: A processor is fastest while activations stay in its cache; a GPU's time goes into starting operations, whatever
-#: their size.
-PROCESSOR = Portions(cached=4096, rows=48, read=768, padded=512)
-GPU = Portions(cached=16_384, rows=256, read=4096, padded=16_384)
 
 
 def is_gpu() -> bool:

@@ -15,10 +15,8 @@ from heldout.engine import cache, device
 from heldout.engine.base import Sampling
 from heldout.engine.cache import Prefix, Rows
 from heldout.engine.expected import AHEAD, Expected
+from heldout.engine.portions import POSITIONS
 from heldout.engine.sharing import batches, families
-
-#: Places whose logits over the whole vocabulary are in memory at once.
-POSITIONS = 256
 
 
 class Answer(NamedTuple):

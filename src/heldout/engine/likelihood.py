@@ -15,7 +15,7 @@ import torch
 
 from heldout.engine import cache, device
 from heldout.engine.cache import Prefix, Rows
-from heldout.engine.generate import POSITIONS
+from heldout.engine.portions import POSITIONS
 from heldout.engine.sharing import batches, families
 from heldout.engine.template import Tokens
 

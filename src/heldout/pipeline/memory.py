@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from heldout.engine.portions import GPU, POSITIONS, PROCESSOR
 from heldout.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ GPU_RUNTIME = 100 << 20
 FILLED = 1.125
 #: Packed tokens of a validation (fewer with small micro-batches): nothing is kept for a backward pass, so more fit.
 VALID_TOKENS = 4096
-#: Cached tokens of an evaluated batch and how many are read at once (engine/device.py), on a processor and on a GPU;
-#: places whose logits are in memory at once (engine/generate.py).
-CACHED_TOKENS, READ_TOKENS, PREDICTED = (4096, 16_384), (512, 4096), 256
 #: A micro-batch is not cut below this many packed tokens: each costs a pass over all weights.
 SMALLEST = 64
 
@@ -96,8 +94,9 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     predictions = min(sizes.predictions, packed)
     at_once = HEAD_ROWS[not shapes.frozen]
     logits = min(at_once, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
-    cached = CACHED_TOKENS[shapes.gpu] * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
-    answering = cached + _passing(shapes, sizes, READ_TOKENS[shapes.gpu]) + PREDICTED * shapes.vocabulary * 4 * 2
+    portions = GPU if shapes.gpu else PROCESSOR
+    cached = portions.cached * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
+    answering = cached + _passing(shapes, sizes, portions.read) + POSITIONS * shapes.vocabulary * 4 * 2
     validated = max(valid_tokens(plan), sizes.longest)
     validating = _passing(shapes, sizes, validated) + at_once * shapes.vocabulary * 8
     return Need(

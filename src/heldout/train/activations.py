@@ -41,7 +41,8 @@ class Activations:
     @staticmethod
     def of_model(root: Path, body: Body, model: Path, dtype: torch.dtype, tokens: int = TOKENS) -> Activations:
         """Those of one model, cut and precision, below `root`; computed in packs of at most `tokens`."""
-        files = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(model.glob("*.safetensors"))]
+        whole = [*sorted(model.glob("*.safetensors")), model / "config.json"]
+        files = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in whole]
         key = hashlib.sha256(json.dumps([str(model), files, body.cut, str(dtype)]).encode()).hexdigest()[:16]
         return Activations(root / key, body, dtype, int(body.model.config.hidden_size), tokens)
 
