@@ -13,9 +13,10 @@ import pytest
 if TYPE_CHECKING:
     from heldout.pipeline.request import Source
 
-# Before torch is loaded: tiny models gain nothing from threads, and the processes that some tests start
-# would wait for each other's.
+# Before torch is loaded: tiny models gain nothing from threads, and the processes that some tests start would wait for
+# each other's. A thread that waits for another one leaves its core to other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
