@@ -83,7 +83,6 @@ class TerminalWatch:
         self.message(
             f"Plan: at most {plan.n_epochs} epochs of {plan.total_steps // plan.n_epochs} steps, batch "
             f"{plan.batch_size}, learning rate {plan.learning_rate:g}, a validation every {plan.eval_every} steps"
-            + (f" on {plan.valid_rows} rows" if plan.valid_rows else "")
             + (f"; ended after {plan.end_share:.0%} of the steps" if plan.end_share < 1 else "")
         )
 
@@ -96,7 +95,7 @@ class TerminalWatch:
                 f"validation loss {point.valid_loss:.4f}, token accuracy {point.valid_accuracy:.1%}"
             )
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None:
         """See Watch.checkpoint."""
 
     def kept(self) -> None:

@@ -46,7 +46,6 @@ PLAN = TrainPlan(
     end_share=1.0,
     kept_shares=(),
     eval_every=5,
-    valid_rows=10_000,
     lora_r=8,
     lora_alpha=16.0,
     lora_dropout=0.0,
@@ -165,7 +164,7 @@ class Recording(Silent):
         if point.step == self.interrupt_at:
             raise KeyboardInterrupt
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None:
         self.story.append(("checkpoint", step))
 
     @property

@@ -151,6 +151,26 @@ WAYS = [
     with_checkpointing,
     with_scores_computed_anew,
 ]
+#: What kernels do without: they attend to paths, not to buckets, and keep no scores.
+OF_TORCH = [in_a_bucket_for_every_length, in_one_bucket, with_scores_computed_anew]
+
+
+def skip_what_changes_nothing(trainee: ChatTrainee, way: Callable[..., None]) -> None:
+    if trainee.kernels and way in OF_TORCH:
+        pytest.skip("kernels know no buckets and keep no scores")
+
+
+def test_the_ways_of_bucketing_are_different_ones(
+    trainee: ChatTrainee, rows: list[Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for way in (as_it_is, in_a_bucket_for_every_length, in_one_bucket):
+        with monkeypatch.context() as patch:
+            way(trainee, patch)
+            counts.append([len(pack(some).layout.groups) for some in (rows, short(trainee))])
+    usual, every, one = counts
+    assert every[0] > usual[0] >= one[0]
+    assert every[1] > usual[1]
 
 
 @pytest.mark.slow
@@ -162,6 +182,7 @@ def test_a_step_of_the_bundled_model_is_exact(
     monkeypatch: pytest.MonkeyPatch,
     way: Callable[[ChatTrainee, pytest.MonkeyPatch], None],
 ) -> None:
+    skip_what_changes_nothing(trainee, way)
     way(trainee, monkeypatch)
     loss = loop.gradients(trainee, rows, 1).loss
     assert loss == pytest.approx(wanted[0], rel=1e-3)
@@ -213,10 +234,10 @@ def test_a_training_on_two_threads_that_is_killed_ends_with_the_same_bits(
 
 
 def short(trainee: ChatTrainee) -> list[Tokens]:
-    """Four examples' beginning, which they share, and their end."""
+    """Four examples' beginning, which they share, and their end, of two lengths."""
     return [
-        Tokens(row.ids[:10] + row.ids[-12:], row.supervised[:10] + row.supervised[-12:])
-        for row in tokens_of(trainee.template, "one system prompt")[:4]
+        Tokens(row.ids[:10] + row.ids[-end:], row.supervised[:10] + row.supervised[-end:])
+        for row, end in zip(tokens_of(trainee.template, "one system prompt"), (12, 14, 12, 14), strict=False)
     ]
 
 
@@ -257,6 +278,7 @@ def test_thirty_steps_of_the_bundled_model_follow_the_plain_loop(
     trainee = make(plan, cache=tmp_path / "activations" if cached else None, stir=False)
     train = short(trainee)
     assert len(pack(train).layout.segments) > len(train)
+    skip_what_changes_nothing(trainee, way)
     way(trainee, monkeypatch)
     trainee.prepare(train, Silent())
     course = loop.run(plan, trainee, train, train[:1], checkpoints=tmp_path / "checkpoints", watch=Silent())

@@ -76,13 +76,12 @@ def measured(**changes: Any) -> Measured:
 def training(**changes: Any) -> Training:
     values: dict[str, Any] = {
         "train": 80,
-        "valid": 25,
+        "valid": 20,
         "holdout": 40,
         "steps": 30,
         "typical_steps": 20,
         "search_steps": 0,
         "eval_every": 5,
-        "looked_at": 20,
         "steps_per_epoch": 10,
     }
     return Training(**(values | changes))
@@ -146,7 +145,7 @@ def test_prompts_are_chosen_twice_for_each_number_of_shots() -> None:
     stage = next(stage for stage in add_up([training()], one).stages if "prompts" in stage.name)
     assert one.plain is not None
     four, eight = one.behind_shots
-    choosing = ORDERS * sum(prompt.seconds_for(min(CHOOSERS, 25)) for prompt in (four, eight))
+    choosing = ORDERS * sum(prompt.seconds_for(min(CHOOSERS, 20)) for prompt in (four, eight))
     holdout = one.plain.seconds_for(40) + (four.seconds_for(40) + eight.seconds_for(40)) / 2
     assert stage.at_most == pytest.approx(choosing + holdout)
 

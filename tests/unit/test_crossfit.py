@@ -159,7 +159,7 @@ class Telling(Silent):
     def metrics(self, point: CurvePoint, total_steps: int) -> None:
         self.told.append(("metrics", point.step))
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None:
         self.told.append(("checkpoint", step))
 
     def kept(self) -> None:
@@ -185,6 +185,8 @@ def test_a_folds_steps_and_checkpoints_do_not_look_like_the_jobs() -> None:
     assert watch.told == [("message", "fold 2 of 5: Training ended", "warn"), ("progress", "fold 2 of 5: train", 3, 9)]
     in_fold.checkpoint(3, Path("x"), {})
     assert watch.told[2:] == [("kept",)], "a job that is killed now has got somewhere"
+    in_fold.checkpoint(3, Path("x"), {}, again=True)
+    assert watch.told[3:] == [], "taken up from there it has not"
 
 
 def whole(n: int, valid: int = 0) -> Split:

@@ -86,8 +86,10 @@ def test_a_checkpoint_is_on_the_wire_with_its_metrics_and_told_of_once(watch: Db
         "valid_calibrated_loss": 0.55,
         "valid_accuracy": 0.75,
     }
-    for _ in range(2):  # a job that was taken up again comes by once more
-        watch.checkpoint(7, folder, metrics)
+    watch.checkpoint(7, folder, metrics)
+    watch.db.update_job(watch.job.id, attempts=2)
+    watch.checkpoint(7, folder, metrics, again=True)  # the job was taken up from it
+    assert watch.db.get_job(watch.job.id).attempts == 2, "that is no progress"
     checkpoints, _ = watch.db.list_checkpoints(watch.job.id, after=None, limit=10)
     assert [(one.step, one.model, one.metrics) for one in checkpoints] == [
         (

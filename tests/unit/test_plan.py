@@ -10,7 +10,7 @@ import pytest
 
 from heldout.errors import InvalidValue
 from heldout.pipeline.hyperparameters import Hyperparameters
-from heldout.pipeline.plan import TrainPlan, looked_at, make_plan
+from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.training import ModelFacts
 from tests.unit.conftest import labelled, split_of
 
@@ -66,31 +66,6 @@ def test_automatic_numbers_stay_within_bounds(n: int, n_valid: int, hidden: int)
     assert resolved.early_stopping is True
     assert resolved.patience >= 1
     assert resolved.seed == 11
-
-
-@pytest.mark.parametrize(("n", "n_valid"), [*SIZES, (30, 200), (240, 120), (240, 5000), (240, 20_000), (5000, 4000)])
-def test_validations_cost_at_most_half_of_training_or_200_rows_each(n: int, n_valid: int) -> None:
-    resolved = plan(n, n_valid)
-    looks = math.ceil(math.ceil(n / resolved.batch_size) / resolved.eval_every)
-    assert resolved.valid_rows == min(n_valid, 200) or looks * 0.4 * resolved.valid_rows <= 0.5 * n
-    if resolved.valid_rows < n_valid:
-        assert resolved.valid_rows >= 200, "fewer rows cannot tell one step from another"
-        assert f"drawn from {n_valid}" in resolved.reasons["valid_rows"]
-    else:
-        assert resolved.valid_rows == n_valid
-
-
-def test_every_validation_looks_at_the_same_rows_drawn_from_the_whole_file_in_its_order() -> None:
-    valid = tuple(labelled("valid", 1000))
-    resolved = plan(240, 1000)
-    rows = looked_at(resolved, valid)
-    assert rows == looked_at(resolved, valid)
-    assert len(rows) == resolved.valid_rows == 200
-    assert list(rows) == sorted(rows, key=valid.index)
-    assert valid.index(rows[0]) < 100
-    assert valid.index(rows[-1]) > 900
-    assert rows != looked_at(replace(resolved, seed=12), valid)
-    assert looked_at(plan(240, 120), valid[:120]) == valid[:120]
 
 
 def test_more_examples_mean_fewer_epochs_larger_batches_and_no_dropout() -> None:

@@ -547,3 +547,29 @@ def test_forms_of_answers_keep_their_shares_where_answers_are_no_labels():
     assert sum(row.target.startswith("{") for row in split.holdout) * 4 in range(
         len(split.holdout) - 4, len(split.holdout) + 4
     )
+
+
+# Validation files that are large beside the training file
+
+
+@pytest.mark.parametrize(("n", "n_valid", "kept"), [(240, 120, 120), (30, 200, 200), (240, 5000, 200), (800, 600, 500)])
+def test_of_a_large_validation_file_rows_are_drawn(n: int, n_valid: int, kept: int) -> None:
+    train, valid = numbered(n), numbered(n_valid, start=n, name="valid.jsonl")
+    holdout = numbered(40, start=n + n_valid, name="holdout.jsonl")
+    split, findings = split_dataset(train, valid, holdout, seed=3)
+    assert len(split.valid) == kept
+    assert lines(split.valid) == sorted(lines(split.valid)), "in the file's order"
+    drawn = [finding for finding in findings if finding.code == "valid_drawn"]
+    assert len(drawn) == (kept < n_valid)
+    if drawn:
+        assert drawn[0].message.startswith(f"{kept} of the {n_valid} rows of valid.jsonl are drawn to stop training by")
+        assert min(lines(split.valid)) < n_valid / 10 < n_valid * 0.9 < max(lines(split.valid)), "of the whole file"
+        assert split_dataset(train, valid, holdout, seed=3)[0].valid == split.valid
+        assert split_dataset(train, valid, holdout, seed=4)[0].valid != split.valid
+
+
+def test_all_folds_are_stopped_by_the_same_drawn_rows() -> None:
+    folds, findings = split_into_folds(numbered(60), numbered(900, start=60, name="valid.jsonl"), seed=1)
+    assert all(split.valid == folds.whole.valid for split in folds.splits)
+    assert len(folds.whole.valid) == 200
+    assert [finding.code for finding in findings].count("valid_drawn") == 1

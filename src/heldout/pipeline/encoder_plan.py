@@ -8,7 +8,7 @@ from typing import Any
 
 from heldout.errors import InvalidValue
 from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
-from heldout.pipeline.plan import Choice, asked_or, augmentation, batch_within, ema_decay, steps, stopping, validations
+from heldout.pipeline.plan import Choice, asked_or, augmentation, batch_within, ema_decay, eval_every, steps, stopping
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
 
@@ -43,7 +43,7 @@ def encoder_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> 
         "n_epochs": epochs,
         "batch_size": batch,
         **steps(total, f"{steps_per_epoch} steps an epoch, {epochs.value} epochs"),
-        **validations(steps_per_epoch, n, len(split.valid)),
+        "eval_every": eval_every(steps_per_epoch, n, len(split.valid)),
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(4096, "padded tokens: a GPU's time goes into starting operations")
         if facts.gpu

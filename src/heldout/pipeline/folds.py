@@ -12,7 +12,18 @@ from heldout.pipeline.checks.groups import group_by_prompt, prompt_fingerprint
 from heldout.pipeline.checks.parts import name_lines
 from heldout.pipeline.giveaways import find_giveaways
 from heldout.pipeline.given import Files, clean
-from heldout.pipeline.split import SMALL, distinct, in_order, once, part_sizes, pick, sources, strata, too_small
+from heldout.pipeline.split import (
+    SMALL,
+    affordable,
+    distinct,
+    in_order,
+    once,
+    part_sizes,
+    pick,
+    sources,
+    strata,
+    too_small,
+)
 from heldout.pipeline.types import Dataset, Finding, Split
 from heldout.pipeline.units import Unit, find_units
 
@@ -75,6 +86,8 @@ def split_into_folds(
     rows = once(tuple(train.examples), train.name, findings)
     findings += given.findings
     valid_rows = once(given.valid, valid.name, findings) if valid is not None else ()
+    if valid is not None:
+        valid_rows = affordable(valid_rows, len(train), valid.name, seed, findings)
     scored = tuple(row for row in rows if prompt_fingerprint(row.prompt) in held_once)
     giveaways = find_giveaways(files.rows, with_valid=valid is not None, keep=keep_leaks)
     told, caveats = giveaways.told(scored, train.name)

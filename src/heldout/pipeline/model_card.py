@@ -275,7 +275,7 @@ def _data(outcome: Outcome) -> Iterator[str]:
     split = outcome.split
     counts = [f"{len(split.train)} examples to train on"]
     if split.valid:
-        counts.append(f"{outcome.plan.valid_rows} that stopped training and chose the checkpoint")
+        counts.append(f"{len(split.valid)} that stopped training and chose the checkpoint")
     if split.holdout:
         counts.append(f"{len(split.holdout)} that decided nothing before the verdict")
     yield f"{', '.join(counts)}. The data is not part of this card. What the checks saw in it:"

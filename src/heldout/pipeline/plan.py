@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,16 +14,11 @@ from heldout.pipeline.hyperparameters import FREEZE_PROFILES, Hyperparameters
 
 if TYPE_CHECKING:
     from heldout.pipeline.training import ModelFacts
-    from heldout.pipeline.types import Example, Split
+    from heldout.pipeline.types import Split
 
 
 #: Packed tokens of a micro-batch where memory is no concern: more are not faster, on a processor and on a GPU.
 MICRO_TOKENS = (2048, 4096)
-#: What a validation example costs, as a share of a training example: no backward pass, larger packs.
-VALIDATION_COST = 0.4
-#: What validations may take, as a share of training. The least rows to look at, whatever they take: with fewer, which
-#: step is the best is a matter of luck (a share of right answers has a standard error of 3.5 points).
-VALIDATION_SHARE, LEAST_LOOK = 0.5, 200
 #: Tokens of an example of a chat model, at most, unless told otherwise.
 MAX_LENGTH = 4096
 
@@ -51,7 +45,6 @@ class TrainPlan:
     end_share: float  # of total_steps: training ends here at the latest; 1, unless folds have found that less is better
     kept_shares: tuple[float, ...]  # of total_steps: where models are kept beside the best, for folds to compare
     eval_every: int  # steps between validations
-    valid_rows: int  # of valid, that every validation looks at
     lora_r: int
     lora_alpha: float
     lora_dropout: float
@@ -136,7 +129,7 @@ def _chat_choices(asked: Hyperparameters, split: Split, facts: ModelFacts) -> di
         "n_epochs": epochs,
         "batch_size": batch,
         **steps(total, f"{an_epoch} steps an epoch{mixed}, {epochs.value} epochs"),
-        **validations(an_epoch, n, n_valid),
+        "eval_every": eval_every(an_epoch, n, n_valid),
         "max_length": _max_length(asked, facts.context),
         "micro_tokens": Choice(MICRO_TOKENS[facts.gpu], "fits in memory"),
         "checkpointing": Choice(False, "not needed: a third more work for less memory"),
@@ -339,26 +332,9 @@ def ema_decay(asked: Hyperparameters, steps_per_epoch: int, total_steps: int) ->
     return asked_or(asked.ema_decay, auto)
 
 
-def validations(steps_per_epoch: int, n: int, n_valid: int) -> dict[str, Choice]:
-    """Steps between validations, two to four an epoch, and how many rows of valid each looks at: as much as costs
-    little beside training."""
+def eval_every(steps_per_epoch: int, n: int, n_valid: int) -> Choice:
+    """Steps between validations: two to four an epoch, as many as cost little beside training."""
+    # A validation example costs about 40 % of a training example (no backward, larger packs).
     per_epoch = max(2, min(4, round(0.5 * n / max(1, n_valid))))
     every = max(1, math.ceil(steps_per_epoch / per_epoch))
-    affordable = int(VALIDATION_SHARE * n / (VALIDATION_COST * per_epoch))
-    rows = min(n_valid, max(LEAST_LOOK, affordable))
-    return {
-        "eval_every": Choice(every, f"{per_epoch} validations an epoch: {n} training, {n_valid} validation examples"),
-        "valid_rows": Choice(
-            rows,
-            "all of valid"
-            if rows == n_valid
-            else f"drawn from {n_valid}, the same each time: all of them would take more than half of the time that "
-            f"training on {n} examples takes",
-        ),
-    }
-
-
-def looked_at(plan: TrainPlan, valid: Sequence[Example]) -> tuple[Example, ...]:
-    """The rows of valid that every validation looks at, in their order. Depend on the plan's seed alone."""
-    rows = random.Random(f"{plan.seed}/valid").sample(range(len(valid)), min(plan.valid_rows, len(valid)))
-    return tuple(valid[row] for row in sorted(rows))
+    return Choice(every, f"{per_epoch} validations an epoch: {n} training, {n_valid} validation examples")

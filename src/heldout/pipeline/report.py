@@ -215,7 +215,7 @@ def _question(outcome: Outcome) -> str:
 
 def _parts(outcome: Outcome) -> str:
     split = outcome.split
-    stopped = f"stopped by {outcome.plan.valid_rows}, " if split.valid else ""
+    stopped = f"stopped by {len(split.valid)}, " if split.valid else ""
     return f"trained on {len(split.train)} examples, {stopped}judged on {_judged_on(outcome)}"
 
 

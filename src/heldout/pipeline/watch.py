@@ -30,8 +30,9 @@ class Watch(Protocol):
         """One step of training was taken."""
         ...
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
-        """An adapter was saved in `folder` and may be called by a name of its own."""
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None:
+        """An adapter was saved in `folder` and may be called by a name of its own. `again`: training is taken up from
+        it, and it may have been told before."""
         ...
 
     def kept(self) -> None:
@@ -67,7 +68,7 @@ class Silent:
 
     def metrics(self, point: CurvePoint, total_steps: int) -> None: ...
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None: ...
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None: ...
 
     def kept(self) -> None: ...
 
@@ -96,9 +97,10 @@ class Within:
     def metrics(self, point: CurvePoint, total_steps: int) -> None:
         """See Watch.metrics."""
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None:
         """See Watch.checkpoint. The job got somewhere, though."""
-        self._watch.kept()
+        if not again:
+            self._watch.kept()
 
     def kept(self) -> None:
         """See Watch.kept."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import time
 import traceback
@@ -183,13 +184,13 @@ class DbWatch:
         data: dict[str, Any] = {
             "step": point.step,
             "total_steps": total_steps,
-            "train_loss": point.train_loss,
+            "train_loss": _finite(point.train_loss),
             "train_mean_token_accuracy": point.train_accuracy,
         }
         if point.valid_loss is not None:
             text += f", validation loss={point.valid_loss:.2f}, full validation loss={point.valid_loss:.2f}"
             for prefix in ("", "full_"):
-                data[f"{prefix}valid_loss"] = point.valid_loss
+                data[f"{prefix}valid_loss"] = _finite(point.valid_loss)
                 data[f"{prefix}valid_mean_token_accuracy"] = point.valid_accuracy
         self._pace.step(point.step)
         if point.valid_loss is not None:
@@ -203,28 +204,29 @@ class DbWatch:
             self._estimated = time.monotonic()
             self.db.update_job(self.job.id, estimated_finish=now() + round(left))
 
-    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, folder: Path, metrics: dict[str, Any], *, again: bool = False) -> None:
         """See Watch.checkpoint."""
-        self.publish(step, folder, metrics, Event(job_id=self.job.id, message=f"Checkpoint created at step {step}"))
-        self.db.update_job(self.job.id, attempts=0)  # it got somewhere: being killed again is no dead end
+        told = Event(job_id=self.job.id, message=f"Checkpoint created at step {step}")
+        if self.publish(step, folder, metrics, told):
+            self.kept()
 
     def kept(self) -> None:
-        """See Watch.kept."""
+        """See Watch.kept. The job got somewhere: being killed again is no dead end."""
         self.db.update_job(self.job.id, attempts=0)
 
-    def publish(self, step: int, folder: Path, metrics: dict[str, Any], event: Event | None = None) -> None:
-        """Make a checkpoint callable by its name, and tell of it if nobody has."""
+    def publish(self, step: int, folder: Path, metrics: dict[str, Any], event: Event | None = None) -> bool:
+        """Make a checkpoint callable by its name. True when it was not recorded so before; then `event` is told."""
         prefix = f"adapters/{self.job.id}/step-{step}"
         put_adapter(self.blobs, prefix, folder)
         name = checkpoint_name(self.name, step)
         known = {
             "step": step,
-            "train_loss": metrics.get("train_loss"),
+            "train_loss": _finite(metrics.get("train_loss")),
             "train_mean_token_accuracy": metrics.get("train_accuracy"),
-            "full_valid_loss": metrics.get("valid_loss"),
+            "full_valid_loss": _finite(metrics.get("valid_loss")),
             "full_valid_mean_token_accuracy": metrics.get("valid_accuracy"),
         }
-        self.db.add_checkpoint(
+        return self.db.add_checkpoint(
             Checkpoint(job_id=self.job.id, step=step, model=name, metrics=known),
             self.model(name, prefix),
             event,
@@ -394,6 +396,11 @@ def _fail(db: Db, job: Job, code: str, message: str, param: str | None) -> None:
         finished_at=now(),
         estimated_finish=None,
     )
+
+
+def _finite(number: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _log(text: str) -> None:

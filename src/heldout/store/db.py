@@ -208,16 +208,16 @@ class Db:
         """One page of a job's events, newest first."""
         return self._page(Event, [schema.events.c.job_id == job_id], after=after, limit=limit, order="desc")
 
-    def add_checkpoint(self, checkpoint: Checkpoint, model: Model, event: Event | None = None) -> None:
+    def add_checkpoint(self, checkpoint: Checkpoint, model: Model, event: Event | None = None) -> bool:
         """Record a checkpoint, the model it is called by and the event that tells of it. Recording the same again
         changes nothing: a job that was taken up again passes the same steps. One that started again at a smaller
-        learning rate passes them with other metrics: they replace those before."""
+        learning rate passes them with other metrics: they replace those before. True when something was recorded."""
         table = schema.checkpoints
         here = (table.c.job_id == checkpoint.job_id) & (table.c.step == checkpoint.step)
         with self._engine.begin() as connection:
             known = connection.execute(select(table.c.metrics).where(here)).first()
             if known and known.metrics == checkpoint.metrics:
-                return
+                return False
             if known:
                 connection.execute(update(table).where(here).values(metrics=checkpoint.metrics))
             else:
@@ -225,6 +225,7 @@ class Db:
                 _insert(connection, model)
             if event:
                 _insert(connection, event)
+        return True
 
     def list_checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
         """One page of a job's checkpoints, those of the latest steps first: the one that is kept is recorded last,

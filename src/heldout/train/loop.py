@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from heldout.errors import InvalidTrainingFile, JobPaused
+from heldout.errors import CheckpointDamaged, InvalidTrainingFile, JobPaused
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Watch
@@ -327,7 +327,7 @@ def _resume(
         watch.message(f"Training continues from the checkpoint of step {course.step}", level="warn")
     if course.step and course.step % course.stopping.steps_per_epoch == 0:
         # It was saved, but whoever was stopped just then may not have said so.
-        watch.checkpoint(course.step, folder, course.curve[-1].as_dict())
+        watch.checkpoint(course.step, folder, course.curve[-1].as_dict(), again=True)
 
 
 def _to_go_back_to(course: Course, root: Path) -> Iterator[int]:
@@ -346,7 +346,10 @@ def _start_again(
     """Go back to an earlier checkpoint with a smaller learning rate, as if what came after had never been."""
     if alarm.restart_from is None:
         raise InvalidTrainingFile(alarm.sentence, param="hyperparameters.learning_rate")
-    folder, state = checkpoint.read(root, alarm.restart_from)
+    try:
+        folder, state = checkpoint.read(root, alarm.restart_from)
+    except CheckpointDamaged as error:  # the beginning's: of the others only those that can be read were offered
+        raise CheckpointDamaged(f"{alarm.sentence}, but {error}. Start a new job.") from error
     state["guard"] = course.guard.state()
     checkpoint.rewind(root, alarm.restart_from, state)
     checkpoint.restore(folder, trainee, optimizer, average)

@@ -16,7 +16,7 @@ from heldout.engine.template import ChatTemplate, Tokens
 from heldout.errors import CheckpointDamaged, InvalidTrainingFile
 from heldout.kernels import Kernels, compiling
 from heldout.pipeline import encoder_memory, memory
-from heldout.pipeline.plan import TrainPlan, looked_at
+from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.selection import Candidate, Kind, Selection, select
 from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Proof, Timings
 from heldout.pipeline.types import Example, Split
@@ -132,7 +132,7 @@ class TorchTrainer:
             trainee = self.build(plan, split, base_model, cache, directory, watch)
             keep_freed_memory()
             train = trainee.rows(split.train, "the training data")
-            valid = trainee.rows(looked_at(plan, split.valid), "the validation data")
+            valid = trainee.rows(split.valid, "the validation data")
             copies, left_out = that_fit(split.copies, lambda some: trainee.rows(some, "the copies"))
             if left_out:
                 watch.message(f"{left_out} copies of training rows are left out: too long for {plan.max_length} tokens")
@@ -183,7 +183,7 @@ class TorchTrainer:
         trainee = self.build(plan, split, base_model, directory / "activations", directory)
         keep_freed_memory()
         train = trainee.rows(split.train, "the training data")
-        valid = trainee.rows(looked_at(plan, split.valid), "the validation data")
+        valid = trainee.rows(split.valid, "the validation data")
         build = time.perf_counter() - began
         with device.repeatable():
             return timing.time_parts(plan, trainee, train, valid, directory=directory, seconds=seconds, build=build)

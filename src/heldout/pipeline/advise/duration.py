@@ -75,7 +75,6 @@ class Training:
 
     train: int
     valid: int
-    looked_at: int  # of valid, by every validation
     holdout: int  # 0: nothing is answered
     steps: int
     typical_steps: int
@@ -105,7 +104,6 @@ def training_of(plan: TrainPlan, split: Split) -> Training:
     return Training(
         train=n,
         valid=len(split.valid),
-        looked_at=plan.valid_rows,
         holdout=len(split.holdout),
         steps=plan.total_steps,
         typical_steps=min(plan.total_steps, until) if plan.early_stopping else plan.total_steps,
@@ -211,11 +209,11 @@ def _mean(seconds: Sequence[float]) -> float:
 
 def _training(one: Training, measured: Measured) -> float:
     timings = measured.timings
-    validation = one.looked_at * timings.validation
+    validation = one.valid * timings.validation
     looks = one.validations + (1 if one.valid else 0)  # the average of checkpoints is looked at too
     return (
         timings.build
-        + timings.prepare * (one.train + one.looked_at)
+        + timings.prepare * (one.train + one.valid)
         + timings.step * (one.steps + one.search_steps)
         + validation * looks
         + timings.save * (one.validations + 1)
