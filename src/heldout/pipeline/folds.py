@@ -24,7 +24,7 @@ from heldout.pipeline.split import (
     strata,
     too_small,
 )
-from heldout.pipeline.types import Dataset, Finding, Split
+from heldout.pipeline.types import Dataset, Example, Finding, Split
 from heldout.pipeline.units import Unit, find_units
 
 FOLDS = 5
@@ -65,9 +65,9 @@ def split_into_folds(
 
     Units stay together: rows that ask the same or nearly so, of one passage, declared group or conversation.
     Labels keep their shares in every fold. Of what a fold does not hold out, 15 % (at least 10 units, at most
-    half) are valid, or else `valid` is: the given file less what leaks, or whole (`keep_leaks`). Held-out questions
-    are asked without codes that give their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same
-    folds.
+    half) are valid, or else `valid` is: the given file less what leaks, or with it (`keep_leaks`), and as many of its
+    rows as cost little. Held-out questions are asked without codes that give their answers away (giveaways.py), unless
+    `keep_leaks`. Same files and seed, same folds.
 
     Raises InvalidTrainingFile when there are fewer units than folds, InvalidValidationFile when all of `valid`
     leaks.
@@ -85,9 +85,9 @@ def split_into_folds(
     findings = [*found.findings, *_never_held_out(train, held_once, found.findings)]
     rows = once(tuple(train.examples), train.name, findings)
     findings += given.findings
-    valid_rows = once(given.valid, valid.name, findings) if valid is not None else ()
+    valid_rows: tuple[Example, ...] = ()
     if valid is not None:
-        valid_rows = affordable(valid_rows, len(train), valid.name, seed, findings)
+        valid_rows = affordable(once(given.valid, valid.name, findings), len(train), valid.name, seed, findings)
     scored = tuple(row for row in rows if prompt_fingerprint(row.prompt) in held_once)
     giveaways = find_giveaways(files.rows, with_valid=valid is not None, keep=keep_leaks)
     told, caveats = giveaways.told(scored, train.name)

@@ -39,10 +39,10 @@ def split_dataset(
 
     Rows that ask the same or nearly the same, are about one long passage, belong to one group the user declared
     or to one conversation are in one part: no unit (see units.py) is divided. Files that are given are used as
-    they are, less the rows that another part gives away, or with them (`keep_leaks`; the split says so); what is
-    not given is split off `train`. Rows are never left out of `train`, where repeated rows stay too; in the
-    other parts they count once. Questions that are held out of `train` are asked without codes that give
-    their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same split.
+    they are, less the rows that another part gives away, or with them (`keep_leaks`; the split says so), and of
+    `valid` as many rows as cost little; what is not given is split off `train`. Rows are never left out of `train`,
+    where repeated rows stay too; in the other parts they count once. Questions that are held out of `train` are asked
+    without codes that give their answers away (giveaways.py), unless `keep_leaks`. Same files and seed, same split.
 
     Raises the file's InvalidTrainingFile, InvalidValidationFile or InvalidHoldoutFile when a part would be
     empty.
@@ -260,8 +260,8 @@ def affordable(valid: _Examples, n: int, name: str, seed: int, findings: list[Fi
             severity="note",
             message=(
                 f"{most} of the {len(valid)} rows of {name} are drawn to stop training by: with all of them validation "
-                f"would take more than half of the time that training on {n} rows does. Rows that are left say more in "
-                "a holdout file."
+                f"would take more than half of the time that training on {n} rows does. The others would say more in a "
+                "holdout file."
             ),
             file=name,
         )
