@@ -24,7 +24,6 @@ def test_memory_is_predicted_with_the_sizes_that_training_uses() -> None:
 TRAINING = """
 import json, sys, tempfile
 from pathlib import Path
-from heldout.engine import device
 from heldout.pipeline.dataset import read_dataset
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.plan import make_plan

@@ -65,23 +65,19 @@ def read(root: Path, step: int) -> tuple[Path, dict[str, Any]]:
 
 def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest sound checkpoint and its state; a damaged one is passed over."""
+    return next(sound(root), None)
+
+
+def sound(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Checkpoints that can be read and their states, the newest first; each is read when it is asked for."""
     for step in reversed(steps(root)):
         with contextlib.suppress(CheckpointDamaged):
-            return read(root, step)
-    return None
+            yield read(root, step)
 
 
 def steps(root: Path) -> list[int]:
     """Steps that have a checkpoint, ascending."""
     return sorted(int(state.parent.name.removeprefix("step-")) for state in root.glob(f"step-*/{STATE}"))
-
-
-def readable(root: Path) -> Iterator[int]:
-    """Steps that have a sound checkpoint, ascending. Reads all of them."""
-    for step in steps(root):
-        with contextlib.suppress(CheckpointDamaged):
-            read(root, step)
-            yield step
 
 
 def rewind(root: Path, step: int, state: dict[str, Any]) -> None:

@@ -332,7 +332,7 @@ def _resume(
 
 def _to_go_back_to(course: Course, root: Path) -> Iterator[int]:
     """Steps that training can go on from; which ones can be read is found out when somebody wants to know."""
-    yield from course.stopping.can_go_back_to(checkpoint.readable(root))
+    yield from course.stopping.can_go_back_to(state["step"] for _, state in checkpoint.sound(root))
 
 
 def _start_again(
