@@ -42,8 +42,9 @@ from heldout.pipeline.augment.paraphrase import paraphrased_copies
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Silent
 from heldout.train import loop
+from heldout.train.candidates import choose
 from heldout.train.memory import keep_freed_memory
-from heldout.train.trainer import choose, that_fit
+from heldout.train.trainer import that_fit
 
 ENCODER = "all-minilm-l6-v2"
 ARMS = ("none", "duplicated", "robust", "paraphrase")
@@ -144,8 +145,8 @@ def run(
         trainee.prepare([*train, *(copy for some in copies for copy in some), *valid], Silent())
         checkpoints = directory / "checkpoints"
         course = loop.run(plan, trainee, learned, valid, copies=copies, checkpoints=checkpoints, watch=Silent())
-        selection, folder = choose(trainee, valid, course, checkpoints=checkpoints)
-        trainee.load(folder)
+        selection, folders = choose(trainee, valid, course, checkpoints=checkpoints)
+        trainee.load(folders[selection.chosen.kind])
         scores = {
             how: mean(loop.validate(trainee, trainee.rows(badly_typed(split.holdout, how), how)).right) for how in TESTS
         }

@@ -28,7 +28,7 @@ from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Silent
 from heldout.train import checkpoint, loop
 from heldout.train.averaging import Average
-from heldout.train.trainer import choose
+from heldout.train.candidates import choose
 
 
 class Looking(Silent):
@@ -56,8 +56,8 @@ def run(task: str, seed: int, epochs: int, model: str, asked: dict[str, Any], di
     watch, checkpoints = Looking(trainee, holdout, plan.ema_decay), directory / "checkpoints"
     course = loop.run(plan, trainee, train, valid, checkpoints=checkpoints, watch=watch)
     stopped = course.step
-    selection, folder = choose(trainee, valid, course, checkpoints=checkpoints)
-    trainee.load(folder)
+    selection, folders = choose(trainee, valid, course, checkpoints=checkpoints)
+    trainee.load(folders[selection.chosen.kind])
     kept_score = mean(loop.validate(trainee, holdout).right)
     if stopped < plan.total_steps:
         _, state = checkpoint.latest(checkpoints) or (None, {})

@@ -21,8 +21,8 @@ from benchmarks.common import mean, plan_of, split_of, trainee_of
 
 from heldout.pipeline.watch import Silent
 from heldout.train import loop
+from heldout.train.candidates import choose
 from heldout.train.memory import keep_freed_memory
-from heldout.train.trainer import choose
 
 ENCODER = "all-minilm-l6-v2"
 
@@ -37,9 +37,9 @@ def run(task: str, seed: int, freeze: str, model: str, directory: Path) -> str:
     frozen = mean(loop.validate(trainee, holdout).right)
     looked = time.monotonic() - began
     course = loop.run(plan, trainee, train, valid, checkpoints=directory / "checkpoints", watch=Silent())
-    selection, folder = choose(trainee, valid, course, checkpoints=directory / "checkpoints")
+    selection, folders = choose(trainee, valid, course, checkpoints=directory / "checkpoints")
     seconds = time.monotonic() - began
-    trainee.load(folder)
+    trainee.load(folders[selection.chosen.kind])
     score = mean(loop.validate(trainee, holdout).right)
     print(f"{course.stopped}; {selection.reason}", file=sys.stderr)
     return (

@@ -24,8 +24,8 @@ from benchmarks.common import MODEL, mean, part_of, plan_of, split_of, trainee_o
 
 from heldout.pipeline.watch import Silent
 from heldout.train import loop
+from heldout.train.candidates import choose
 from heldout.train.memory import keep_freed_memory
-from heldout.train.trainer import choose
 
 TASKS = ("banking12", "snips-slots", "sms-spam", "clinc10-oos")
 PROFILES = ("full", "fast", "turbo")
@@ -40,8 +40,8 @@ def run(
     trainee, train, valid, holdout = trainee_of(plan, split, directory / "activations")
     keep_freed_memory()
     course = loop.run(plan, trainee, train, valid, checkpoints=directory / "checkpoints", watch=Silent())
-    selection, folder = choose(trainee, valid, course, checkpoints=directory / "checkpoints")
-    trainee.load(folder)
+    selection, folders = choose(trainee, valid, course, checkpoints=directory / "checkpoints")
+    trainee.load(folders[selection.chosen.kind])
     return {
         "task": task,
         "seed": seed,

@@ -12,14 +12,14 @@ import torch
 
 from heldout.errors import CheckpointDamaged
 from heldout.train import checkpoint, loop, sft
+from heldout.train.candidates import choose
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.loop import Course
 from heldout.train.sft import ChatTrainee
-from heldout.train.trainer import choose
-from tests.torch.conftest import NOISY, SMALL, Recording, train
+from tests.torch.conftest import NOISY, TURNING, Recording, train
 
 #: Overfits: the lowest validation loss comes long before the last step. Without dropout, which differs with kernels.
-PLAN = replace(NOISY, lora_dropout=0.0, learning_rate=0.06, n_epochs=4, total_steps=24, early_stopping=False)
+PLAN = replace(NOISY, lora_dropout=0.0, learning_rate=0.04, n_epochs=6, total_steps=36, early_stopping=False)
 
 
 class Warned(Recording):
@@ -47,12 +47,12 @@ def test_a_job_whose_best_checkpoint_is_damaged_hands_over_the_best_of_the_rest(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "checkpoints"
-    before = train(tiny_model, tmp_path, PLAN, SMALL)
+    before = train(tiny_model, tmp_path, PLAN, TURNING)
     (best,) = [one.step for one in before.selection.candidates if one.kind == "best_loss"]
     assert best < before.last_step
     damage(root, best)
     watch = Warned()
-    after = train(tiny_model, tmp_path, PLAN, SMALL, watch)
+    after = train(tiny_model, tmp_path, PLAN, TURNING, watch)
     assert after.last_step == before.last_step, "nothing is trained again"
     (warning,) = [text for text in watch.warnings if "Left out" in text]
     assert f"the checkpoint of step {best} is damaged: its checksums do not hold" in warning
@@ -65,13 +65,13 @@ def test_a_job_whose_best_checkpoint_is_damaged_hands_over_the_best_of_the_rest(
     assert after.selection.reason.startswith("of the checkpoints that can be read, step ")
     trainee = sft.build_model(PLAN, tiny_model, torch.float32)
     trainee.load(after.directory)
-    seen = loop.validate(trainee, trainee.rows(SMALL.valid, "valid"))
+    seen = loop.validate(trainee, trainee.rows(TURNING.valid, "valid"))
     assert sum(seen.calibrated) / len(seen.calibrated) == pytest.approx(after.selection.chosen.valid_loss, rel=1e-5)
 
 
 def trained(model: Path, folder: Path, *, valid: bool) -> tuple[ChatTrainee, list[Any], Course]:
     trainee = sft.build_model(PLAN, model, torch.float32)
-    rows, others = trainee.rows(SMALL.train, "train"), trainee.rows(SMALL.valid, "valid") if valid else []
+    rows, others = trainee.rows(TURNING.train, "train"), trainee.rows(TURNING.valid, "valid") if valid else []
     return trainee, others, loop.run(PLAN, trainee, rows, others, checkpoints=folder, watch=Recording())
 
 
@@ -97,7 +97,8 @@ def test_with_no_sound_checkpoint_left_the_job_fails_with_what_is_wrong(
     steps = [step for step in checkpoint.steps(tmp_path) if step]
     *others, last = steps
     damage(tmp_path, last)
-    selection, folder = choose(trainee, rows, course, checkpoints=tmp_path)
+    selection, folders = choose(trainee, rows, course, checkpoints=tmp_path)
+    folder = folders[selection.chosen.kind]
     assert selection.chosen.step in others
     assert folder.name == f"step-{selection.chosen.step:06d}" or selection.chosen.kind == "average"
     if not valid:

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from heldout.errors import InvalidTrainingFile
 from heldout.pipeline.selection import Candidate, Selection
 from heldout.pipeline.training import CurvePoint
-from heldout.train import checkpoint, loop, sft, trainer
+from heldout.train import candidates, checkpoint, loop, sft
 from heldout.train.checkpoint import ADAPTER
-from tests.torch.conftest import NOISY, SMALL, Recording, train
+from tests.torch.conftest import NOISY, TURNING, Recording, train
 from tests.torch.jobs import Work
 
 OFTEN = replace(NOISY, eval_every=1, learning_rate=0.03, warmup_steps=0, early_stopping=False)
+TURNS = replace(OFTEN, learning_rate=0.02, warmup_steps=5, n_epochs=6, total_steps=36)
 
 
 class Looking(Recording):
@@ -78,28 +79,25 @@ def test_a_training_that_breaks_down_at_every_rate_gives_up_with_a_sentence(tiny
 
 
 def test_the_candidates_of_a_selection_are_what_they_say(tiny_model: Path, tmp_path: Path) -> None:
-    watch = Recording()
-    plan = replace(OFTEN, learning_rate=0.04, warmup_steps=5, n_epochs=4, total_steps=24)
-    adapter = train(tiny_model, tmp_path, plan, SMALL, watch)
+    adapter = train(tiny_model, tmp_path, TURNS, TURNING)
     losses = {point.step: point.valid_calibrated_loss for point in adapter.curve}
     by_kind = {one.kind: one for one in adapter.selection.candidates}
     best = by_kind["best_loss"]
     assert set(by_kind) == {"best_loss", "best_metric", "last", "average"}
     assert best.valid_loss == losses[best.step] == min(loss for loss in losses.values() if loss is not None)
-    assert 1 < best.step < 24, "it has neighbours"
-    assert by_kind["last"].step == 24
-    assert by_kind["last"].valid_loss == losses[24]
+    assert 1 < best.step < 36, "it has neighbours"
+    assert by_kind["last"].step == 36
+    assert by_kind["last"].valid_loss == losses[36]
     assert (by_kind["best_metric"].score or 0) >= max(one.score or 0 for one in (best, by_kind["last"]))
-    assert all(len(one.scores) == len(SMALL.valid) for one in by_kind.values())
-    assert adapter.selection.reason in watch.messages
+    assert all(len(one.scores) == len(TURNING.valid) for one in by_kind.values())
     assert adapter.best_step == adapter.selection.chosen.step
     # The average, made and measured here once more.
-    trainee = sft.build_model(plan, tiny_model, torch.float32)
+    trainee = sft.build_model(TURNS, tiny_model, torch.float32)
     several = [load_file(tmp_path / "checkpoints" / f"step-{best.step + i:06d}" / ADAPTER) for i in (-1, 0, 1)]
     with torch.no_grad():
         for name, parameter in trainee.parameters.items():
             parameter.copy_(sum(one[name.replace(".default.", ".")] for one in several) / 3)
-    seen = loop.validate(trainee, trainee.rows(SMALL.valid, "valid"))
+    seen = loop.validate(trainee, trainee.rows(TURNING.valid, "valid"))
     assert by_kind["average"].valid_loss == pytest.approx(sum(seen.calibrated) / len(seen.calibrated), rel=1e-4)
     assert by_kind["average"].scores == tuple(map(float, seen.right))
 
@@ -108,23 +106,22 @@ def test_the_candidates_of_a_selection_are_what_they_say(tiny_model: Path, tmp_p
 def test_what_is_chosen_is_what_is_handed_over(
     tiny_model: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choose(candidates: list[Candidate], *, metric: str) -> Selection:
-        (chosen,) = [one for one in candidates if one.kind == kind]
-        return Selection(chosen=chosen, reason=f"{kind} it is", candidates=tuple(candidates))
+    def choose(several: list[Candidate], *, metric: str, complete: bool) -> Selection:
+        (chosen,) = [one for one in several if one.kind == kind]
+        return Selection(chosen=chosen, reason=f"{kind} it is", candidates=tuple(several))
 
-    monkeypatch.setattr(trainer, "select", choose)
-    plan = replace(OFTEN, learning_rate=0.04, warmup_steps=5, n_epochs=4, total_steps=24)
-    adapter = train(tiny_model, tmp_path, plan, SMALL)
+    monkeypatch.setattr(candidates, "select", choose)
+    adapter = train(tiny_model, tmp_path, TURNS, TURNING)
     assert adapter.selection.chosen.kind == kind
-    trainee = sft.build_model(plan, tiny_model, torch.float32)
+    trainee = sft.build_model(TURNS, tiny_model, torch.float32)
     trainee.load(adapter.directory)
-    seen = loop.validate(trainee, trainee.rows(SMALL.valid, "valid"))
+    seen = loop.validate(trainee, trainee.rows(TURNING.valid, "valid"))
     assert sum(seen.calibrated) / len(seen.calibrated) == pytest.approx(adapter.selection.chosen.valid_loss, rel=1e-5)
-    assert adapter.proofs[0].log_prob == pytest.approx(trainee.log_prob(SMALL.valid[0]), rel=1e-5)
+    assert adapter.proofs[0].log_prob == pytest.approx(trainee.log_prob(TURNING.valid[0]), rel=1e-5)
 
 
 def test_without_validation_examples_the_last_step_is_kept(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = train(tiny_model, tmp_path, replace(OFTEN, learning_rate=5e-3), replace(SMALL, valid=()))
+    adapter = train(tiny_model, tmp_path, replace(OFTEN, learning_rate=5e-3), replace(TURNING, valid=()))
     assert adapter.best_step == adapter.last_step == 12
     assert "no validation examples" in adapter.stopped
     assert [one.kind for one in adapter.selection.candidates] == ["last"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.advise.duration import training_of
+from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.plan import TrainPlan
 from heldout.processes.advising import advise
 from heldout.settings import Settings
@@ -72,7 +73,7 @@ def test_validations_are_counted_as_the_loop_takes_them(rows: int, eval_every: i
     plan: TrainPlan = replace(PLAN, eval_every=eval_every, total_steps=steps, early_stopping=False)
     split = parts(rows)
     due = sum(loop.is_due(plan, rows, step) for step in range(1, steps + 1))
-    assert training_of(plan, split).validations == due
+    assert training_of(plan, split, choose_metric(["red", "blue"] * 3)).validations == due
 
 
 @pytest.mark.parametrize("crossfit", [True, False])

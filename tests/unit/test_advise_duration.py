@@ -15,7 +15,7 @@ from heldout.pipeline.advise.duration import Training, add_up, training_of
 from heldout.pipeline.advise.measure import READING_WEIGHTS, Answering, Measured, measure
 from heldout.pipeline.advise.rungs import Cheap
 from heldout.pipeline.consequences.base import SECONDS
-from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.evaluate.answers import Metric, choose_metric
 from heldout.pipeline.evaluate.scores import Scores
 from heldout.pipeline.general_facts import FACTS as QUESTIONS
 from heldout.pipeline.general_prompts import HELD_BACK
@@ -28,6 +28,7 @@ from heldout.pipeline.watch import Silent
 from heldout.settings import Settings
 from tests.unit.conftest import labelled, split_of
 
+ROUGE = choose_metric(["an answer", "and another one"], "rouge_l")
 FACTS = ModelFacts(hidden_size=576, layers=30, context=2048, parameters=135_000_000)
 
 
@@ -83,6 +84,8 @@ def training(**changes: Any) -> Training:
         "search_steps": 0,
         "eval_every": 5,
         "steps_per_epoch": 10,
+        "batch_size": 8,
+        "by_answers": False,
     }
     return Training(**(values | changes))
 
@@ -91,9 +94,10 @@ def test_a_job_is_the_sum_of_its_stages() -> None:
     found = {stage.name: stage for stage in add_up([training()], measured(), checked=9.0).stages}
     assert found["checks"].typical == 9.0
     assert found["loading the model"].at_most == 8.0
-    # 30 steps, 6 validations and one of the average, 7 checkpoints, 8 proofs twice.
-    assert found["training and validation"].at_most == pytest.approx(3 + 60 + 7 * 2.0 + 7 * 0.5 + 16 * 0.25)
-    assert found["training and validation"].typical == pytest.approx(3 + 40 + 5 * 2.0 + 5 * 0.5 + 16 * 0.25)
+    # 30 steps, 6 validations and one of the average, 7 checkpoints, 8 proofs of 4 candidates and as it is served.
+    assert found["training and validation"].at_most == pytest.approx(3 + 60 + 7 * 2.0 + 7 * 0.5 + 40 * 0.25)
+    assert found["training and validation"].typical == pytest.approx(3 + 40 + 5 * 2.0 + 5 * 0.5 + 32 * 0.25)
+    assert found["answers that choose a checkpoint"].at_most == 0.0
     assert found["answers of tuned models"].at_most == measured().tuned.seconds_for(40)
     general = measured().general
     assert general is not None
@@ -168,14 +172,25 @@ def test_six_trainings_take_six_times_as_long_and_the_last_one_answers_nothing()
     assert answers.at_most == pytest.approx(5 * measured().tuned.seconds_for(8))
 
 
-def plan_and_split(n: int = 96, **asked: Any) -> tuple[Any, Split]:
+def test_answers_that_choose_a_checkpoint_are_part_of_training() -> None:
+    stages = add_up([training(by_answers=True)], measured()).stages
+    found = {stage.name: stage for stage in stages}["answers that choose a checkpoint"]
+    # All 20 rows of valid: by 4 candidates at most, typically by 3.
+    assert found.at_most == measured().tuned.seconds_for(4 * 20)
+    assert found.typical == measured().tuned.seconds_for(3 * 20)
+    many = training(by_answers=True, valid=1000, steps=100)
+    assert many.candidate_answers == 4 * 100, "half of the 800 rows that training takes"
+
+
+def plan_and_split(n: int = 96, **asked: Any) -> tuple[Any, Split, Metric]:
     split = split_of(labelled("train", n), labelled("valid", 24), labelled("holdout", 24))
-    return make_plan(Hyperparameters.parse(asked), split, FACTS, seed=0), split
+    metric = choose_metric([row.target for row in split.train])
+    return make_plan(Hyperparameters.parse(asked), split, FACTS, seed=0), split, metric
 
 
 def test_typically_training_stops_half_way_and_a_patience_later() -> None:
-    plan, split = plan_and_split()
-    one = training_of(plan, split)
+    plan, split, metric = plan_and_split()
+    one = training_of(plan, split, metric)
     assert one.typical_steps == plan.total_steps // 2 + plan.patience * plan.eval_every
     assert one.typical_steps < one.steps == plan.total_steps
 
@@ -183,6 +198,15 @@ def test_typically_training_stops_half_way_and_a_patience_later() -> None:
 def test_without_early_stopping_every_step_is_taken() -> None:
     one = training_of(*plan_and_split(early_stopping=False))
     assert one.typical_steps == one.steps
+
+
+def test_candidates_answer_where_training_does_not_know_the_score() -> None:
+    plan, split, labels = plan_and_split()
+    assert not training_of(plan, split, labels).by_answers
+    assert training_of(plan, split, ROUGE).by_answers
+    assert not training_of(plan, replace(split, valid=()), ROUGE).by_answers, "there are none"
+    fold = replace(plan, kept_shares=(0.5, 1.0))
+    assert not training_of(fold, split, ROUGE).by_answers, "all folds choose together"
 
 
 def test_tokens_that_a_tuned_model_saves() -> None:
@@ -255,12 +279,12 @@ class Watched:
 
 
 def test_the_holdout_is_not_asked_while_measuring() -> None:
-    plan, split = plan_and_split()
+    plan, split, metric = plan_and_split()
     watched: Any = Watched()
     found = measure(
         plan,
         split,
-        choose_metric([row.target for row in split.train]),
+        metric,
         FACTS,
         watched,
         watched,

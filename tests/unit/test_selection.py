@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from heldout.pipeline.selection import Candidate, Kind, Selection, select
+from heldout.pipeline.selection import Candidate, Kind, Selection, in_question, select
 
 
 def candidate(kind: Kind, right: int, *, n: int = 100, step: int, loss: float = 0.5) -> Candidate:
@@ -133,11 +134,29 @@ def test_candidates_that_cannot_be_compared_are_refused() -> None:
             choose(BEST, Candidate(kind="last", step=90, valid_loss=0.5, scores=(wrong,) * 100))
 
 
+def test_only_those_are_in_question_whose_score_could_put_them_first() -> None:
+    last, same = candidate("last", 0, step=90, loss=0.9), candidate("best_metric", 80, step=BEST.step)
+    lower, higher = (candidate("average", 80, step=60, loss=loss) for loss in (0.39, 0.42))
+    broken = candidate("best_metric", 100, step=30, loss=math.nan)
+    assert in_question([BEST, same, last, lower]) == (BEST, last, lower)
+    assert in_question([BEST, broken, last, higher]) == (BEST, last)
+    for one in (same, broken, higher):
+        assert choose(BEST, replace(one, scores=(1.0,) * 100)).chosen is BEST, one
+    assert in_question([last]) == (last,)
+
+
+def test_the_reason_says_that_a_checkpoint_could_not_be_read() -> None:
+    selection = select([BEST], metric="exact_match", complete=False)
+    assert selection.reason == f"of the checkpoints that can be read, {choose(BEST).reason}"
+    assert not selection.complete
+
+
 def test_the_report_gets_the_choice_the_reason_and_every_candidate() -> None:
     selection = choose(BEST, candidate("best_metric", 84, step=30))
     assert selection.as_dict() == {
         "chosen": {"kind": "best_metric", "step": 30, "valid_loss": 0.5, "score": pytest.approx(0.84)},
         "reason": selection.reason,
+        "metric": "exact_match",
         "candidates": [
             {"kind": "best_loss", "step": 60, "valid_loss": 0.41, "score": pytest.approx(0.80)},
             {"kind": "best_metric", "step": 30, "valid_loss": 0.5, "score": pytest.approx(0.84)},

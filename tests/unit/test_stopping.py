@@ -215,8 +215,20 @@ def test_whatever_it_goes_back_to_what_it_may_hand_over_is_still_there() -> None
                 stopping.restore(json.loads(saved[step]))
                 saved = {one: state for one, state in saved.items() if one <= step and one in stopping.keep()}
                 returns, fresh = returns + 1, False
-            assert {stopping.best_step, stopping.top_step, stopping.steps[-1], *stopping.neighbours()} <= set(saved)
+            top = set() if stopping.top_score is None else {stopping.top_step}
+            assert {stopping.best_step, *top, stopping.steps[-1], *stopping.neighbours()} <= set(saved)
     assert returns > 100
+
+
+def test_while_no_answer_is_right_no_checkpoint_is_kept_for_its_score() -> None:
+    stopping = EarlyStopping(patience=9, steps_per_epoch=2)
+    for step in range(1, 9):
+        stopping.update(step, [1.0 / step, 1.0 / step], 0.0)
+    assert stopping.top_score is None
+    assert stopping.keep() == {4, 5, 6, 7, 8}, "the last four and what they rely on: never the first"
+    stopping.update(9, [0.1, 0.1], 0.5)
+    stopping.update(10, [0.1, 0.1], 0.5)
+    assert (stopping.top_step, stopping.top_score) == (9, 0.5), "at a tie the earlier one"
 
 
 def test_a_restored_stopping_decides_the_same_to_the_bit() -> None:

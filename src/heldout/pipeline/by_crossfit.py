@@ -11,6 +11,7 @@ from heldout.pipeline.crossfit import CrossFit, Fold, FoldWatch
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.clusters import find_clusters
+from heldout.pipeline.evaluate.scores import answer_room
 from heldout.pipeline.fold_length import TrainedFold, choose_length, final_plan, fold_plan, trained_fold
 from heldout.pipeline.folds import Folds, split_into_folds
 from heldout.pipeline.intake import tell_findings
@@ -22,7 +23,6 @@ from heldout.pipeline.stages import (
     FoldModel,
     Made,
     Stopwatch,
-    answer_room,
     climb,
     metric_of,
     prove_serving,
@@ -62,7 +62,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
         rungs = with_clusters(climb_folds(folds, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the rows, out of fold", tools.watch)
 
-    trained = train_folds(folds, plans, request, tools)
+    trained = train_folds(folds, plans, metric, request, tools)
     with answering:
         fitted = ask_folds(folds, trained, metric, request, tools)
     tuned = with_clusters([crossfit.pool_tuned(fitted)], clusters)[0]
@@ -75,7 +75,7 @@ def make_by_crossfit(request: Request, parts: Parts, facts: ModelFacts, tools: T
     plan = within_memory(plan, folds.whole, request, tools)
     tools.watch.message(f"The model to serve is trained on all {len(folds.whole.train)} rows")
     tools.watch.planned(plan)
-    adapter = train(plan, folds.whole, request, tools, directory=request.directory)
+    adapter = train(plan, folds.whole, metric, request, tools, directory=request.directory)
     prove_serving(adapter, request.base_model, tools)
     found = CrossFit(folds=fitted, groups=folds.groups)
     tools.watch.message(f"Mind that {found.sentence}")
@@ -118,7 +118,9 @@ def climb_folds(folds: Folds, metric: Metric, request: Request, facts: ModelFact
     return crossfit.pool_rungs(ladders, tools.watch)
 
 
-def train_folds(folds: Folds, plans: Sequence[TrainPlan], request: Request, tools: Tools) -> tuple[TrainedFold, ...]:
+def train_folds(
+    folds: Folds, plans: Sequence[TrainPlan], metric: Metric, request: Request, tools: Tools
+) -> tuple[TrainedFold, ...]:
     """Train in every fold, and keep the models that may answer. What a training found is on disk before anything of
     it is deleted, so a job that is taken up repeats no finished one."""
     found = []
@@ -130,7 +132,7 @@ def train_folds(folds: Folds, plans: Sequence[TrainPlan], request: Request, tool
             in_fold.watch.message(
                 f"{len(split.train)} rows to train on, {len(split.valid)} to stop by, {len(split.holdout)} to answer"
             )
-            adapter = train(plan, split, request, in_fold, directory=directory)
+            adapter = train(plan, split, metric, request, in_fold, directory=directory)
             trained = trained_fold(number, split, plan, folds.whole, adapter)
             fold_records.write_trained(directory, split, trained)
             in_fold.watch.kept()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.clusters import find_clusters
+from heldout.pipeline.evaluate.scores import answer_room
 from heldout.pipeline.intake import tell_findings
 from heldout.pipeline.ladder import Rung, with_clusters
 from heldout.pipeline.plan import make_plan
@@ -13,7 +14,6 @@ from heldout.pipeline.split import split_dataset
 from heldout.pipeline.stages import (
     Made,
     Stopwatch,
-    answer_room,
     climb,
     metric_of,
     prove_serving,
@@ -49,7 +49,7 @@ def make_by_holdout(request: Request, parts: Parts, facts: ModelFacts, tools: To
     rungs = with_clusters(with_tuned_encoder(rungs, split, metric, request, facts, tools), clusters)
     tell_rungs(rungs, "the holdout", tools.watch)
 
-    adapter = train(plan, split, request, tools, directory=request.directory)
+    adapter = train(plan, split, metric, request, tools, directory=request.directory)
     with answering:
         prove_serving(adapter, request.base_model, tools)
         scores = score_tuned(adapter.directory, split, metric, request.base_model, max_tokens, tools)

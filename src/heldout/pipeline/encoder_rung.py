@@ -38,6 +38,7 @@ def tuned_encoder_rung(split: Split, metric: Metric, tools: Tools, *, directory:
         plan = tools.trainer.fit(plan, split, base_model=encoder, directory=directory)
         tools.engine.close()  # training needs the memory
         adapter = tools.trainer.train(plan, split, base_model=encoder, directory=directory, watch=watch)
+        watch.message(adapter.selection.reason, data=adapter.selection.as_dict())
     except InvalidTrainingFile as error:
         watch.message(f"left out: {error}", level="warn")
         return []

@@ -15,7 +15,7 @@ from heldout.pipeline.mistakes import Mistake
 from heldout.pipeline.plan import TrainPlan
 from heldout.pipeline.reproduce import Reproduction
 from heldout.pipeline.served_rungs import ServedRung
-from heldout.pipeline.training import Adapter
+from heldout.pipeline.training import RIGHT, Adapter
 from heldout.pipeline.types import Finding, Split
 from heldout.pipeline.verdict import Verdict
 
@@ -47,13 +47,14 @@ class Outcome:
 
     @property
     def optimism(self) -> float | None:
-        """By how much the kept checkpoint is better on the validation rows that chose it than on the holdout (share of
-        right answers). None where the two are not of one kind: by cross-fitting, without validation rows, by other
-        metrics than exact match (validation knows no other), and where held-out questions are asked without a code."""
-        on_valid, giveaways = self.adapter.selection.chosen.score, self.split.giveaways
+        """By how much the kept checkpoint is better on the validation rows that chose it than on the holdout. None
+        where the two are not of one kind: by cross-fitting, without validation rows, where another metric than the
+        verdict's chose it (pipeline/candidate_answers.py), and where held-out questions are asked without a code."""
+        selection, giveaways, metric = self.adapter.selection, self.split.giveaways, self.tuned.scores.metric
+        on_valid = selection.chosen.score
         if self.crossfit or on_valid is None or (giveaways and giveaways.codes):
             return None
-        if self.tuned.scores.metric != EXACT:
+        if selection.metric != metric and (selection.metric, metric) != (RIGHT, EXACT):
             return None
         return on_valid - self.tuned.scores.mean
 

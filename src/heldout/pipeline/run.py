@@ -23,6 +23,7 @@ from heldout.pipeline.consequences.records import read_consequences, write_conse
 from heldout.pipeline.encoder_rung import TUNED_ENCODER
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.forgetting import Forgetting, measure_forgetting
+from heldout.pipeline.evaluate.scores import answer_room
 from heldout.pipeline.folds import is_small
 from heldout.pipeline.giveaways import as_asked, find_giveaways
 from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, refuse_errors, tell_findings
@@ -32,7 +33,7 @@ from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.reproduce import Reproduction, reproduction_of
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.served_rungs import ServedRung, serve_frozen_encoder, serve_shots, serve_word_counts
-from heldout.pipeline.stages import Made, Stopwatch, activations, answer_room
+from heldout.pipeline.stages import Made, Stopwatch, activations
 from heldout.pipeline.training import Adapter, ModelFacts
 from heldout.pipeline.types import Example, Finding
 from heldout.pipeline.verdict import decide

@@ -59,29 +59,56 @@ class Selection:
     chosen: Candidate
     reason: str
     candidates: tuple[Candidate, ...]
+    metric: str | None = None  # of their scores; None without validation examples
+    complete: bool = True  # False: a checkpoint that would have been a candidate cannot be read
 
     def as_dict(self) -> dict[str, Any]:
         """As it goes into the report."""
         return {
             "chosen": self.chosen.as_dict(),
             "reason": self.reason,
+            "metric": self.metric,
             "candidates": [candidate.as_dict() for candidate in self.candidates],
         }
 
 
-def select(candidates: Sequence[Candidate], *, metric: str) -> Selection:
-    """Choose by the one-standard-error rule (docs/design/stopping.md); `metric` names the scores in the reason.
+def select(candidates: Sequence[Candidate], *, metric: str, complete: bool = True) -> Selection:
+    """Choose by the one-standard-error rule (docs/design/stopping.md); `metric` names the scores in the reason, which
+    says so where the candidates are not `complete`.
 
     Raises ValueError when there is no best_loss or two of a kind, when scores are not of the same examples
     or not within 0 and 1, and when the loss of best_loss is not a number.
     """
     best = _check(candidates)
-    others = [one for one in candidates if not _same(one, best) and math.isfinite(one.valid_loss)]
+    others = _others(candidates, best)
     passed = [one for one in others if _is_better(one, best, _bar(one, best, others))]
     # Where scores tie, the lower validation loss decides.
     chosen = max(passed, key=lambda one: (one.score or 0.0, -one.valid_loss), default=best)
     reason = _why_other(chosen, best, others, metric) if passed else _why_best(best, others, metric)
-    return Selection(chosen=chosen, reason=reason, candidates=tuple(candidates))
+    return Selection(
+        chosen=chosen,
+        reason=reason if complete else f"of the checkpoints that can be read, {reason}",
+        candidates=tuple(candidates),
+        metric=metric,
+        complete=complete,
+    )
+
+
+def in_question(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The lowest validation loss, and those whose score could put them before it, whatever the scores are."""
+    best = next((one for one in candidates if one.kind == "best_loss"), None)
+    if best is None:
+        return tuple(candidates)
+    return (best, *(one for one in _others(candidates, best) if not _is_barred(one, best)))
+
+
+def _others(candidates: Sequence[Candidate], best: Candidate) -> list[Candidate]:
+    return [one for one in candidates if not _same(one, best) and math.isfinite(one.valid_loss)]
+
+
+def _is_barred(one: Candidate, best: Candidate) -> bool:
+    """An average was never trained as it is: it has to hold on both counts."""
+    return one.kind == "average" and one.valid_loss > best.valid_loss
 
 
 def _check(candidates: Sequence[Candidate]) -> Candidate:
@@ -114,8 +141,8 @@ def _bar(one: Candidate, best: Candidate, others: Sequence[Candidate]) -> float:
 
 
 def _is_better(one: Candidate, best: Candidate, bar: float) -> bool:
-    if one.kind == "average" and one.valid_loss > best.valid_loss:
-        return False  # never trained as it is: it has to hold on both counts
+    if _is_barred(one, best):
+        return False
     gain, error = paired_difference(one.scores, best.scores)
     # A single example that differs gives a gain of exactly one error; rounding must not decide that.
     return gain > bar * error * (1 + 1e-9)
@@ -140,7 +167,7 @@ def _why_best(best: Candidate, others: Sequence[Candidate], metric: str) -> str:
     gain, error = paired_difference(rival.scores, best.scores)
     if gain <= 0:
         return f"{kept}: no other candidate has a higher {metric} than its {best.score:.3f}"
-    if rival.kind == "average" and rival.valid_loss > best.valid_loss:
+    if _is_barred(rival, best):
         return f"{kept}: {rival} has {metric} {rival.score:.3f} against {best.score:.3f}, but a higher validation loss"
     return (
         f"{kept}: {rival} has {metric} {rival.score:.3f} against {best.score:.3f} on {n} validation examples, "

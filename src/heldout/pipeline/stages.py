@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from heldout.engine import catalogue
-from heldout.engine.base import Engine, ModelRef
+from heldout.engine.base import ModelRef
 from heldout.pipeline import ladder
 from heldout.pipeline.advise.recommend import what_it_proves
 from heldout.pipeline.augment.copies import Augmented, robust_copies
 from heldout.pipeline.augment.paraphrase import paraphrased_copies
+from heldout.pipeline.candidate_answers import choose_by_answers
 from heldout.pipeline.checks import Parts
 from heldout.pipeline.crossfit import CrossFit
 from heldout.pipeline.encoder_rung import TUNED_ENCODER, tuned_encoder_rung
@@ -165,15 +165,15 @@ def mixed(split: Split, replay: Replay, augmented: Augmented) -> Split:
     return replace(split, train=(*split.train, *replay.examples), copies=copies)
 
 
-def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, directory: Path) -> Adapter:
-    """Train in `directory`: the job's own, or a fold's below it."""
+def train(plan: TrainPlan, split: Split, metric: Metric, request: Request, tools: Tools, *, directory: Path) -> Adapter:
+    """Train in `directory`, the job's own or a fold's below it, and choose the checkpoint to hand over."""
     replay, augmented = replay_for(plan, split, request, tools), copies_for(plan, split, request, tools)
     if augmented.sentence:
         tools.watch.message(augmented.sentence, data=augmented.data)
     if replay.examples:
         tools.watch.message(replay.sentence, data={"examples": len(replay.examples), "different": replay.different})
     tools.engine.close()  # training needs the memory
-    return tools.trainer.train(
+    adapter = tools.trainer.train(
         plan,
         mixed(split, replay, augmented),
         base_model=request.base_model,
@@ -181,13 +181,11 @@ def train(plan: TrainPlan, split: Split, request: Request, tools: Tools, *, dire
         watch=tools.watch,
         cache=activations(request),
     )
-
-
-def answer_room(engine: Engine, base_model: str, split: Split) -> int:
-    """The most tokens an evaluated answer may have: a quarter more than the longest that was trained on,
-    and a little. Longer ones are cut and counted as cut: they cannot be right."""
-    targets = {example.target for part in (split.train, split.valid) for example in part}
-    return math.ceil(1.25 * max(engine.count_tokens(base_model, sorted(targets)))) + 4
+    if plan.kept_steps:  # a fold's: which one of its models is asked all folds decide together
+        return adapter
+    adapter = choose_by_answers(adapter, split, metric, request.base_model, tools)
+    tools.watch.message(adapter.selection.reason, data=adapter.selection.as_dict())
+    return adapter
 
 
 def prove_serving(adapter: Adapter, base_model: str, tools: Tools) -> None:

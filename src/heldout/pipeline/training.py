@@ -9,9 +9,12 @@ from typing import Any, Protocol
 
 from heldout.engine.base import Message
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.selection import Selection
+from heldout.pipeline.selection import Candidate, Selection
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
+
+#: What training's scores of a checkpoint are: the share of validation answers whose every token is the likeliest.
+RIGHT = "share of answers that are right"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,16 @@ class KeptModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A checkpoint that could be handed over, where it lies while the job's folder is not cleared."""
+
+    candidate: Candidate
+    directory: Path  # of its adapter, in the standard PEFT layout
+    checkpoint: Path  # of its step itself; the adapter may be an average of it and its neighbours
+    proofs: tuple[Proof, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A trained adapter in the standard PEFT layout: the best checkpoint, not the last."""
 
@@ -89,6 +102,7 @@ class Adapter:
     stopped: str  # why training ended, in words
     selection: Selection  # which checkpoint was taken, and why
     proofs: tuple[Proof, ...]
+    contenders: tuple[Contender, ...] = ()  # of the selection's candidates, in their order
     kept: tuple[KeptModel, ...] = ()  # of the plan's kept_steps, in their order
 
 
@@ -139,13 +153,18 @@ class Trainer(Protocol):
         watch: Watch,
         cache: Path | None = None,
     ) -> Adapter:
-        """Train in `directory`, continuing from the last checkpoint that lies there.
+        """Train in `directory`, continuing from the last checkpoint that lies there. The checkpoint that is handed
+        over is the one that the losses speak for: of scores, training knows RIGHT alone.
 
         Without rows in `split.valid` all steps of the plan are taken and the last one is kept. What frozen
         layers say of an example may be kept in `cache`, a folder that several trainings share.
 
         Raises InvalidTrainingFile naming the lines when labels would not cover exactly the answers.
         """
+        ...
+
+    def hand_over(self, adapter: Adapter, selection: Selection) -> Adapter:
+        """The adapter with the contender of the selection's chosen kind in its place, on disk as well."""
         ...
 
     def time_steps(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, seconds: float) -> Timings:

@@ -20,7 +20,8 @@ from heldout.pipeline.advise.task import Task, infer_task, kind_of_rows
 from heldout.pipeline.checks import ModelTools, Parts
 from heldout.pipeline.checks.groups import group_by_prompt
 from heldout.pipeline.checks.length import find_too_long
-from heldout.pipeline.evaluate.answers import choose_metric
+from heldout.pipeline.evaluate.answers import Metric, choose_metric
+from heldout.pipeline.evaluate.scores import answer_room
 from heldout.pipeline.fold_length import fold_plan
 from heldout.pipeline.folds import is_small, split_into_folds
 from heldout.pipeline.giveaways import find_giveaways
@@ -29,7 +30,6 @@ from heldout.pipeline.intake import check_files, frozen_encoder, model_tools, re
 from heldout.pipeline.plan import TrainPlan, make_plan
 from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.split import part_sizes, split_dataset
-from heldout.pipeline.stages import answer_room
 from heldout.pipeline.training import ModelFacts
 from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Silent, Watch
@@ -137,6 +137,7 @@ class Rehearsal:
 
     splits: Sequence[Split]
     plans: Sequence[TrainPlan]
+    metric: Metric
     measured: Measured
 
 
@@ -158,10 +159,11 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, c
     else:
         split, _ = split_dataset(parts.train, parts.valid, parts.holdout, seed=request.seed)
         splits, plans = [split], [plan(split, asked)]
+    metric = choose_metric([example.target for example in parts.train.examples], asked.metric)
     measured = measure(
         plans[0],
         splits[0],
-        choose_metric([example.target for example in parts.train.examples], asked.metric),
+        metric,
         facts,
         tools.engine,
         tools.trainer,
@@ -172,12 +174,12 @@ def _rehearse(parts: Parts, request: Request, facts: ModelFacts, tools: Tools, c
         seconds=STEPPING,
         watch=tools.watch,
     )
-    return Rehearsal(splits=splits, plans=plans, measured=measured)
+    return Rehearsal(splits=splits, plans=plans, metric=metric, measured=measured)
 
 
 def _job(rehearsal: Rehearsal, model: str, prices: Prices, checked: float, eval_budget: float | None) -> Job:
     measured, plans = rehearsal.measured, rehearsal.plans
-    trainings = [training_of(*one) for one in zip(plans, rehearsal.splits, strict=True)]
+    trainings = [training_of(*one, rehearsal.metric) for one in zip(plans, rehearsal.splits, strict=True)]
     duration = add_up(trainings, measured, checked=checked, eval_budget=eval_budget)
     tokens = count_tokens(measured, plans[0].n_epochs)
     return Job(

@@ -48,7 +48,7 @@ class EarlyStopping:
     best: Evaluation | None = None
     progress: Evaluation | None = None  # its losses are the smoothed ones
     risen: int = 0  # evaluations in a row far above the best
-    top_step: int = 0  # the highest task score so far; at a tie the earlier step
+    top_step: int = 0  # the highest task score so far; at a tie the earlier step, and none while all are 0
     top_score: float | None = None
     relied: dict[int, list[int]] = field(default_factory=dict)  # kept step -> checkpoints that it relies on
     reason: str = ""  # why to stop now, in words; empty while training should go on
@@ -88,7 +88,7 @@ class EarlyStopping:
         self.steps.append(step)
         self.recent = [*self.recent, now][-SMOOTHED:]
         self.risen = self.risen + 1 if self._far_above_best(now) else 0
-        if score is not None and (self.top_score is None or score > self.top_score):
+        if score is not None and score > (self.top_score or 0.0):
             self.top_step, self.top_score = step, score
         if is_best := self.best is None or now.mean < self.best.mean:
             self.best = now

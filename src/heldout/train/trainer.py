@@ -13,15 +13,16 @@ import torch
 
 from heldout.engine import catalogue, device, stored, weights
 from heldout.engine.template import ChatTemplate, Tokens
-from heldout.errors import CheckpointDamaged, InvalidTrainingFile
+from heldout.errors import InvalidTrainingFile
 from heldout.kernels import Kernels, compiling
 from heldout.pipeline import encoder_memory, memory
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.selection import Candidate, Kind, Selection, select
-from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Proof, Timings
+from heldout.pipeline.selection import Selection
+from heldout.pipeline.training import Adapter, KeptModel, ModelFacts, Timings
 from heldout.pipeline.types import Example, Split
-from heldout.pipeline.watch import Silent, Watch
+from heldout.pipeline.watch import Watch
 from heldout.train import body, checkpoint, classifier, loop, search, sft, timing
+from heldout.train.candidates import choose, prove
 from heldout.train.loop import Course
 from heldout.train.memory import PeakMemory, give_back_memory, keep_freed_memory
 from heldout.train.method import Trainee
@@ -146,18 +147,13 @@ class TorchTrainer:
                 plan, trainee, train, valid, copies=copies, checkpoints=directory / "checkpoints", watch=watch
             )
             watch.message(f"Training ended: {course.stopped}")
-            selection, chosen = choose(trainee, valid, course, checkpoints=directory / "checkpoints", watch=watch)
-        watch.message(selection.reason, data=selection.as_dict())
-        # Restored from disk: what is proven below is what was saved.
-        trainee.load(chosen)
-        proofs = [
-            Proof(messages=example.messages, log_prob=trainee.log_prob(example))
-            for example in (split.valid or split.train)[:PROOFS]
-        ]
+            selection, folders = choose(trainee, valid, course, checkpoints=directory / "checkpoints", watch=watch)
+        contenders = prove(trainee, selection, folders, (split.valid or split.train)[:PROOFS])
+        chosen = next(one for one in contenders if one.candidate is selection.chosen)
         return Adapter(
             plan=plan,
-            directory=checkpoint.publish(chosen, directory / "adapter"),
-            checkpoint=checkpoint.read(directory / "checkpoints", selection.chosen.step)[0],
+            directory=checkpoint.publish(chosen.directory, directory / "adapter"),
+            checkpoint=chosen.checkpoint,
             best_step=selection.chosen.step,
             last_step=course.step,
             curve=tuple(course.curve),
@@ -171,8 +167,21 @@ class TorchTrainer:
             learning_rate=course.guard.learning_rate,
             stopped=course.stopped,
             selection=selection,
-            proofs=tuple(proofs),
+            proofs=chosen.proofs,
+            contenders=contenders,
             kept=_kept(plan, course, directory),
+        )
+
+    def hand_over(self, adapter: Adapter, selection: Selection) -> Adapter:
+        """See Trainer.hand_over."""
+        chosen = next(one for one in adapter.contenders if one.candidate.kind == selection.chosen.kind)
+        return replace(
+            adapter,
+            directory=checkpoint.publish(chosen.directory, adapter.directory),
+            checkpoint=chosen.checkpoint,
+            best_step=selection.chosen.step,
+            selection=selection,
+            proofs=chosen.proofs,
         )
 
     def time_steps(self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path, seconds: float) -> Timings:
@@ -227,53 +236,6 @@ class TorchTrainer:
         return weights.prepare(source, self.cache)
 
 
-def choose(
-    trainee: Trainee[Row], valid: Sequence[Row], course: Course, *, checkpoints: Path, watch: Watch = Silent()
-) -> tuple[Selection, Path]:
-    """The checkpoint to hand over, and where it lies: the lowest validation loss, the most answers right,
-    the last, or the average of three neighbours, by pipeline/selection.py.
-
-    A damaged one is left out, and the watch is told. Raises CheckpointDamaged when none is left.
-    """
-    stopping = course.stopping
-    wanted = {course.step, *((stopping.best_step, stopping.top_step, *stopping.neighbours()) if valid else ())}
-    sound, damaged = _sound(checkpoints, course, wanted, watch)
-    if not sound:
-        raise CheckpointDamaged(
-            f"no checkpoint of this training can be handed over: {'; '.join(damaged)}. Start a new job."
-        )
-    if not valid:
-        last = Candidate(kind="last", step=max(sound), valid_loss=math.nan, scores=())
-        named = "the last" if last.step == course.step else "the last that can be read"
-        reason = f"step {last.step} ({named}) is taken: there are no validation examples to choose by"
-        return Selection(chosen=last, reason=reason, candidates=(last,)), sound[last.step]
-    seen_losses = ((point.step, point.valid_calibrated_loss) for point in course.curve)
-    losses = {step: loss for step, loss in seen_losses if loss is not None}
-
-    def candidate(kind: Kind, step: int, loss: float, right: Sequence[bool]) -> Candidate:
-        return Candidate(kind=kind, step=step, valid_loss=loss, scores=tuple(map(float, right)))
-
-    finite = [step for step in sound if math.isfinite(losses[step])]
-    if not finite:
-        raise CheckpointDamaged(f"no checkpoint whose validation loss is a number can be read: {'; '.join(damaged)}.")
-    best = stopping.best_step if stopping.best_step in sound else min(finite, key=lambda step: losses[step])
-    steps: dict[Kind, int] = {"best_loss": best, "best_metric": stopping.top_step, "last": course.step}
-    steps = {kind: step for kind, step in steps.items() if step in sound}
-    candidates = [candidate(kind, step, losses[step], course.answered[step]) for kind, step in steps.items()]
-    folders: dict[Kind, Path] = {kind: sound[step] for kind, step in steps.items()}
-    neighbours = stopping.neighbours()
-    if len(neighbours) == 3 and sound.keys() >= set(neighbours):
-        folders["average"] = checkpoint.average([sound[step] for step in neighbours], checkpoints / "average")
-        trainee.load(folders["average"])
-        seen = loop.validate(trainee, valid)
-        mean = sum(seen.calibrated) / len(seen.calibrated)
-        candidates.append(candidate("average", stopping.best_step, mean, seen.right))
-    selection = select(candidates, metric="share of answers that are right")
-    if damaged:
-        selection = replace(selection, reason=f"of the checkpoints that can be read, {selection.reason}")
-    return selection, folders[selection.chosen.kind]
-
-
 def _kept(plan: TrainPlan, course: Course, directory: Path) -> tuple[KeptModel, ...]:
     """The checkpoints that the plan wants beside the best, published. Raises CheckpointDamaged for a damaged one."""
     return tuple(
@@ -286,26 +248,6 @@ def _kept(plan: TrainPlan, course: Course, directory: Path) -> tuple[KeptModel, 
         )
         for step in dict.fromkeys(plan.kept_steps)
     )
-
-
-def _sound(checkpoints: Path, course: Course, wanted: set[int], watch: Watch) -> tuple[dict[int, Path], list[str]]:
-    """Where the checkpoints of these steps lie, and what is wrong with those that cannot be read. With one of
-    them gone, every other one that has been validated may take its place."""
-    sound: dict[int, Path] = {}
-    damaged: list[str] = []
-
-    def look(steps: set[int]) -> None:
-        for step in sorted(steps - sound.keys()):
-            try:
-                sound[step] = checkpoint.read(checkpoints, step)[0]
-            except CheckpointDamaged as error:
-                damaged.append(str(error))
-                watch.message(f"Left out when choosing what to hand over: {error}", level="warn")
-
-    look(wanted)
-    if damaged:
-        look((set(checkpoint.steps(checkpoints)) & course.answered.keys()) - wanted)
-    return sound, damaged
 
 
 def _tokenize(template: ChatTemplate, split: Split, max_length: int) -> tuple[list[Tokens], list[Tokens]]:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from heldout.pipeline.advise.learning_curve import FOLDS, PARTITIONS
 from heldout.pipeline.advise.measure import READ, READING_WEIGHTS, Measured
+from heldout.pipeline.candidate_answers import count_to_ask
 from heldout.pipeline.consequences import calibration, fragility, generalisation, memorisation
 from heldout.pipeline.consequences.base import seconds_for_probes
+from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.general_answers import FACT_TOKENS, MAX_TOKENS
 from heldout.pipeline.general_facts import FACTS
 from heldout.pipeline.general_prompts import HELD_BACK
@@ -24,10 +26,17 @@ TYPICAL_BEST = 0.5
 TRIALS = 5
 #: Drawing a learning curve costs as much as fitting so many models of a fold.
 CURVE = FOLDS * len(PARTITIONS)
+#: Checkpoints that may be handed over (pipeline/selection.py): the lowest loss, the highest score, the last, and an
+#: average; two of them are often the same.
+CANDIDATES, TYPICAL_CANDIDATES = 4, 3
 #: Conversations by which a saved model is proven to be served as it was trained (train/trainer.py).
 PROOFS = 8
 #: Ways in which a holdout row is asked again (consequences/fragility.py).
 PERTURBATIONS = 8
+
+
+#: The stages that are a job's training, as its report counts them.
+TRAINING = ("training and validation", "answers that choose a checkpoint")
 
 
 class Stage(NamedTuple):
@@ -81,11 +90,20 @@ class Training:
     search_steps: int  # to find a learning rate, before
     eval_every: int
     steps_per_epoch: int
+    batch_size: int
+    by_answers: bool  # whether candidates answer rows of valid (pipeline/candidate_answers.py)
+    candidates: int = CANDIDATES
 
     @property
     def shorter(self) -> Training:
         """The same, as it typically goes."""
-        return replace(self, steps=self.typical_steps)
+        return replace(self, steps=self.typical_steps, candidates=TYPICAL_CANDIDATES)
+
+    @property
+    def candidate_answers(self) -> int:
+        """Rows of valid that all candidates together answer."""
+        trained = self.steps * self.batch_size
+        return self.candidates * count_to_ask(self.valid, self.candidates, trained) if self.by_answers else 0
 
     @property
     def validations(self) -> int:
@@ -95,8 +113,8 @@ class Training:
         return due + (bool(within) and within[-1] % self.eval_every != 0)
 
 
-def training_of(plan: TrainPlan, split: Split) -> Training:
-    """The training that this plan makes of this split."""
+def training_of(plan: TrainPlan, split: Split, metric: Metric) -> Training:
+    """The training that this plan makes of this split, whose answers are scored by `metric`."""
     n = len(split.train)
     best = math.ceil(TYPICAL_BEST * plan.total_steps)
     an_epoch = steps_per_epoch(n, plan.batch_size, plan.replay_ratio)
@@ -110,6 +128,8 @@ def training_of(plan: TrainPlan, split: Split) -> Training:
         search_steps=TRIALS * max(10, round(0.25 * an_epoch)) if plan.lr_search == "light" else 0,
         eval_every=plan.eval_every,
         steps_per_epoch=an_epoch,
+        batch_size=plan.batch_size,
+        by_answers=bool(split.valid) and not plan.kept_steps and not metric.is_told_by_tokens,
     )
 
 
@@ -130,6 +150,10 @@ def add_up(
             sum(_training(one, measured) for one in trainings),
             sum(_training(one.shorter, measured) for one in trainings),
         ),
+        "answers that choose a checkpoint": (
+            sum(measured.tuned.seconds_for(one.candidate_answers) for one in trainings),
+            sum(measured.tuned.seconds_for(one.shorter.candidate_answers) for one in trainings),
+        ),
         "answers of tuned models": (sum(measured.tuned.seconds_for(one.holdout) for one in trainings),) * 2,
         "general skills": (_general(measured),) * 2,
     }
@@ -137,8 +161,8 @@ def add_up(
     # By cross-fitting the models of all folds are asked, each about its own rows.
     whole = replace(trainings[0], holdout=sum(one.holdout for one in trainings))
     most, typical = (
-        _probes(whole, measured, seconds_for_probes(seconds, answering) if eval_budget is None else eval_budget)
-        for seconds in pairs["training and validation"]
+        _probes(whole, measured, seconds_for_probes(trained, answering) if eval_budget is None else eval_budget)
+        for trained in map(sum, zip(*(pairs[name] for name in TRAINING), strict=True))
     )
     pairs["probes of tuned models"] = (most, typical)
     return Duration(
@@ -217,5 +241,5 @@ def _training(one: Training, measured: Measured) -> float:
         + timings.step * (one.steps + one.search_steps)
         + validation * looks
         + timings.save * (one.validations + 1)
-        + 2 * PROOFS * measured.reading
+        + (one.candidates + 1) * PROOFS * measured.reading  # once more as it is served
     )

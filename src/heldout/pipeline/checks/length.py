@@ -28,7 +28,7 @@ SMALLEST_SPREAD = 0.35
 LONG_CHARACTERS, LONG_TURNS = 2_000, 20
 #: What a tenth of the file does is no outlier.
 OUTLIERS = 0.1
-#: As pipeline/run.answer_room: so much more than the longest answer that was learned is let through.
+#: As evaluate/scores.answer_room: so much more than the longest answer that was learned is let through.
 ROOM, SPARE = 1.25, 4 * CHARACTERS_PER_TOKEN
 _BATCH = 256
 

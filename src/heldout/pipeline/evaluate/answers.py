@@ -41,6 +41,12 @@ class Metric:
     score: Callable[[str, str], float]
     grade: Callable[[Sequence[Example], Sequence[str]], list[float]] | None = None
 
+    @property
+    def is_told_by_tokens(self) -> bool:
+        """Whether an answer scores 1 where each of its tokens is the likeliest one, and 0 elsewhere: of labels that are
+        compared as they are, which training knows without an answer being written."""
+        return self.form == "label" and self.binary and not self.grade
+
     def score_all(self, examples: Sequence[Example], answers: Sequence[str]) -> tuple[float, ...]:
         """A score for the answer that was given to each example."""
         if self.grade:

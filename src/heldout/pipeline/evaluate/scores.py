@@ -13,7 +13,7 @@ from heldout.engine.rungs import behind
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.metrics.exact import are_imbalanced, macro_f1
 from heldout.pipeline.evaluate.statistics import mean_interval
-from heldout.pipeline.types import Example
+from heldout.pipeline.types import Example, Split
 
 #: Answers that tell what is likely.
 LIKELY = 1_000
@@ -106,6 +106,13 @@ def score_model(
     replies = engine.chat(model, prompts, sampling, clocked)
     seconds = time.perf_counter() - started
     return score_answers(metric, examples, [reply.text for reply in replies], replies, seconds=seconds)
+
+
+def answer_room(engine: Engine, base_model: str, split: Split) -> int:
+    """The most tokens an evaluated answer may have: a quarter more than the longest that was trained on,
+    and a little. Longer ones are cut and counted as cut: they cannot be right."""
+    targets = {example.target for part in (split.train, split.valid) for example in part}
+    return math.ceil(1.25 * max(engine.count_tokens(base_model, sorted(targets)))) + 4
 
 
 def likely_answers(learned: Sequence[Example], metric: Metric) -> tuple[str, ...]:
