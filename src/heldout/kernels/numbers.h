@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #else
@@ -35,10 +39,18 @@ static inline vec load(const bf16* from) {
 
 static inline void store(float* to, vec x) { memcpy(to, &x, sizeof x); }
 
+// To the nearest, to the even one of two.
+static inline halves upper(vec x) {
+#if defined(__AVX512BF16__)  // numbers below 1e-38 become 0
+    return (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const bits b = (bits)x;
+    return __builtin_convertvector((b + 0x7fff + ((b >> 16) & 1)) >> 16, halves);
+#endif
+}
+
 static inline void store(bf16* to, vec x) {
-    bits b = (bits)x;
-    b = (b + 0x7fff + ((b >> 16) & 1)) >> 16;  // to the nearest, to the even one of two
-    const halves h = __builtin_convertvector(b, halves);
+    const halves h = upper(x);
     memcpy(to, &h, sizeof h);
 }
 
@@ -82,9 +94,7 @@ static inline int worth(int threads, int64_t work, int64_t least) {
 template <class T>
 static inline vec rounded(vec x) {
     if constexpr (sizeof(T) == sizeof(float)) return x;
-    T part[LANES];
-    store(part, x);
-    return load(part);
+    return (vec)(__builtin_convertvector(upper(x), bits) << 16);
 }
 
 static inline float sum(vec x) {
