@@ -200,13 +200,16 @@ def test_a_gradient_that_would_be_lost_is_an_error(kernels: Kernels) -> None:
     assert layer.weight.isnan().all(), "nobody computes with what only says a shape"
 
 
-def test_other_kinds_of_models_and_other_precisions_are_left_to_torch(
+def test_other_kinds_of_models_and_precisions_without_units_are_left_to_torch(
     published: dict[str, Path], kernels: Kernels
 ) -> None:
     other = next(name for name in FAMILIES if name not in HELD)
     config = weights.config_of(published[LLAMA])
     assert frozen.taking(kernels, config, torch.float32) is kernels
-    assert frozen.taking(kernels, config, torch.bfloat16) is None
+    pairs = kernels if kernels.multiplies(torch.bfloat16) else None
+    assert frozen.taking(kernels, config, torch.bfloat16) is pairs
+    assert frozen.taking(kernels, {**config, "hidden_size": 33}, torch.bfloat16) is None, "pairs of an odd number"
+    assert frozen.taking(kernels, {**config, "hidden_size": 33}, torch.float32) is kernels
     assert frozen.taking(None, config, torch.float32) is None
     assert frozen.taking(kernels, weights.config_of(published[other]), torch.float32) is None
 

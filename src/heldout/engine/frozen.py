@@ -24,9 +24,7 @@ class FrozenLinear(torch.nn.Linear):
         self.in_features, self.out_features = frozen.inputs, frozen.outputs
         self.frozen = frozen
         self.weight: torch.nn.Parameter = _placeholder(frozen) if weight is None else weight
-        self.register_parameter(
-            "bias", None if bias is None else torch.nn.Parameter(bias.data.float(), requires_grad=False)
-        )
+        self.register_parameter("bias", None if bias is None else _copied(bias, frozen.precision))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Raises RuntimeError where a gradient would be lost."""
@@ -57,37 +55,50 @@ class FrozenEmbedding(torch.nn.Embedding):
 
 def _placeholder(frozen: Frozen) -> torch.nn.Parameter:
     """What says a weight's shape and type; whoever computed with it would get no number."""
-    return torch.nn.Parameter(torch.full((1, 1), math.nan).expand(frozen.outputs, frozen.inputs), requires_grad=False)
+    nothing = torch.full((1, 1), math.nan, dtype=frozen.precision)
+    return torch.nn.Parameter(nothing.expand(frozen.outputs, frozen.inputs), requires_grad=False)
+
+
+def _copied(parameter: torch.Tensor, precision: torch.dtype) -> torch.nn.Parameter:
+    """In memory of its own: while one tensor is a view of a model's file, all of the file stays in memory."""
+    return torch.nn.Parameter(parameter.detach().to(precision, copy=True), requires_grad=False)
 
 
 def taking(kernels: Kernels | None, config: Mapping[str, Any], precision: torch.dtype) -> Kernels | None:
     """The kernels if a model of this config can multiply with them in this precision."""
-    return kernels if config["model_type"] in KINDS and precision == torch.float32 else None
+    if not kernels or config["model_type"] not in KINDS or not kernels.multiplies(precision):
+        return None
+    # Products of pairs: every layer takes one of these or the heads' numbers.
+    odd = any(config[name] % 2 for name in ("hidden_size", "intermediate_size"))
+    return None if odd and precision == torch.bfloat16 else kernels
 
 
-def freeze(model: Any, kernels: Kernels) -> None:
-    """Let all products of `model`, which is of one of KINDS, be computed with its weights as they are; the rest of it
-    becomes float32."""
-    _freeze_ends(model, kernels)
+def freeze(model: Any, kernels: Kernels, precision: torch.dtype) -> None:
+    """Let all products of `model`, which is of one of KINDS, be computed with kernels in this precision; in float32
+    with its weights as they are. All else becomes of this precision."""
+    _freeze_ends(model, kernels, precision)
     # Layer by layer, and nothing holds what was replaced: memory is that of one copy.
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is torch.nn.Linear:
-                setattr(module, name, _frozen(child, kernels))
-    model.float()
+                setattr(module, name, _frozen(child, kernels, precision))
+    for module in model.modules():
+        if not isinstance(module, FrozenLinear | FrozenEmbedding):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, _copied(parameter, precision))
 
 
-def _freeze_ends(model: Any, kernels: Kernels) -> None:
+def _freeze_ends(model: Any, kernels: Kernels, precision: torch.dtype) -> None:
     """The embedding and the head, which may share their weights."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:
-        model.set_input_embeddings(FrozenEmbedding(Frozen.of(kernels, embedding.weight.data)))
-        model.set_output_embeddings(_frozen(head, kernels))
+        model.set_input_embeddings(FrozenEmbedding(Frozen.of(kernels, embedding.weight.data, precision)))
+        model.set_output_embeddings(_frozen(head, kernels, precision))
         return
-    both = FrozenEmbedding(Frozen.of(kernels, head.weight.data))
+    both = FrozenEmbedding(Frozen.of(kernels, head.weight.data, precision))
     model.set_input_embeddings(both)
     model.set_output_embeddings(FrozenLinear(both.frozen, head.bias, both.weight))
 
 
-def _frozen(layer: torch.nn.Linear, kernels: Kernels) -> FrozenLinear:
-    return FrozenLinear(Frozen.of(kernels, layer.weight.data), layer.bias)
+def _frozen(layer: torch.nn.Linear, kernels: Kernels, precision: torch.dtype) -> FrozenLinear:
+    return FrozenLinear(Frozen.of(kernels, layer.weight.data, precision), layer.bias)

@@ -222,9 +222,9 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, kernels: Kernel
 
     Args:
         attention: names a registered implementation.
-        kernels: multiply float32 with them, with weights that stay as their file has them (engine/frozen.py).
+        kernels: multiply with them (engine/frozen.py): in float32 with weights that stay as their file has them.
     """
-    held = stored.precision(folder) if kernels else dtype
+    held = stored.precision(folder) if kernels and dtype == torch.float32 else dtype
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=held, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
@@ -233,7 +233,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, kernels: Kernel
         raise ModelNotFound(f"The model in {folder} cannot be loaded: {error}") from error
     refuse_unknown_arithmetic(folder, model.config.to_dict())
     if kernels:
-        frozen.freeze(model, kernels)
+        frozen.freeze(model, kernels, dtype)
     return model.requires_grad_(False).eval().to(device.chosen())
 
 

@@ -58,10 +58,15 @@ class Kernels:
         self._library = library
         library.attention_memory.restype = library.gated_memory.restype = ctypes.c_int64
         self._widest, self.panel = library.attention_widest(), library.product_panel()
+        self._pairs = bool(library.paired_products())
 
     def attends(self, width: int) -> bool:
         """Whether heads of this width can be attended with."""
         return width % 16 == 0 and width <= self._widest
+
+    def multiplies(self, precision: torch.dtype) -> bool:
+        """Whether there are products of this precision: in bfloat16 only where the processor has units for it."""
+        return precision == torch.float32 or (precision == torch.bfloat16 and self._pairs)
 
     def attend(
         self,
@@ -252,42 +257,52 @@ class Kernels:
         beside: torch.Tensor | None,
         onto: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x [W | beside]' (+ onto), fp32, [n, out].
+        """x [W | beside]' (+ onto), [n, out], in the precision of `x`, which `multiplies`; sums are float32.
 
         Args:
             panels: W, [out, in], see frozen.py.
-            x: [n, in + R], fp32; beside: [out, R], fp32.
+            x: [n, in + R]; beside: [out, R].
         """
-        y = torch.empty(len(x), outputs)
+        y = x.new_empty(len(x), outputs)
         if onto is not None and onto.shape != y.shape:
             raise ValueError(f"a product of {tuple(y.shape)} added to {tuple(onto.shape)}")
-        weights = self._weights(panels, outputs, beside, x.shape[1])
-        rows = (_at(x, like=y), _row(x), _at(onto, like=y), ctypes.c_int64(0 if onto is None else onto.stride(0)))
-        self._call("product_forward", panels, len(x), *weights, *rows, _at(y), _row(y), torch.get_num_threads())
+        weights = self._weights(panels, outputs, beside, x.shape[1], like=x)
+        rows = (_at(x), _row(x), _at(onto, like=y), ctypes.c_int64(0 if onto is None else onto.stride(0)))
+        self._multiply("forward", panels, x, len(x), *weights, *rows, _at(y), _row(y), torch.get_num_threads())
         return y
 
     def product_back(
         self, panels: torch.Tensor, outputs: int, grad: torch.Tensor, beside: torch.Tensor | None
     ) -> torch.Tensor:
-        """grad [W | beside], fp32, [n, in + R], of grad [n, out]."""
+        """grad [W | beside], [n, in + R], of grad [n, out], in the precision of `grad`."""
         width = panels.shape[1] + (0 if beside is None else beside.shape[1])
-        found = torch.empty(len(grad), width)
+        found = grad.new_empty(len(grad), width)
         if grad.shape[1] != outputs:
             raise ValueError(f"a product of {grad.shape[1]} gradients with weights of {outputs} outputs")
-        weights = self._weights(panels, outputs, beside, width)
-        rows = (_at(grad, like=found), _row(grad), _at(found), _row(found))
-        self._call("product_backward", panels, len(grad), *weights, *rows, torch.get_num_threads())
+        weights = self._weights(panels, outputs, beside, width, like=grad)
+        rows = (_at(grad), _row(grad), _at(found), _row(found))
+        self._multiply("backward", panels, grad, len(grad), *weights, *rows, torch.get_num_threads())
         return found
 
-    def _weights(self, panels: torch.Tensor, outputs: int, beside: torch.Tensor | None, width: int) -> list[Any]:
+    def _weights(
+        self, panels: torch.Tensor, outputs: int, beside: torch.Tensor | None, width: int, *, like: torch.Tensor
+    ) -> list[Any]:
         inputs = panels.shape[1]
         ranks = 0 if beside is None else beside.shape[1]
         if inputs + ranks != width or (beside is not None and len(beside) != outputs):
             raise ValueError(f"a product of {width} inputs with weights of {inputs} and {ranks} beside them")
-        if beside is not None and beside.dtype != torch.float32:
-            raise ValueError(f"{beside.dtype} where torch.float32 is expected")
         row = ctypes.c_int64(0 if beside is None else beside.stride(0))
-        return [outputs, inputs, ranks, _at(panels), _at(beside), row]
+        return [outputs, inputs, ranks, _at(panels), _at(beside, like=like), row]
+
+    def _multiply(self, way: str, panels: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
+        if not self.multiplies(x.dtype):
+            raise ValueError(f"there are no products of {x.dtype} on this processor")
+        if x.dtype == torch.float32:
+            self._call(f"product_{way}", panels, *arguments)
+            return
+        if panels.dtype != torch.bfloat16 or panels.shape[1] % 2:
+            raise ValueError(f"products of pairs with weights of {panels.dtype} and {panels.shape[1]} inputs")
+        getattr(self._library, f"paired_{way}")(*arguments)
 
     def _call(self, name: str, like: torch.Tensor, *arguments: Any) -> None:
         getattr(self._library, f"{name}_{_NAMES[like.dtype]}")(*arguments)

@@ -121,32 +121,6 @@ void tile_of(int rows, const Given& x, const T* panel, int depth, const Given& o
     if constexpr (R > 1) tile_of<R - 1, FETCH>(rows, x, panel, depth, onto, to, columns, next);
 }
 
-// LANES vectors as rows of a square: rows become columns.
-inline void transpose(vec* x) {
-#ifdef __clang__  // which takes no shuffles by variables, not even by these
-    float square[LANES][LANES];
-    for (int i = 0; i < LANES; i++) store(square[i], x[i]);
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < LANES; j++) x[i][j] = square[j][i];
-#else
-#pragma GCC unroll 8
-    for (int half = LANES / 2; half; half /= 2) {
-        ints low{}, high{};
-        for (int i = 0; i < LANES; i++) {
-            low[i] = i & half ? LANES + i - half : i;
-            high[i] = i & half ? LANES + i : i + half;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            if (i & half) continue;
-            const vec a = x[i], b = x[i + half];
-            x[i] = __builtin_shuffle(a, b, low);
-            x[i + half] = __builtin_shuffle(a, b, high);
-        }
-    }
-#endif
-}
-
 // A thread's tiles, panel after panel.
 class Share {
    public:

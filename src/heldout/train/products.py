@@ -1,4 +1,4 @@
-"""Products with frozen weights, in either direction: by torch, or with kernels and weights as their file has them.
+"""Products with frozen weights, in either direction: by torch, or with kernels (kernels/frozen.py).
 
 Beside the weights W, [out, in], may lie columns that change, [out, R]: an adapter's s B.
 """
@@ -59,7 +59,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Held:
-    """Weights as their file has them. Results are row-major."""
+    """Weights that kernels multiply with. Results are row-major."""
 
     frozen: Frozen
     beside: torch.Tensor
@@ -68,7 +68,7 @@ class Held:
     def of(parts: Sequence[Frozen], ranks: int = 0) -> Held:
         """Weights of the same inputs below each other, and a place for so many columns."""
         joined = Frozen.joined(parts)
-        return Held(joined, torch.zeros(joined.outputs, ranks))
+        return Held(joined, torch.zeros(joined.outputs, ranks, dtype=joined.precision))
 
     def product(self, x: torch.Tensor, onto: torch.Tensor | None = None, *, wide: bool = False) -> torch.Tensor:
         """See Weights.product."""

@@ -293,7 +293,7 @@ def shapes(
         kv_heads=config.get("num_key_value_heads") or heads,
         head_width=width,
         number=precision.itemsize,
-        held=(stored.precision(folder) if taken else precision).itemsize,
+        held=(stored.precision(folder) if taken and precision == torch.float32 else precision).itemsize,
         frozen=taken is not None,
         gpu=gpu,
         kernel_threads=torch.get_num_threads() if kernels and kernels.attends(width) else 0,
