@@ -27,7 +27,6 @@ from heldout.pipeline.candidate_answers import choose_by_answers
 from heldout.pipeline.evaluate.answers import choose_metric
 from heldout.pipeline.evaluate.scores import answer_room, score_model
 from heldout.pipeline.request import Tools
-from heldout.pipeline.selection import in_question
 from heldout.pipeline.watch import Silent
 from heldout.settings import Settings
 
@@ -43,14 +42,13 @@ def run(task: str, seed: int, holdout: int, asked: dict[str, Any], directory: Pa
     adapter = tools.trainer.train(plan, split, base_model=MODEL, directory=directory, watch=Silent())
     chosen = choose_by_answers(adapter, split, metric, MODEL, tools)
     room = answer_room(engine, MODEL, split)
-    kinds = {one.kind for one in in_question(adapter.selection.candidates)}
     scores: dict[Path, float] = {}  # one checkpoint may be several candidates
     for one in adapter.contenders:
-        if one.candidate.kind in kinds and one.directory not in scores:
+        if one.directory not in scores:
             model = ModelRef(base_model=MODEL, adapter=str(one.directory))
             found = score_model(engine, model, split.holdout, metric, max_tokens=room, learned=split.train)
             scores[one.directory] = found.mean
-    held = {one.candidate.kind: scores[one.directory] for one in adapter.contenders if one.directory in scores}
+    held = {one.kind: scores[one.directory] for one in adapter.contenders}
     return {
         "task": task,
         "seed": seed,

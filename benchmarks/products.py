@@ -1,6 +1,7 @@
-"""Products with base weights: torch's with weights in float32, and ours with weights as their file has them.
+"""Products with base weights: torch's, and ours: in float32 with weights as their file has them, or in bfloat16.
 
     .venv/bin/python benchmarks/products.py [--rows 1 4 8 12 16 32 64 363 504] [--model DIRECTORY] [--rounds 5]
+        [--precision bfloat16]
 
 All products of the bundled model's layers (or of another one's), adapters of rank 16 beside them, forward and backward,
 in milliseconds; then one pass of the engine that reads one more token of each of so many rows, without an adapter.
@@ -48,14 +49,16 @@ def stacked(model: Any) -> list[tuple[torch.Tensor, int]]:
     return found
 
 
-def both(kernels: Kernels, products: list[tuple[torch.Tensor, int]]) -> list[tuple[Weights, Weights]]:
+def both(
+    kernels: Kernels, products: list[tuple[torch.Tensor, int]], precision: torch.dtype
+) -> list[tuple[Weights, Weights]]:
     """Every product's weights, torch's and ours."""
     found: list[tuple[Weights, Weights]] = []
     for weight, ranks in products:
-        beside = torch.randn(len(weight), ranks)
-        held = Held.of([Frozen.of(kernels, weight)], ranks)
+        beside = torch.randn(len(weight), ranks, dtype=precision)
+        held = Held.of([Frozen.of(kernels, weight, precision)], ranks)
         held.beside.copy_(beside)
-        found.append((Dense(torch.cat([weight.float(), beside], dim=1), weight.shape[1]), held))
+        found.append((Dense(torch.cat([weight.to(precision), beside], dim=1), weight.shape[1]), held))
     return found
 
 
@@ -67,7 +70,7 @@ def products(kernels: Kernels, layers: list[tuple[Weights, Weights]], n: int, ro
     for shape in sorted(shapes):
         same = [pair for pair in layers if isinstance(pair[0], Dense) and tuple(pair[0].weight.shape) == shape]
         outputs, width = shape
-        x, grad = torch.randn(n, width), torch.randn(n, outputs)
+        x, grad = (torch.randn(n, size, dtype=same[0][1].beside.dtype) for size in (width, outputs))
         # Torch is given what suits it best: column-major where the output is wider than the input, or was.
         by_columns, wide = x.t().contiguous().t(), outputs > width
         took: dict[tuple[str, bool], list[float]] = {key: [] for key in spent}
@@ -118,18 +121,22 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 12, 16, 32, 64, 363, 504])
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     asked = parser.parse_args()
+    precision: torch.dtype = getattr(torch, asked.precision)
     keep_freed_memory()  # as training does
     kernels, folder = compiling.load(read_settings().cache), base_folder(asked.model)
-    plain = weights.load_model(folder, torch.float32, cache.IMPLEMENTATION)
+    if not kernels.multiplies(precision):
+        sys.exit(f"there are no kernels for products in {asked.precision} on this processor")
+    plain = weights.load_model(folder, precision, cache.IMPLEMENTATION)
     print(f"{torch.get_num_threads()} threads\n")
     print("| rows | forward, torch | ours | backward, torch | ours |\n|--:|--:|--:|--:|--:|")
     with torch.no_grad():
-        layers = both(kernels, [(weight.bfloat16(), ranks) for weight, ranks in stacked(plain)])
+        layers = both(kernels, [(weight.bfloat16(), ranks) for weight, ranks in stacked(plain)], precision)
         for n in asked.rows:
             print(products(kernels, layers, n, asked.rounds), flush=True)
         del layers
-        ours = weights.load_model(folder, torch.float32, cache.IMPLEMENTATION, kernels)
+        ours = weights.load_model(folder, precision, cache.IMPLEMENTATION, kernels)
         print("\n| rows | a token of each, torch | ours |\n|--:|--:|--:|")
         for n in (one for one in asked.rows if one <= 64):
             calls = [reading(model, n) for model in (plain, ours)]

@@ -12,8 +12,9 @@ import pytest
 from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.candidate_answers import LEAST, MOST, choose_by_answers, count_to_ask, rows_to_ask
-from heldout.pipeline.evaluate.answers import Metric, choose_metric
+from heldout.pipeline.evaluate.answers import SCORERS, Metric, choose_metric
 from heldout.pipeline.evaluate.scores import answer_room, score_model
+from heldout.pipeline.giveaways import Giveaways
 from heldout.pipeline.hyperparameters import Hyperparameters
 from heldout.pipeline.outcome import Outcome
 from heldout.pipeline.request import Request, Tools
@@ -21,6 +22,7 @@ from heldout.pipeline.run import run_job
 from heldout.pipeline.selection import Candidate, Kind, select
 from heldout.pipeline.stages import prove_serving
 from heldout.pipeline.training import RIGHT, Adapter
+from heldout.pipeline.types import Example
 from heldout.train import checkpoint
 from heldout.train.candidates import prove
 from heldout.train.checkpoint import ADAPTER
@@ -39,6 +41,7 @@ class Noting(LocalEngine):
     def __init__(self) -> None:
         super().__init__(**TOOLS)
         self.asked: list[tuple[str, int]] = []  # folder of the adapter, rows
+        self.conversations: list[Sequence[Message]] = []
 
     def chat(
         self,
@@ -49,6 +52,7 @@ class Noting(LocalEngine):
     ) -> list[Reply]:
         if model.adapter:
             self.asked.append((Path(model.adapter).name, len(conversations)))
+            self.conversations += conversations
         return super().chat(model, conversations, sampling, progress)
 
 
@@ -119,6 +123,12 @@ def test_the_checkpoint_whose_answers_score_better_is_handed_over(tiny_model: Pa
     again = score_model(found.engine, served, SPLIT.valid, ROUGE, max_tokens=room, learned=SPLIT.train)
     assert after.selection.chosen.scores == again.per_example
     assert any("2 checkpoints answer 24 of 24 validation rows" in text for text in found.watch.messages)
+    # Taken up again, nothing is asked and the same is chosen.
+    once_more = choose(misled, tiny_model, ROUGE)
+    assert once_more.engine.asked == []
+    assert once_more.after.selection == after.selection
+    # By another metric it is.
+    assert len(choose(misled, tiny_model, choose_metric(["a", "b"], "chrf")).engine.asked) == 2
 
 
 def test_nothing_is_asked_where_training_knows_the_score(tiny_model: Path, adapter: Adapter) -> None:
@@ -141,15 +151,54 @@ def test_a_candidate_that_no_score_could_put_first_is_not_asked(tiny_model: Path
         candidate("best_metric", LATE, 0.5),
         candidate("last", LATE, 0.5),
     )
-    barred = replace(candidate("average", EARLY, 0.41), scores=())
+    barred = candidate("average", EARLY, 0.41)
     selection = replace(three.selection, candidates=(*three.selection.candidates, barred))
-    contenders = (*three.contenders, replace(three.contenders[0], candidate=barred))
-    found = choose(replace(three, selection=selection, contenders=contenders), tiny_model, ROUGE)
+    found = choose(replace(three, selection=selection), tiny_model, ROUGE)
     assert [folder for folder, _ in found.engine.asked] == [f"step-{step:06d}" for step in (EARLY, LATE)]
     scores = {one.kind: one.score for one in found.after.selection.candidates}
     assert scores["average"] is None
     assert scores["best_metric"] == scores["last"], "one checkpoint under two names answers once"
     assert found.after.best_step == LATE
+
+
+def test_a_checkpoint_has_one_score_under_every_name(tiny_model: Path, adapter: Adapter) -> None:
+    twins = with_candidates(
+        adapter,
+        tiny_model,
+        candidate("best_loss", EARLY, 0.4),
+        candidate("best_metric", EARLY, 0.4),
+        candidate("last", LATE, 0.5),
+    )
+    scores = {one.kind: one.score for one in choose(twins, tiny_model, ROUGE).after.selection.candidates}
+    assert scores["best_metric"] == scores["best_loss"] != scores["last"]
+
+
+def test_that_a_checkpoint_cannot_be_read_is_still_said(tiny_model: Path, adapter: Adapter) -> None:
+    two = with_candidates(adapter, tiny_model, candidate("best_loss", EARLY, 0.4), candidate("last", LATE, 0.5))
+    found = choose(replace(two, selection=replace(two.selection, complete=False)), tiny_model, ROUGE)
+    assert found.after.selection.reason.startswith("of the checkpoints that can be read, step 60 (the last) is chosen")
+
+
+def test_candidates_are_asked_without_the_codes_that_the_holdout_is_asked_without(
+    tiny_model: Path, adapter: Adapter
+) -> None:
+    class NoDigits(Giveaways):
+        def asked(self, examples: Sequence[Example]) -> tuple[Example, ...]:
+            return tuple(replace(row, messages=row.messages[1:], weights=row.weights[1:]) for row in examples)
+
+    two = with_candidates(adapter, tiny_model, candidate("best_loss", EARLY, 0.4), candidate("last", LATE, 0.5))
+    watch, engine = Recording(), Noting()
+    split = replace(SPLIT, giveaways=NoDigits(tokens=(), codes=None))
+    tools = Tools(engine=engine, trainer=TorchTrainer(**TOOLS), watch=watch)
+    choose_by_answers(two, split, ROUGE, str(tiny_model), tools)
+    assert {messages[0]["role"] for messages in engine.conversations} == {"user"}, "as they are asked, not as they are"
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_only_labels_that_are_compared_exactly_are_told_by_their_tokens(name: str) -> None:
+    assert choose_metric(["yes", "no"] * 3, name).is_told_by_tokens == (name == "exact_match")
+    assert not choose_metric(["a text", "another"], name).is_told_by_tokens
+    assert not replace(LABELS, grade=lambda examples, answers: [0.0] * len(answers)).is_told_by_tokens
 
 
 def test_so_many_rows_answer_as_cost_little_beside_training() -> None:
@@ -187,10 +236,10 @@ def run(model: Path, folder: Path, watch: Recording, **asked: object) -> Outcome
 
 
 class Killing(Recording):
-    """Kills the job when the second candidate has begun to answer."""
+    """Kills the job when half of the answers to choose by are there."""
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        if stage.startswith("checkpoint 2 of "):
+        if stage == "choosing a checkpoint" and 2 * done >= total:
             raise KeyboardInterrupt
 
 

@@ -388,6 +388,39 @@ def test_a_given_validation_file_stops_every_training(with_valid: Done) -> None:
     assert all(point.valid_loss for point in with_valid.outcome.adapter.curve if point.step == best)
 
 
+def test_who_chose_a_checkpoint_is_told_once_for_each_training_that_chose_one(done: Done, with_valid: Done) -> None:
+    chosen = [text for text in with_valid.watch.messages if re.search(r"\) is chosen( |:)", text)]
+    assert sorted(text.partition(":")[0] for text in chosen if text.startswith("fold")) == [
+        f"fold {number} of 5" for number in range(1, 6)
+    ]
+    assert len(chosen) == 6
+    assert not any(" is chosen" in text for text in done.watch.messages), "there all folds choose together"
+    assert sum(" is taken: there are no validation examples" in text for text in done.watch.messages) == 1
+
+
+def test_by_a_metric_of_texts_only_a_validation_file_has_candidates_answer(tiny_model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [colour_row(i) for i in range(ROWS)])
+    without = run(tiny_model, tmp_path / "without", Recording(), metric="chrf")
+    assert len(without.engine.asked) == len(rows.read_text().splitlines()), "each row once, for the verdict"
+    # Of two answers in three another row's: the lowest loss is not that of the last step, and there is a choice.
+    wrong = [{"messages": [*row(i)[:2], row(i if i % 3 == 0 else i + 1)[2]]} for i in range(1000, 1012)]
+    valid = write_rows(tmp_path / "valid.jsonl", wrong)
+    with_file = run(tiny_model, tmp_path / "with", Recording(), valid, metric="chrf")
+    asked = Counter(folder for folder, _ in with_file.engine.asked)
+    told = [text for text in with_file.watch.messages if "checkpoints answer 12 of 12 validation rows" in text]
+    assert told
+    for text in told:
+        number = re.match(r"fold (\d) of 5", text)
+        checkpoints = re.search(r"(\d) checkpoints answer", text)
+        assert checkpoints
+        if number:
+            assert asked[f"fold-{number[1]}"] == 8 + 12 * int(checkpoints[1])
+
+
+def row(i: int) -> list[Any]:
+    return list(colour_row(i)["messages"])  # type: ignore[call-overload]
+
+
 def test_below_thirty_prompts_the_verdict_is_inconclusive(with_valid: Done) -> None:
     verdict = with_valid.outcome.verdict
     assert verdict.outcome == "inconclusive"

@@ -200,7 +200,7 @@ def test_a_gradient_that_would_be_lost_is_an_error(kernels: Kernels) -> None:
     assert layer.weight.isnan().all(), "nobody computes with what only says a shape"
 
 
-def test_other_kinds_of_models_and_precisions_without_units_are_left_to_torch(
+def test_other_kinds_of_models_and_precisions_without_kernels_are_left_to_torch(
     published: dict[str, Path], kernels: Kernels
 ) -> None:
     other = next(name for name in FAMILIES if name not in HELD)

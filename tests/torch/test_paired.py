@@ -27,7 +27,7 @@ HELD = [name for name in FAMILIES if FAMILIES[name]["model_type"] in frozen.KIND
 def pairs(kernels: Kernels) -> Kernels:
     """The kernels where they multiply pairs."""
     if not kernels.multiplies(LOW):
-        pytest.skip("this processor has no units for bfloat16")
+        pytest.skip("this processor does not multiply pairs of bfloat16 numbers")
     return kernels
 
 
@@ -59,6 +59,24 @@ def test_products_in_both_directions_are_those_of_torch(
     ]:
         assert found.dtype == LOW
         assert ((found.float() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5 * wanted.abs().max()).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "outputs", "inputs", "ranks"),
+    [(900, 96, 1300, 20), (900, 1300, 96, 20), (40, 200, 576, 768), (700, 33, 2400, 1)],
+)
+def test_what_does_not_fit_into_the_cache_is_taken_in_turns(
+    pairs: Kernels, n: int, outputs: int, inputs: int, ranks: int
+) -> None:
+    torch.manual_seed(0)
+    weight, beside = some(outputs, inputs), some(outputs, ranks)
+    ours, theirs = Frozen.of(pairs, weight, LOW), torch.cat([weight, beside], dim=1).float()
+    x, grad, onto = some(n, inputs + ranks), some(n, outputs), some(n, outputs)
+    found, back = ours.product(x, beside, onto), ours.product_back(grad, beside)
+    for one, wanted in ((found, x.float() @ theirs.t() + onto.float()), (back, grad.float() @ theirs)):
+        assert ((one.float() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5 * wanted.abs().max()).all()
+    assert torch.equal(ours.product(x[5:17], beside, onto[5:17]), found[5:17])
+    assert torch.equal(ours.product_back(grad[5:17], beside), back[5:17])
 
 
 def test_what_lies_beside_a_row_is_never_read(pairs: Kernels) -> None:

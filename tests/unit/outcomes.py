@@ -63,6 +63,7 @@ def make_outcome(folder: Path) -> Outcome:
                 [Candidate(kind="best_loss", step=2, valid_loss=0.5, scores=(1.0,) * 19 + (0.0,))], metric="exact match"
             ),
             proofs=(),
+            contenders=(),
         ),
         plan=plan,
         split=split,

@@ -345,6 +345,7 @@ def test_the_best_step_of_a_fold_is_told_in_epochs_of_its_own_rows() -> None:
         stopped="stopped",
         selection=Selection(chosen=best, reason="the lowest", candidates=(best,)),
         proofs=(),
+        contenders=(),
         kept=tuple(model(step, 0.25) for step in (5, 10, 15, 20)),
     )
     found = trained_fold(2, SPLIT, plan, whole(80), adapter)

@@ -1,4 +1,4 @@
-"""A model whose weights stay as their file has them: layers that multiply with kernels (heldout/kernels/frozen.py)."""
+"""A model whose layers multiply with kernels (heldout/kernels/frozen.py)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Operations of a decoder layer that this processor's own compiler made, for what torch has no single one for.
 
 Attention over a prefix tree keeps its scores in the cache and pads nothing; what lies between the products is one pass
-over memory each; products take frozen weights as their file has them (frozen.py). They compute what train/attention.py,
-train/between.py and train/products.py compute with torch, which is what happens where there is no compiler, on a GPU,
-and in the tests that compare the two.
+over memory each; products take frozen weights as their file has them, or pairs of bfloat16 numbers (frozen.py). They
+compute what train/attention.py, train/between.py and train/products.py compute with torch, which is what happens where
+there is no compiler, on a GPU, and in the tests that compare the two.
 
 Shapes: L packed tokens, H heads of d, K key heads; F features of the gated activation. Tensors are float32 or bfloat16,
 arithmetic is float32.
@@ -65,7 +65,8 @@ class Kernels:
         return width % 16 == 0 and width <= self._widest
 
     def multiplies(self, precision: torch.dtype) -> bool:
-        """Whether there are products of this precision: in bfloat16 only where the processor has units for it."""
+        """Whether there are products of this precision: in bfloat16 only where the processor multiplies pairs. Where it
+        multiplies tiles torch's are faster, and where it has units for neither so is float32."""
         return precision == torch.float32 or (precision == torch.bfloat16 and self._pairs)
 
     def attend(

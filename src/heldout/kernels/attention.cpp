@@ -25,7 +25,6 @@ struct Shape {
 };
 
 constexpr int ROWS = 6;             // of a product's tile, which has as many registers as there are
-constexpr int PANEL = 2 * LANES;    // keys that lie side by side in a packed panel
 constexpr int QUERIES = 48;         // rows of a block, all queries of a key head together
 constexpr int WIDEST = 256;         // of a head
 

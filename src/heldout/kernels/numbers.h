@@ -14,6 +14,8 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 
+constexpr int PANEL = 2 * LANES;  // numbers that lie side by side in what is packed: Python lays out weights by it
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));

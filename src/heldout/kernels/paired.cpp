@@ -2,8 +2,8 @@
 // and adds both to an fp32 number.
 //
 // Weights [outputs][inputs] lie in panels, [outputs / PANEL][inputs][PANEL], as product.cpp has them. What a tile needs of
-// a panel is paired once for all tokens: numbers that are next to each other on the way of the sum lie side by side, as
-// the instruction takes them. Sums are fp32 from the first number to the last, and rounded once.
+// a panel is paired once for a block of tokens: numbers that are next to each other on the way of the sum lie side by side,
+// as the instruction takes them. Sums are fp32 from the first number to the last, and rounded once.
 //
 // A result's bits depend on its token and its weights only, not on the other tokens nor on the number of threads.
 
@@ -15,13 +15,17 @@
 
 #include "numbers.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// Where a processor multiplies whole tiles (AMX), torch's products are several times as fast as these.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)
+#define PAIRED
+#endif
+
+#ifdef PAIRED
 
 namespace {
 
 typedef uint32_t pair;
 
-constexpr int PANEL = 2 * LANES;
 constexpr int ROWS = 12;                     // of a tile: with them its sums fill the registers
 constexpr int DEPTH = 1024;                  // of a piece, a multiple of PANEL: 64 KiB
 constexpr int64_t NEARBY = 1536 << 10;       // bytes of tokens that are multiplied with all panels before the next ones
@@ -224,7 +228,7 @@ int threads_for(int n, const Frozen& w, int threads) { return worth(threads, (n 
 
 extern "C" {
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#ifdef PAIRED
 
 int paired_products() { return 1; }
 

@@ -16,8 +16,7 @@
 
 namespace {
 
-constexpr int VECTORS = 2;
-constexpr int PANEL = VECTORS * LANES;
+constexpr int VECTORS = PANEL / LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // with them a tile's sums fill the registers
 constexpr int DEPTH = 256;                  // of a piece, a multiple of PANEL: 32 KiB in fp32
 constexpr int64_t NEARBY = 768 << 10;       // bytes of tokens that stay in the second cache while all panels go by

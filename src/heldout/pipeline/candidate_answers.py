@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 from heldout.engine.base import ModelRef
+from heldout.kept import read_record, write_record
 from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import answer_room, score_model
+from heldout.pipeline.giveaways import as_asked
 from heldout.pipeline.request import Tools
-from heldout.pipeline.selection import in_question, select
+from heldout.pipeline.selection import Candidate, Kind, in_question, select
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Example, Split
 
-#: Rows that a candidate answers, where there are so many.
-MOST, LEAST = 200, 50
-#: All candidates together answer at most so many rows for each one that was trained on, in all epochs.
+#: All candidates together answer at most so many rows for each one that was trained on, in all epochs;
 SHARE = 0.5
+#: but each of them so many at least, where there are so many, and at most.
+LEAST, MOST = 50, 200
+#: In the job's directory, or the fold's: what the candidates answered is not asked again.
+RECORD = "candidates.json"
 
 
 def choose_by_answers(adapter: Adapter, split: Split, metric: Metric, base_model: str, tools: Tools) -> Adapter:
@@ -27,33 +33,17 @@ def choose_by_answers(adapter: Adapter, split: Split, metric: Metric, base_model
     knows the scores."""
     known = adapter.selection
     candidates = in_question(known.candidates)
-    folders = {one.candidate.kind: one.directory for one in adapter.contenders}
-    asked = list(dict.fromkeys(folders[one.kind] for one in candidates))  # one checkpoint may be several candidates
-    if metric.is_told_by_tokens or len(asked) < 2:
+    folders = {one.kind: one.directory for one in adapter.contenders}
+    if metric.is_told_by_tokens or len({folders[one.kind] for one in candidates}) < 2:
         return adapter
     started = time.monotonic()
-    rows = rows_to_ask(split, count_to_ask(len(split.valid), len(asked), adapter.last_step * adapter.plan.batch_size))
-    tools.watch.message(
-        f"{len(asked)} checkpoints answer {len(rows)} of {len(split.valid)} validation rows: their losses do not tell "
-        f"their {metric.name}, and one is to be handed over"
-    )
-    max_tokens = answer_room(tools.engine, base_model, split)
-    scores = {
-        folder: score_model(
-            tools.engine,
-            ModelRef(base_model=base_model, adapter=str(folder)),
-            rows,
-            metric,
-            max_tokens=max_tokens,
-            learned=split.train,
-            progress=partial(tools.watch.progress, f"checkpoint {number} of {len(asked)}"),
-        ).per_example
-        for number, folder in enumerate(asked, start=1)
-    }
-    scored = {one.kind: replace(one, scores=scores[folders[one.kind]]) for one in candidates}
-    selection = select(tuple(scored.values()), metric=metric.name, complete=known.complete)
-    every = tuple(scored.get(one.kind, replace(one, scores=())) for one in known.candidates)
-    handed = tools.trainer.hand_over(adapter, replace(selection, candidates=every))
+    scores = _scores(candidates, folders, adapter, as_asked(split), metric, base_model, tools)
+    # One checkpoint may be several candidates; one that no score could have chosen has none.
+    found = {kind: scores[folder] for kind, folder in folders.items()}
+    scored = tuple(replace(one, scores=found.get(one.kind, ())) for one in known.candidates)
+    asked = [one for one in scored if one.kind in found]
+    selection = replace(select(asked, metric=metric.name, complete=known.complete), candidates=scored)
+    handed = tools.trainer.hand_over(adapter, selection)
     return replace(handed, seconds=adapter.seconds + time.monotonic() - started)
 
 
@@ -67,3 +57,45 @@ def rows_to_ask(split: Split, count: int) -> tuple[Example, ...]:
     """So many rows of validation, in order; the same ones for the same seed."""
     chosen = random.Random(f"{split.seed}/candidates").sample(range(len(split.valid)), count)
     return tuple(split.valid[row] for row in sorted(chosen))
+
+
+def _scores(
+    candidates: Sequence[Candidate],
+    folders: Mapping[Kind, Path],
+    adapter: Adapter,
+    split: Split,
+    metric: Metric,
+    base_model: str,
+    tools: Tools,
+) -> dict[Path, tuple[float, ...]]:
+    """What each checkpoint scores on the same rows; from the record of a job that is taken up."""
+    asked = list(dict.fromkeys(folders[one.kind] for one in candidates))
+    rows = rows_to_ask(split, count_to_ask(len(split.valid), len(asked), adapter.last_step * adapter.plan.batch_size))
+    about: dict[str, Any] = {
+        "metric": metric.name,
+        "lines": [row.line for row in rows],
+        "checkpoints": [folder.name for folder in asked],
+    }
+    path = adapter.directory.parent / RECORD
+    record = read_record(path)
+    if record is not None and {name: record.get(name) for name in about} == about:
+        return dict(zip(asked, map(tuple, record["scores"]), strict=True))
+    tools.watch.message(
+        f"{len(asked)} checkpoints answer {len(rows)} of {len(split.valid)} validation rows: their losses do not tell "
+        f"their {metric.name}, and one is to be handed over"
+    )
+    max_tokens = answer_room(tools.engine, base_model, split)
+    scores = []
+    for number, folder in enumerate(asked):
+
+        def progress(done: int, total: int, before: int = number) -> None:
+            tools.watch.progress("choosing a checkpoint", before * total + done, len(asked) * total)
+
+        model = ModelRef(base_model=base_model, adapter=str(folder))
+        found = score_model(
+            tools.engine, model, rows, metric, max_tokens=max_tokens, learned=split.train, progress=progress
+        )
+        scores.append(found.per_example)
+    write_record(path, {**about, "scores": scores})
+    tools.watch.kept()
+    return dict(zip(asked, scores, strict=True))

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 #: The interpreter with torch, transformers and what a job imports besides, measured.
 RUNTIME = 450 << 20
-#: What oneDNN compiles for bfloat16 products, measured (train/rounding.py).
-COMPILED = 150 << 20
+#: What oneDNN compiles for bfloat16 products, measured (train/rounding.py): the adapters' alone where kernels multiply
+#: with base weights, and all.
+COMPILED = (100 << 20, 150 << 20)
+#: Adapters that the engine keeps beside the trained one: the candidates (pipeline/candidate_answers.py).
+CANDIDATES = 4
 #: Logits of so many predictions exist at once, with kernels and without (train/head.py), so many times over.
 HEAD_ROWS, HEAD_COPIES = (96, 256), 2
 #: What freed and allocated blocks leave unused between them.
@@ -97,6 +100,7 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     portions = GPU if shapes.gpu else PROCESSOR
     cached = portions.cached * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
     answering = cached + _passing(shapes, sizes, portions.read) + POSITIONS * shapes.vocabulary * 4 * 2
+    answering += (1 + CANDIDATES) * sizes.trained * 4
     validated = max(valid_tokens(plan), sizes.longest)
     validating = _passing(shapes, sizes, validated) + at_once * shapes.vocabulary * 8
     return Need(
@@ -106,7 +110,7 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
         training=step + logits + _dropout_pool(plan, shapes, sizes, packed),
         evaluation=max(validating + (step if shapes.gpu else 0), answering),
         recorded=step if shapes.gpu else 0,
-        runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (COMPILED if number == 2 else 0),
+        runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (COMPILED[not shapes.frozen] if number == 2 else 0),
     )
 
 

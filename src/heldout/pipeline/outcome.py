@@ -19,7 +19,7 @@ from heldout.pipeline.training import RIGHT, Adapter
 from heldout.pipeline.types import Finding, Split
 from heldout.pipeline.verdict import Verdict
 
-#: The metric that validation has.
+#: The metric that RIGHT is of labels.
 EXACT = "exact match"
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from heldout.engine.base import Message
 from heldout.pipeline.plan import TrainPlan
-from heldout.pipeline.selection import Candidate, Selection
+from heldout.pipeline.selection import Kind, Selection
 from heldout.pipeline.types import Example, Split
 from heldout.pipeline.watch import Watch
 
@@ -75,7 +75,7 @@ class KeptModel:
 class Contender:
     """A checkpoint that could be handed over, where it lies while the job's folder is not cleared."""
 
-    candidate: Candidate
+    kind: Kind  # of its candidate
     directory: Path  # of its adapter, in the standard PEFT layout
     checkpoint: Path  # of its step itself; the adapter may be an average of it and its neighbours
     proofs: tuple[Proof, ...]
@@ -102,7 +102,7 @@ class Adapter:
     stopped: str  # why training ended, in words
     selection: Selection  # which checkpoint was taken, and why
     proofs: tuple[Proof, ...]
-    contenders: tuple[Contender, ...] = ()  # of the selection's candidates, in their order
+    contenders: tuple[Contender, ...]  # the selection's candidates that a score could have chosen
     kept: tuple[KeptModel, ...] = ()  # of the plan's kept_steps, in their order
 
 

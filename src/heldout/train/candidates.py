@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from heldout.errors import CheckpointDamaged
-from heldout.pipeline.selection import Candidate, Kind, Selection, select
+from heldout.pipeline.selection import Candidate, Kind, Selection, in_question, select
 from heldout.pipeline.training import RIGHT, Contender, Proof
 from heldout.pipeline.types import Example
 from heldout.pipeline.watch import Silent, Watch
@@ -71,10 +71,11 @@ def choose(
 def prove(
     trainee: Trainee[Any], selection: Selection, folders: Mapping[Kind, Path], examples: Sequence[Example]
 ) -> tuple[Contender, ...]:
-    """The candidates with the log-probabilities that each gives to the answers of these examples. Every one is
-    restored from disk: what is proven is what was saved."""
+    """The candidates that may be handed over, with the log-probabilities that each gives to the answers of these
+    examples. Every one is restored from disk: what is proven is what was saved."""
+    contending = dict.fromkeys(folders[one.kind] for one in in_question(selection.candidates))
     proofs: dict[Path, tuple[Proof, ...]] = {}
-    for folder in dict.fromkeys(folders.values()):  # one checkpoint may be several candidates
+    for folder in contending:
         trainee.load(folder)
         proofs[folder] = tuple(
             Proof(messages=example.messages, log_prob=trainee.log_prob(example)) for example in examples
@@ -82,12 +83,13 @@ def prove(
     by_step = {one.step: folders[one.kind] for one in selection.candidates if one.kind != "average"}
     return tuple(
         Contender(
-            candidate=one,
+            kind=one.kind,
             directory=folders[one.kind],
             checkpoint=by_step[one.step],  # the middle one of an average is the lowest loss
             proofs=proofs[folders[one.kind]],
         )
         for one in selection.candidates
+        if folders[one.kind] in contending  # one checkpoint may be several candidates
     )
 
 

@@ -148,8 +148,10 @@ class TorchTrainer:
             )
             watch.message(f"Training ended: {course.stopped}")
             selection, folders = choose(trainee, valid, course, checkpoints=directory / "checkpoints", watch=watch)
-        contenders = prove(trainee, selection, folders, (split.valid or split.train)[:PROOFS])
-        chosen = next(one for one in contenders if one.candidate is selection.chosen)
+        # Of a fold's models one of the kept ones is asked, and none is served.
+        proven = () if plan.kept_steps else (split.valid or split.train)[:PROOFS]
+        contenders = prove(trainee, selection, folders, proven)
+        chosen = next(one for one in contenders if one.kind == selection.chosen.kind)
         return Adapter(
             plan=plan,
             directory=checkpoint.publish(chosen.directory, directory / "adapter"),
@@ -174,7 +176,7 @@ class TorchTrainer:
 
     def hand_over(self, adapter: Adapter, selection: Selection) -> Adapter:
         """See Trainer.hand_over."""
-        chosen = next(one for one in adapter.contenders if one.candidate.kind == selection.chosen.kind)
+        chosen = next(one for one in adapter.contenders if one.kind == selection.chosen.kind)
         return replace(
             adapter,
             directory=checkpoint.publish(chosen.directory, adapter.directory),

@@ -92,12 +92,12 @@ class Training:
     steps_per_epoch: int
     batch_size: int
     by_answers: bool  # whether candidates answer rows of valid (pipeline/candidate_answers.py)
-    candidates: int = CANDIDATES
+    candidates: int = CANDIDATES  # that are proven to be served as they were trained, and once more by the engine
 
     @property
     def shorter(self) -> Training:
         """The same, as it typically goes."""
-        return replace(self, steps=self.typical_steps, candidates=TYPICAL_CANDIDATES)
+        return replace(self, steps=self.typical_steps, candidates=min(self.candidates, TYPICAL_CANDIDATES))
 
     @property
     def candidate_answers(self) -> int:
@@ -129,6 +129,7 @@ def training_of(plan: TrainPlan, split: Split, metric: Metric) -> Training:
         eval_every=plan.eval_every,
         steps_per_epoch=an_epoch,
         batch_size=plan.batch_size,
+        candidates=CANDIDATES if split.valid else 1,
         by_answers=bool(split.valid) and not plan.kept_steps and not metric.is_told_by_tokens,
     )
 

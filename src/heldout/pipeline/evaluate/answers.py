@@ -44,8 +44,8 @@ class Metric:
     @property
     def is_told_by_tokens(self) -> bool:
         """Whether an answer scores 1 where each of its tokens is the likeliest one, and 0 elsewhere: of labels that are
-        compared as they are, which training knows without an answer being written."""
-        return self.form == "label" and self.binary and not self.grade
+        compared exactly, which training knows without an answer being written."""
+        return self.form == "label" and self.score is exact_match and not self.grade
 
     def score_all(self, examples: Sequence[Example], answers: Sequence[str]) -> tuple[float, ...]:
         """A score for the answer that was given to each example."""
