@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import MODEL, part_of, plan_of, split_of, trainer
+from benchmarks.common import MODEL, hyperparameters_of, part_of, plan_of, split_of, trainer
 
 from heldout.engine.base import ModelRef
 from heldout.engine.local import LocalEngine
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=int, default=0, help="rows of it; 0: all")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     asked = parser.parse_args()
-    chosen = {name: json.loads(value) for name, value in (one.split("=", 1) for one in asked.set)}
+    chosen = hyperparameters_of(asked.set)
     print("| task | seed | metric | asked | by losses, holdout | by answers, holdout | other | time |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")
     for task in asked.tasks:

@@ -109,6 +109,18 @@ def base_folder(model: str = MODEL) -> Path:
     return weights.prepare(catalogue.resolve(model, {}, allow_paths=True), Settings().cache)
 
 
+def hyperparameters_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """What `--set name=value …` asks for: JSON, or else text."""
+
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return {name: value(text) for name, text in (one.split("=", 1) for one in pairs)}
+
+
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; NaN of nothing."""
     return sum(values) / len(values) if values else float("nan")

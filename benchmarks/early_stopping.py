@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import MODEL, best_unseen, mean, plan_of, split_of, trainee_of
+from benchmarks.common import MODEL, best_unseen, hyperparameters_of, mean, plan_of, split_of, trainee_of
 
 from heldout.pipeline.training import CurvePoint
 from heldout.pipeline.watch import Silent
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="hyperparameters, name=value")
     parser.add_argument("--out", type=Path, help="append each run as a line of JSON")
     asked = parser.parse_args()
-    chosen = {name: _value(value) for name, value in (one.split("=", 1) for one in asked.set)}
+    chosen = hyperparameters_of(asked.set)
     print("| task | seed | stopped at | kept | kept, holdout | best of the run | best, unseen | last of the run |")
     print("|---|--:|--:|---|--:|--:|--:|--:|")
     for task in asked.tasks:
@@ -111,13 +111,6 @@ def main() -> None:
             if asked.out:
                 with asked.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from heldout.engine import cache, device
-from heldout.engine.base import ModelRef
+from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.engine.portions import Portions
 from heldout.engine.template import ChatTemplate
@@ -194,6 +194,29 @@ TURNING = mislabelled(SMALL)
 LEARNING = replace(PLAN, learning_rate=2e-2, lora_r=16, lora_alpha=32.0, n_epochs=6, total_steps=60)
 
 TOOLS: dict[str, Any] = {"cache": read_settings().cache, "aliases": {}, "precision": "float32", "allow_paths": True}
+
+
+class Noting(LocalEngine):
+    """The engine, with a note of which model was asked what."""
+
+    def __init__(self) -> None:
+        super().__init__(**TOOLS)
+        self.calls: list[tuple[ModelRef, list[Sequence[Message]]]] = []
+
+    def chat(
+        self,
+        model: ModelRef,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling = Sampling(),
+        progress: Progress | None = None,
+    ) -> list[Reply]:
+        self.calls.append((model, list(conversations)))
+        return super().chat(model, conversations, sampling, progress)
+
+    def questions(self, *, adapter: bool) -> list[str]:
+        """What models with an adapter were asked, or without: the last message of each conversation."""
+        asked = [some for model, some in self.calls if bool(model.adapter) == adapter]
+        return [str(messages[-1]["content"]) for some in asked for messages in some]
 
 
 @pytest.fixture(scope="module")

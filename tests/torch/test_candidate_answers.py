@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
+from heldout.engine.base import ModelRef
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.candidate_answers import LEAST, MOST, choose_by_answers, count_to_ask, rows_to_ask
 from heldout.pipeline.evaluate.answers import SCORERS, Metric, choose_metric
@@ -28,32 +28,16 @@ from heldout.train.candidates import prove
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_files, colour_row, sources_of, write_rows
-from tests.torch.conftest import LEARNING, TOOLS, Recording, parts, train
+from tests.torch.conftest import LEARNING, TOOLS, Noting, Recording, parts, train
 
 SPLIT = parts()
 ROUGE = choose_metric([row.target for row in SPLIT.train], "rouge_l")
 LABELS = choose_metric([row.target for row in SPLIT.train])
 
 
-class Noting(LocalEngine):
-    """The engine, with a note of who was asked what."""
-
-    def __init__(self) -> None:
-        super().__init__(**TOOLS)
-        self.asked: list[tuple[str, int]] = []  # folder of the adapter, rows
-        self.conversations: list[Sequence[Message]] = []
-
-    def chat(
-        self,
-        model: ModelRef,
-        conversations: Sequence[Sequence[Message]],
-        sampling: Sampling = Sampling(),
-        progress: Progress | None = None,
-    ) -> list[Reply]:
-        if model.adapter:
-            self.asked.append((Path(model.adapter).name, len(conversations)))
-            self.conversations += conversations
-        return super().chat(model, conversations, sampling, progress)
+def asked_of(engine: Noting) -> list[tuple[str, int]]:
+    """Who was asked, by folder, and for how many answers."""
+    return [(Path(model.adapter).name, len(some)) for model, some in engine.calls if model.adapter]
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,7 @@ def test_the_checkpoint_whose_answers_score_better_is_handed_over(tiny_model: Pa
     assert misled.best_step == EARLY, "the losses speak for it"
     found = choose(misled, tiny_model, ROUGE)
     folders = [f"step-{step:06d}" for step in (EARLY, LATE)]
-    assert found.engine.asked == [(folder, len(SPLIT.valid)) for folder in folders]
+    assert asked_of(found.engine) == [(folder, len(SPLIT.valid)) for folder in folders]
     after = found.after
     assert (after.best_step, after.selection.chosen.kind, after.selection.metric) == (LATE, "last", "ROUGE-L")
     assert "ROUGE-L" in after.selection.reason
@@ -125,17 +109,17 @@ def test_the_checkpoint_whose_answers_score_better_is_handed_over(tiny_model: Pa
     assert any("2 checkpoints answer 24 of 24 validation rows" in text for text in found.watch.messages)
     # Taken up again, nothing is asked and the same is chosen.
     once_more = choose(misled, tiny_model, ROUGE)
-    assert once_more.engine.asked == []
+    assert asked_of(once_more.engine) == []
     assert once_more.after.selection == after.selection
     # By another metric it is.
-    assert len(choose(misled, tiny_model, choose_metric(["a", "b"], "chrf")).engine.asked) == 2
+    assert len(asked_of(choose(misled, tiny_model, choose_metric(["a", "b"], "chrf")).engine)) == 2
 
 
 def test_nothing_is_asked_where_training_knows_the_score(tiny_model: Path, adapter: Adapter) -> None:
     misled = with_candidates(adapter, tiny_model, candidate("best_loss", EARLY, 0.4), candidate("last", LATE, 0.5))
     found = choose(misled, tiny_model, LABELS)
     assert found.after is misled
-    assert found.engine.asked == []
+    assert asked_of(found.engine) == []
 
 
 def test_nothing_is_asked_where_no_score_could_change_the_choice(tiny_model: Path, adapter: Adapter) -> None:
@@ -154,7 +138,7 @@ def test_a_candidate_that_no_score_could_put_first_is_not_asked(tiny_model: Path
     barred = candidate("average", EARLY, 0.41)
     selection = replace(three.selection, candidates=(*three.selection.candidates, barred))
     found = choose(replace(three, selection=selection), tiny_model, ROUGE)
-    assert [folder for folder, _ in found.engine.asked] == [f"step-{step:06d}" for step in (EARLY, LATE)]
+    assert [folder for folder, _ in asked_of(found.engine)] == [f"step-{step:06d}" for step in (EARLY, LATE)]
     scores = {one.kind: one.score for one in found.after.selection.candidates}
     assert scores["average"] is None
     assert scores["best_metric"] == scores["last"], "one checkpoint under two names answers once"
@@ -191,7 +175,9 @@ def test_candidates_are_asked_without_the_codes_that_the_holdout_is_asked_withou
     split = replace(SPLIT, giveaways=NoDigits(tokens=(), codes=None))
     tools = Tools(engine=engine, trainer=TorchTrainer(**TOOLS), watch=watch)
     choose_by_answers(two, split, ROUGE, str(tiny_model), tools)
-    assert {messages[0]["role"] for messages in engine.conversations} == {"user"}, "as they are asked, not as they are"
+    assert {messages[0]["role"] for _, some in engine.calls for messages in some} == {"user"}, (
+        "as they are asked, not as they are"
+    )
 
 
 @pytest.mark.parametrize("name", SCORERS)

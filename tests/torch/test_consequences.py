@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
-from heldout.engine.local import LocalEngine
 from heldout.pipeline.consequences import CONSEQUENCES
 from heldout.pipeline.consequences.base import Consequence
 from heldout.pipeline.hyperparameters import Hyperparameters
@@ -20,27 +18,16 @@ from heldout.pipeline.request import Request, Tools
 from heldout.pipeline.run import run_job
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_files, sources_of
-from tests.torch.conftest import TOOLS, Recording
+from tests.torch.conftest import TOOLS, Noting, Recording
 from tests.torch.encoders import make_tiny_encoder
 
 
-class NotingEngine(LocalEngine):
+class NotingEngine(Noting):
     """The engine, with a note of what the tuned model was asked."""
 
-    def __init__(self) -> None:
-        super().__init__(**TOOLS)
-        self.asked: list[str] = []
-
-    def chat(
-        self,
-        model: ModelRef,
-        conversations: Sequence[Sequence[Message]],
-        sampling: Sampling = Sampling(),
-        progress: Progress | None = None,
-    ) -> list[Reply]:
-        if model.adapter:
-            self.asked += [str(messages[-1]["content"]) for messages in conversations]
-        return super().chat(model, conversations, sampling, progress)
+    @property
+    def asked(self) -> list[str]:
+        return self.questions(adapter=True)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
+from heldout.engine.base import ModelRef, Sampling
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.evaluate.scores import turns_of
 from heldout.pipeline.fold_length import SHARES
@@ -30,7 +29,7 @@ from heldout.train.checkpoint import ADAPTER
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row, write_rows
 from tests.documents import faults
-from tests.torch.conftest import LEARNING, TOOLS, Recording
+from tests.torch.conftest import LEARNING, TOOLS, Noting, Recording
 
 ROWS = 40
 FOLDERS = [f"fold-{number}" for number in range(1, 6)]
@@ -57,24 +56,18 @@ class NotingTrainer(TorchTrainer):
         return super().train(plan, split, base_model=base_model, directory=directory, watch=watch, cache=cache)
 
 
-class NotingEngine(LocalEngine):
+class NotingEngine(Noting):
     """The engine, with a note of what each adapter was asked."""
 
-    def __init__(self) -> None:
-        super().__init__(**TOOLS)
-        self.asked: list[tuple[str, str]] = []  # folder of the adapter, question
-
-    def chat(
-        self,
-        model: ModelRef,
-        conversations: Sequence[Sequence[Message]],
-        sampling: Sampling = Sampling(),
-        progress: Progress | None = None,
-    ) -> list[Reply]:
-        if model.adapter:
-            folder = next((part for part in Path(model.adapter).parts if part in FOLDERS), "served")
-            self.asked += [(folder, str(messages[-1]["content"])) for messages in conversations]
-        return super().chat(model, conversations, sampling, progress)
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        """Folder of the adapter, question."""
+        return [
+            (next((part for part in Path(model.adapter).parts if part in FOLDERS), "served"), str(one[-1]["content"]))
+            for model, conversations in self.calls
+            if model.adapter
+            for one in conversations
+        ]
 
 
 class Killing(Recording):

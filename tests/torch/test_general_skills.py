@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from heldout.engine import cache, weights
-from heldout.engine.base import Message, ModelRef, Progress, Reply, Sampling
+from heldout.engine.base import ModelRef
 from heldout.engine.local import LocalEngine
 from heldout.pipeline.general_prompts import HELD_BACK, REPLAYED
 from heldout.pipeline.hyperparameters import Hyperparameters
@@ -25,7 +24,7 @@ from heldout.pipeline.types import Split
 from heldout.pipeline.watch import Watch
 from heldout.train.trainer import TorchTrainer
 from tests.conftest import colour_row, sources_of, write_rows
-from tests.torch.conftest import LEARNING, TOOLS, Recording
+from tests.torch.conftest import LEARNING, TOOLS, Noting, Recording
 
 ROWS = {"train": range(40), "valid": range(1000, 1012), "holdout": range(2000, 2032)}
 
@@ -56,23 +55,12 @@ class NotingTrainer(TorchTrainer):
         return super().train(plan, split, base_model=base_model, directory=directory, watch=watch, cache=cache)
 
 
-class NotingEngine(LocalEngine):
+class NotingEngine(Noting):
     """The engine, with a note of what the base model was asked."""
 
-    def __init__(self) -> None:
-        super().__init__(**TOOLS)
-        self.asked: list[str] = []
-
-    def chat(
-        self,
-        model: ModelRef,
-        conversations: Sequence[Sequence[Message]],
-        sampling: Sampling = Sampling(),
-        progress: Progress | None = None,
-    ) -> list[Reply]:
-        if model.adapter is None:
-            self.asked += [str(messages[-1]["content"]) for messages in conversations]
-        return super().chat(model, conversations, sampling, progress)
+    @property
+    def asked(self) -> list[str]:
+        return self.questions(adapter=False)
 
 
 @dataclass(frozen=True)

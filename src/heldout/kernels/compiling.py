@@ -26,7 +26,8 @@ from heldout.kept import read_record, write_record
 from heldout.kernels import Kernels
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("numbers.h", "attention.cpp", "layer.cpp", "paired.cpp", "product.cpp")
+    Path(__file__).with_name(name)
+    for name in ("numbers.h", "panels.h", "attention.cpp", "layer.cpp", "paired.cpp", "product.cpp")
 )
 COMPILERS = ("g++", "c++")
 #: Results must not depend on how numbers are grouped, so nothing here lets the compiler group them anew.

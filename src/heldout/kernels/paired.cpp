@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "numbers.h"
+#include "panels.h"
 
 // Where a processor multiplies whole tiles (AMX), torch's products are several times as fast as these.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)
@@ -29,25 +29,8 @@ typedef uint32_t pair;
 constexpr int ROWS = 12;                     // of a tile: with them its sums fill the registers
 constexpr int DEPTH = 1024;                  // of a piece, a multiple of PANEL: 64 KiB
 constexpr int64_t NEARBY = 1536 << 10;       // bytes of tokens that are multiplied with all panels before the next ones
-constexpr int64_t LEAST = 1 << 20;           // products of two numbers that are worth a thread; reading a weight is worth 8
 
-// Weights, and beside them columns that change (an adapter's s B), [outputs][ranks].
-struct Frozen {
-    const bf16 *panels, *more;
-    int64_t row_of_more;
-    int outputs, inputs, ranks;
-
-    const bf16* panel(int output, int input) const { return panels + (int64_t)output * inputs + (int64_t)input * PANEL; }
-};
-
-// Rows `row` apart; none where `at` is null.
-template <class T>
-struct Rows {
-    T* at;
-    int64_t row;
-
-    Rows from(int64_t token, int64_t number) const { return {at ? at + token * row + number : at, row}; }
-};
+typedef Frozen<bf16, bf16> Weights;
 
 // What is needed next, brought nearer meanwhile: lines of a panel, PANEL in a row, rows `jump` numbers apart.
 struct Ahead {
@@ -116,16 +99,16 @@ void tile_of(int rows, const Given&... given) {
 template <class Fill>
 void multiply(int n, int width, int total, const Rows<const bf16>& x, const Rows<const bf16>& onto, const Rows<bf16>& to,
               int threads, Fill fill) {
-    const int panels = (width + PANEL - 1) / PANEL, pieces = std::max(1, (total + DEPTH - 1) / DEPTH);
-    const int piece = ((total + pieces - 1) / pieces + PANEL - 1) / PANEL * PANEL;
+    const int panels = pieces_of(width, PANEL), pieces = std::max(1, pieces_of(total, DEPTH));
+    const int piece = pieces_of(pieces_of(total, pieces), PANEL) * PANEL;
     const int blocks = (int)std::max<int64_t>(1, ((int64_t)sizeof(bf16) * n * total + NEARBY - 1) / NEARBY);
-    const int block = ((n + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+    const int block = pieces_of(pieces_of(n, blocks), ROWS) * ROWS;
 #pragma omp parallel num_threads(threads)
     {
         alignas(64) pair lines[DEPTH / 2 * PANEL];
         std::vector<float> sums;
         for (int begin = 0; begin < n; begin += block) {
-            const int here = std::min(block, n - begin), tiles = (here + ROWS - 1) / ROWS, rows = (here + tiles - 1) / tiles;
+            const int here = std::min(block, n - begin), tiles = pieces_of(here, ROWS), rows = pieces_of(here, tiles);
             const int64_t all = (int64_t)panels * tiles, me = omp_get_thread_num(), count = omp_get_num_threads();
             const int64_t end = all * (me + 1) / count;
             for (int64_t at = all * me / count; at < end;) {
@@ -172,8 +155,8 @@ void pair_rows(const bf16* from, int64_t row, int depth, int columns, pair* to) 
     }
 }
 
-// Pairs that lie side by side in rows, turned: to[k][c] = pair k of row c, for `count` pairs of `columns` rows. At most
-// LANES pairs are read at a time, and no number behind `depth`.
+// Pairs that lie side by side in rows, turned: to[k][c] = pair k of row c, of `columns` rows of `depth` numbers. No number
+// behind `depth` is read.
 void turn_pairs(const bf16* from, int64_t row, int depth, int columns, pair* to) {
     for (int k = 0; k < depth; k += PANEL)
         for (int c = 0; c < PANEL; c += LANES) {
@@ -188,7 +171,7 @@ void turn_pairs(const bf16* from, int64_t row, int depth, int columns, pair* to)
 }
 
 // y = onto + x [W | more]': x [n][inputs + ranks], y and onto [n][outputs].
-void forward(int n, const Frozen& w, const Rows<const bf16>& x, const Rows<const bf16>& onto, const Rows<bf16>& y,
+void forward(int n, const Weights& w, const Rows<const bf16>& x, const Rows<const bf16>& onto, const Rows<bf16>& y,
              int threads) {
     multiply(n, w.outputs, w.inputs + w.ranks, x, onto, y, threads, [&](int panel, int start, int depth, pair* lines) {
         const int out = panel * PANEL, own = std::max(0, std::min(depth, w.inputs - start));
@@ -202,7 +185,7 @@ void forward(int n, const Frozen& w, const Rows<const bf16>& x, const Rows<const
 }
 
 // d = grad [W | more]: grad [n][outputs], d [n][inputs + ranks].
-void backward(int n, const Frozen& w, const Rows<const bf16>& grad, const Rows<bf16>& d, int threads) {
+void backward(int n, const Weights& w, const Rows<const bf16>& grad, const Rows<bf16>& d, int threads) {
     const Rows<const bf16> nothing{nullptr, 0};
     multiply(n, w.inputs, w.outputs, grad, nothing, d, threads, [&](int panel, int start, int depth, pair* lines) {
         const int in = panel * PANEL, columns = std::min(PANEL, w.inputs - in);
@@ -220,8 +203,6 @@ void backward(int n, const Frozen& w, const Rows<const bf16>& grad, const Rows<b
     });
 }
 
-int threads_for(int n, const Frozen& w, int threads) { return worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST); }
-
 }  // namespace
 
 #endif
@@ -234,14 +215,14 @@ int paired_products() { return 1; }
 
 void paired_forward(int n, int outputs, int inputs, int ranks, const bf16* panels, const bf16* more, int64_t row_of_more,
                     const bf16* x, int64_t row_of_x, const bf16* onto, int64_t row_of_onto, bf16* y, int64_t row, int threads) {
-    const Frozen w{panels, more, row_of_more, outputs, inputs, ranks};
-    if (n) forward(n, w, {x, row_of_x}, {onto, row_of_onto}, {y, row}, threads_for(n, w, threads));
+    const Weights w{panels, more, row_of_more, outputs, inputs, ranks};
+    if (n) forward(n, w, {x, row_of_x}, {onto, row_of_onto}, {y, row}, w.threads(n, threads));
 }
 
 void paired_backward(int n, int outputs, int inputs, int ranks, const bf16* panels, const bf16* more, int64_t row_of_more,
                      const bf16* grad, int64_t row_of_grad, bf16* d, int64_t row, int threads) {
-    const Frozen w{panels, more, row_of_more, outputs, inputs, ranks};
-    if (n) backward(n, w, {grad, row_of_grad}, {d, row}, threads_for(n, w, threads));
+    const Weights w{panels, more, row_of_more, outputs, inputs, ranks};
+    if (n) backward(n, w, {grad, row_of_grad}, {d, row}, w.threads(n, threads));
 }
 
 #else

@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "numbers.h"
+#include "panels.h"
 
 namespace {
 
@@ -21,7 +21,6 @@ constexpr int ROWS = LANES == 16 ? 12 : 6;  // with them a tile's sums fill the 
 constexpr int DEPTH = 256;                  // of a piece, a multiple of PANEL: 32 KiB in fp32
 constexpr int64_t NEARBY = 768 << 10;       // bytes of tokens that stay in the second cache while all panels go by
 constexpr int DIRECT = 3;                   // so few tiles read the panel as it is: widening it would take longer
-constexpr int64_t LEAST = 1 << 20;          // products of two numbers that are worth a thread; reading a weight is worth 8
 constexpr int NEAR = 4096;                  // bytes between what is read of a panel and what is asked for
 
 struct Line {
@@ -41,25 +40,10 @@ inline void put(float* to, const Line& x) {
     for (int v = 0; v < VECTORS; v++) store(to + v * LANES, x.part[v]);
 }
 
-// Weights, and beside them columns in fp32 that change (an adapter's s B), [outputs][ranks].
+// Beside the weights lie columns in fp32.
 template <class T>
-struct Frozen {
-    const T* panels;
-    const float* more;
-    int64_t row_of_more;
-    int outputs, inputs, ranks;
+using Weights = Frozen<T, float>;
 
-    const T* panel(int output, int input) const { return panels + (int64_t)output * inputs + (int64_t)input * PANEL; }
-};
-
-// Tokens' numbers, rows `row` apart.
-template <class T>
-struct Rows {
-    T* at;
-    int64_t row;
-
-    Rows from(int64_t token, int64_t number) const { return {at + token * row + number, row}; }
-};
 typedef Rows<const float> Given;
 typedef Rows<float> Result;
 
@@ -151,7 +135,7 @@ class Share {
             const int i = t * rows, count = std::min(rows, n - i);
             if (count <= 0) break;
             const auto run = t == first && next.at ? tile_of<ROWS, true, T> : tile_of<ROWS, false, T>;
-            run(count, x.from(i, 0), lines, depth, onto.at ? onto.from(i, 0) : onto, to.from(i, 0), columns, next);
+            run(count, x.from(i, 0), lines, depth, onto.from(i, 0), to.from(i, 0), columns, next);
         }
     }
 
@@ -163,8 +147,6 @@ class Share {
     int64_t at, end;
 };
 
-int pieces_of(int size, int most) { return (size + most - 1) / most; }
-
 // Numbers of each token, in whole pieces, that are nearby.
 int span_of(int n, int piece) {
     return piece * (int)std::max<int64_t>(1, NEARBY / ((int64_t)sizeof(float) * n * piece));
@@ -172,7 +154,7 @@ int span_of(int n, int piece) {
 
 // wide[k][c] = more[output + c][rank + k], for a panel of outputs and `depth` ranks.
 template <class T>
-void turn_more(const Frozen<T>& w, int output, int columns, int rank, int depth, float* wide) {
+void turn_more(const Weights<T>& w, int output, int columns, int rank, int depth, float* wide) {
     for (int c = 0; c < PANEL; c += LANES)
         for (int k = 0; k < depth; k += LANES) {
             vec x[LANES];
@@ -185,9 +167,9 @@ void turn_more(const Frozen<T>& w, int output, int columns, int rank, int depth,
 
 // y = onto + x [W | more]': x [n][inputs + ranks], y and onto [n][outputs]; `onto` may be null.
 template <class T>
-void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const Result& y, int threads) {
+void forward(int n, const Weights<T>& w, const Given& x, const Given& onto, const Result& y, int threads) {
     if (!n) return;
-    threads = worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST);
+    threads = w.threads(n, threads);
     const int pieces = pieces_of(w.inputs, DEPTH), piece = (w.inputs + pieces - 1) / pieces;
     const int span = span_of(n, piece);
 #pragma omp parallel num_threads(threads)
@@ -198,7 +180,7 @@ void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const
             for (Share share(n, pieces_of(w.outputs, PANEL)); share.next();) {
                 const int out = share.panel * PANEL, columns = std::min(PANEL, w.outputs - out);
                 const Result to = y.from(0, out);
-                Given before = begin ? Given{to.at, to.row} : onto.at ? onto.from(0, out) : onto;
+                Given before = begin ? Given{to.at, to.row} : onto.from(0, out);
                 for (int c = 0; c < columns; c++)  // they come last, and by then they are here
                     for (int k = 0; k < w.ranks; k += 64 / (int)sizeof(float))
                         __builtin_prefetch(w.more + (out + c) * w.row_of_more + k);
@@ -229,7 +211,7 @@ void forward(int n, const Frozen<T>& w, const Given& x, const Given& onto, const
 
 // wide[k][c] = W[output + k][input + c], for `depth` outputs and a panel of inputs.
 template <class T>
-void widen_turned(const Frozen<T>& w, int output, int depth, int input, int columns, float* wide) {
+void widen_turned(const Weights<T>& w, int output, int depth, int input, int columns, float* wide) {
     for (int k = 0; k < depth; k += PANEL)
         for (int c = 0; c < PANEL; c += LANES) {
             vec x[VECTORS][LANES];
@@ -246,9 +228,9 @@ void widen_turned(const Frozen<T>& w, int output, int depth, int input, int colu
 
 // d = grad [W | more]: grad [n][outputs], d [n][inputs + ranks].
 template <class T>
-void backward(int n, const Frozen<T>& w, const Given& grad, const Result& d, int threads) {
+void backward(int n, const Weights<T>& w, const Given& grad, const Result& d, int threads) {
     if (!n) return;
-    threads = worth(threads, (n + 8) * (int64_t)w.outputs * w.inputs, LEAST);
+    threads = w.threads(n, threads);
     const int of_inputs = pieces_of(w.inputs, PANEL), panels = of_inputs + pieces_of(w.ranks, PANEL);
     const int span = span_of(n, DEPTH);
 #pragma omp parallel num_threads(threads)
@@ -294,13 +276,13 @@ int product_panel() { return PANEL; }
     void product_forward_##NAME(int n, int outputs, int inputs, int ranks, const T* panels, const float* more,        \
                                 int64_t row_of_more, const float* x, int64_t row_of_x, const float* onto,             \
                                 int64_t row_of_onto, float* y, int64_t row, int threads) {                            \
-        const Frozen<T> weights{panels, more, row_of_more, outputs, inputs, ranks};                                   \
+        const Weights<T> weights{panels, more, row_of_more, outputs, inputs, ranks};                                   \
         forward(n, weights, {x, row_of_x}, {onto, row_of_onto}, {y, row}, threads);                                   \
     }                                                                                                                 \
     void product_backward_##NAME(int n, int outputs, int inputs, int ranks, const T* panels, const float* more,       \
                                  int64_t row_of_more, const float* grad, int64_t row_of_grad, float* d, int64_t row,  \
                                  int threads) {                                                                       \
-        const Frozen<T> weights{panels, more, row_of_more, outputs, inputs, ranks};                                   \
+        const Weights<T> weights{panels, more, row_of_more, outputs, inputs, ranks};                                   \
         backward(n, weights, {grad, row_of_grad}, {d, row}, threads);                                                 \
     }
 PRODUCT(float32, float)

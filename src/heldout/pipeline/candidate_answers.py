@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from heldout.pipeline.evaluate.answers import Metric
 from heldout.pipeline.evaluate.scores import answer_room, score_model
 from heldout.pipeline.giveaways import as_asked
 from heldout.pipeline.request import Tools
-from heldout.pipeline.selection import Candidate, Kind, in_question, select
+from heldout.pipeline.selection import select
 from heldout.pipeline.training import Adapter
 from heldout.pipeline.types import Example, Split
 
@@ -32,14 +32,13 @@ def choose_by_answers(adapter: Adapter, split: Split, metric: Metric, base_model
     trainer chose by (selection.select). Nothing is asked where no score could change the choice, or where training
     knows the scores."""
     known = adapter.selection
-    candidates = in_question(known.candidates)
-    folders = {one.kind: one.directory for one in adapter.contenders}
-    if metric.is_told_by_tokens or len({folders[one.kind] for one in candidates}) < 2:
+    checkpoints = list(dict.fromkeys(one.directory for one in adapter.contenders))  # one may be several candidates
+    if metric.is_told_by_tokens or len(checkpoints) < 2:
         return adapter
     started = time.monotonic()
-    scores = _scores(candidates, folders, adapter, as_asked(split), metric, base_model, tools)
-    # One checkpoint may be several candidates; one that no score could have chosen has none.
-    found = {kind: scores[folder] for kind, folder in folders.items()}
+    scores = _scores(checkpoints, adapter, as_asked(split), metric, base_model, tools)
+    found = {one.kind: scores[one.directory] for one in adapter.contenders}
+    # A candidate that no score could have chosen has none.
     scored = tuple(replace(one, scores=found.get(one.kind, ())) for one in known.candidates)
     asked = [one for one in scored if one.kind in found]
     selection = replace(select(asked, metric=metric.name, complete=known.complete), candidates=scored)
@@ -60,16 +59,9 @@ def rows_to_ask(split: Split, count: int) -> tuple[Example, ...]:
 
 
 def _scores(
-    candidates: Sequence[Candidate],
-    folders: Mapping[Kind, Path],
-    adapter: Adapter,
-    split: Split,
-    metric: Metric,
-    base_model: str,
-    tools: Tools,
+    asked: Sequence[Path], adapter: Adapter, split: Split, metric: Metric, base_model: str, tools: Tools
 ) -> dict[Path, tuple[float, ...]]:
     """What each checkpoint scores on the same rows; from the record of a job that is taken up."""
-    asked = list(dict.fromkeys(folders[one.kind] for one in candidates))
     rows = rows_to_ask(split, count_to_ask(len(split.valid), len(asked), adapter.last_step * adapter.plan.batch_size))
     about: dict[str, Any] = {
         "metric": metric.name,
