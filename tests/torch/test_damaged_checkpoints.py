@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,7 @@ from heldout.train.candidates import choose
 from heldout.train.checkpoint import ADAPTER
 from heldout.train.loop import Course
 from heldout.train.sft import ChatTrainee
-from tests.torch.conftest import NOISY, TURNING, Recording, train
-
-#: Overfits: the lowest validation loss comes long before the last step. Without dropout, which differs with kernels.
-PLAN = replace(NOISY, lora_dropout=0.0, learning_rate=0.04, n_epochs=6, total_steps=36, early_stopping=False)
+from tests.torch.conftest import TURNING, TURNS, Recording, train
 
 
 class Warned(Recording):
@@ -47,12 +43,12 @@ def test_a_job_whose_best_checkpoint_is_damaged_hands_over_the_best_of_the_rest(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "checkpoints"
-    before = train(tiny_model, tmp_path, PLAN, TURNING)
+    before = train(tiny_model, tmp_path, TURNS, TURNING)
     (best,) = [one.step for one in before.selection.candidates if one.kind == "best_loss"]
     assert best < before.last_step
     damage(root, best)
     watch = Warned()
-    after = train(tiny_model, tmp_path, PLAN, TURNING, watch)
+    after = train(tiny_model, tmp_path, TURNS, TURNING, watch)
     assert after.last_step == before.last_step, "nothing is trained again"
     (warning,) = [text for text in watch.warnings if "Left out" in text]
     assert f"the checkpoint of step {best} is damaged: its checksums do not hold" in warning
@@ -63,16 +59,16 @@ def test_a_job_whose_best_checkpoint_is_damaged_hands_over_the_best_of_the_rest(
     (lowest,) = [one for one in after.selection.candidates if one.kind == "best_loss"]
     assert lowest.valid_loss == min(there.values())
     assert after.selection.reason.startswith("of the checkpoints that can be read, step ")
-    trainee = sft.build_model(PLAN, tiny_model, torch.float32)
+    trainee = sft.build_model(TURNS, tiny_model, torch.float32)
     trainee.load(after.directory)
     seen = loop.validate(trainee, trainee.rows(TURNING.valid, "valid"))
     assert sum(seen.calibrated) / len(seen.calibrated) == pytest.approx(after.selection.chosen.valid_loss, rel=1e-5)
 
 
 def trained(model: Path, folder: Path, *, valid: bool) -> tuple[ChatTrainee, list[Any], Course]:
-    trainee = sft.build_model(PLAN, model, torch.float32)
+    trainee = sft.build_model(TURNS, model, torch.float32)
     rows, others = trainee.rows(TURNING.train, "train"), trainee.rows(TURNING.valid, "valid") if valid else []
-    return trainee, others, loop.run(PLAN, trainee, rows, others, checkpoints=folder, watch=Recording())
+    return trainee, others, loop.run(TURNS, trainee, rows, others, checkpoints=folder, watch=Recording())
 
 
 def test_an_average_of_a_damaged_checkpoint_is_no_candidate(tiny_model: Path, tmp_path: Path) -> None:
