@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +187,18 @@ def test_too_few_whole_answers_measure_nothing_and_that_is_said(tmp_path: Path) 
 )
 def test_skills_have_dropped_when_they_surely_fell_by_more_than_the_margin(changes: list[float], dropped: bool) -> None:
     assert judge_changes(changes, asked=24, replay_ratio=0.0).dropped == dropped
+
+
+@pytest.mark.parametrize(("known", "kept", "lost"), [(24, 0, True), (24, 6, True), (24, 8, False), (7, 0, False)])
+def test_skills_have_dropped_when_surely_less_than_half_of_what_was_known_is_answered(
+    known: int, kept: int, lost: bool
+) -> None:
+    found = replace(judge_changes([0.0, 0.1] * 12, asked=24, replay_ratio=0.0), known=known, kept=kept)
+    assert found.p_dropped < 0.01
+    assert found.dropped == lost
+    if lost:
+        assert judge(found).reasons[-1].startswith("general skills dropped: ")
+        assert judge(found).outcome == "ship"
 
 
 def test_a_drop_is_told_with_a_remedy_and_does_not_change_the_outcome(tmp_path: Path) -> None:

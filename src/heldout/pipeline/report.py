@@ -237,7 +237,8 @@ def general_skills(verdict: Verdict) -> str:
     result = f"They dropped: {found.advice}" if found.dropped else "They did not surely drop"
     return (
         f"{found.sentence[:1].upper()}{found.sentence[1:]}. {result}. (Dropped means: by more than {MARGIN:g} nats per "
-        f"token, with a probability of at least {SURE:.0%}; it is {found.p_dropped:.1%}.)"
+        f"token, with a probability of at least {SURE:.0%}, which is {found.p_dropped:.1%} here; or surely less than "
+        "half of the short questions.)"
     )
 
 

@@ -18,7 +18,7 @@ def measure(subject: Subject) -> Consequence:
     said = f"; {found.advice}; this informs and does not change the outcome" if found.dropped else ""
     return Consequence(
         name=NAME,
-        status=status_of(fails=found.p_dropped, warns=found.p_dropped),
+        status=status_of(fails=1.0 if found.lost_facts else found.p_dropped, warns=found.p_dropped),
         sentence=f"{found.sentence}{said}",
         numbers=found.as_dict(),
     )

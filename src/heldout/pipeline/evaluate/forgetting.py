@@ -24,6 +24,9 @@ from heldout.pipeline.watch import Watch
 #: General skills have dropped when the answers are surely less likely by more than this, in nats per token.
 MARGIN = 0.5
 SURE = 0.99
+#: And when of the short questions that the base model answers right less than this share surely is (97.5 %): a model
+#: that rewrites what it is asked may find the base model's long answers as likely as ever.
+HALF = 0.5
 #: With fewer answers there is nothing to say.
 FEWEST = 8
 
@@ -44,8 +47,13 @@ class Forgetting:
 
     @property
     def dropped(self) -> bool:
-        """True when general skills have surely dropped by more than the margin."""
-        return self.p_dropped >= SURE
+        """True when general skills have surely dropped: probabilities by more than the margin, or answers by half."""
+        return self.p_dropped >= SURE or self.lost_facts
+
+    @property
+    def lost_facts(self) -> bool:
+        """True when of the questions that the base model answers right the tuned one surely answers less than half."""
+        return self.known >= FEWEST and wilson(self.kept, self.known)[1] < HALF
 
     @property
     def sentence(self) -> str:
