@@ -1,12 +1,14 @@
 """Operations of a decoder layer that this processor's own compiler made, for what torch has no single one for.
 
 Attention over a prefix tree keeps its scores in the cache and pads nothing; what lies between the products is one pass
-over memory each; products take frozen weights as their file has them, or pairs of bfloat16 numbers (frozen.py). They
-compute what train/attention.py, train/between.py and train/products.py compute with torch, which is what happens where
-there is no compiler, on a GPU, and in the tests that compare the two.
+over memory each; products take frozen weights as their file has them, or pairs of bfloat16 numbers (frozen.py); a
+whole layer with its adapters is one call (block.py). They compute what train/attention.py, between.py, block.py,
+head.py and products.py compute with torch, which is what happens where there is no compiler, on a GPU, and in the tests
+that compare the two.
 
-Shapes: L packed tokens, H heads of d, K key heads; F features of the gated activation. Tensors are float32 or bfloat16,
-arithmetic is float32.
+Shapes: L packed tokens, H heads of d, K key heads; F features of the gated activation. Tensors are float32 or bfloat16.
+Arithmetic is float32, but for products of bfloat16 numbers where the processor multiplies pairs of them; sums are
+float32 always.
 """
 
 from __future__ import annotations
@@ -19,9 +21,30 @@ import torch
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
+#: What the library's functions take, each in two precisions: i an int32, l an int64, f a float, p where a tensor's
+#: numbers begin (None: there are none). Declared, a call costs a third of one whose arguments are wrapped one by one.
+_TAKES = {
+    "attention_memory": "p i",
+    "attention_forward": "p p pppl pp pl p p",
+    "attention_backward": "p p pppl pp pl p pppl p",
+    "norm_forward": "ii ppp pl ppfi",
+    "norm_again": "ii ppppp i",
+    "norm_backward": "ii ppp pl pp i",
+    "gated_forward": "ii pl p pl p i",
+    "gated_backward": "ii pl pl ppp i",
+    "block_memory": "pp p",
+    "block_forward": "pp pp pp p",
+    "block_backward": "pp pp pp p pp",
+    "cross_entropy": "ii pp fi ppp i",
+}
+#: The same of products, named by the type of the weights; paired ones are not for every processor.
+_PRODUCTS = {"forward": "iiii p pl pl pl pl i", "backward": "iiii p pl pl pl i"}
+_OF_WEIGHTS = ("product_float32", "product_bfloat16", "paired_bfloat16")
+_C = {"i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
+
 
 class _Shape(ctypes.Structure):
-    """`Shape` of attention.cpp."""
+    """`Shape` of operations.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in "heads kv_heads width length segments longest threads".split()),
@@ -55,10 +78,17 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         """`name`: the library's file."""
         self.name = name
-        self._library = library
-        library.attention_memory.restype = library.gated_memory.restype = ctypes.c_int64
+        takes = {f"{name}_{dtype}": given for name, given in _TAKES.items() for dtype in _NAMES.values()}
+        takes |= {f"{name}_{way}": given for name in _OF_WEIGHTS for way, given in _PRODUCTS.items()}
+        self._functions: dict[str, Any] = {}
+        for name_, given in takes.items():
+            if found := getattr(library, name_, None):
+                found.argtypes, found.restype = [_C[one] for one in given if one != " "], None
+                self._functions[name_] = found
+        for dtype in _NAMES.values():
+            self._functions[f"attention_memory_{dtype}"].restype = ctypes.c_int64
         self._widest, self.panel = library.attention_widest(), library.product_panel()
-        self._pairs = bool(library.paired_products())
+        self._pairs = "paired_bfloat16_forward" in self._functions
 
     def attends(self, width: int) -> bool:
         """Whether heads of this width can be attended with."""
@@ -89,15 +119,15 @@ class Kernels:
             The logarithm of the sum of each row's exponentials, [H, L], for the backward pass.
         """
         shape, given = self._given(qkv, heads, layout, angles, scale)
-        log_sums = torch.empty(shape.heads, shape.length)
-        self._call(
+        log_sums, memory = torch.empty(shape.heads, shape.length), self._memory(shape, qkv, backward=False)
+        self.call(
             "attention_forward",
             qkv,
             *given,
-            _at(out, like=qkv),
+            at(out, like=qkv),
             _row(out),
-            _at(log_sums),
-            _at(self._memory(shape, backward=False)),
+            at(log_sums),
+            at(memory),
         )
         out[shape.length :] = 0
         return log_sums
@@ -114,18 +144,18 @@ class Kernels:
     ) -> torch.Tensor:
         """The gradient of `qkv`, given that of `attend`'s result, [L, H d]."""
         shape, given = self._given(qkv, heads, layout, angles, scale)
-        found = torch.empty_like(qkv)
+        found, memory = torch.empty_like(qkv), self._memory(shape, qkv, backward=True)
         found[shape.length :] = 0
-        self._call(
+        self.call(
             "attention_backward",
             qkv,
             *given,
-            _at(grad, like=qkv),
+            at(grad, like=qkv),
             _row(grad),
-            _at(log_sums),
+            at(log_sums),
             *_parts(found, shape),
             _row(found),
-            _at(self._memory(shape, backward=True)),
+            at(memory),
         )
         return found
 
@@ -141,18 +171,18 @@ class Kernels:
     ) -> torch.Tensor:
         """See between.norm."""
         x, r = x.contiguous(), torch.empty(len(x), 1)
-        self._call(
+        self.call(
             "norm_forward",
             x,
             *x.shape,
-            _at(x),
-            _at(weight, like=x),
-            _at(mask, like=x),
-            _at(out, like=x),
+            at(x),
+            at(weight, like=x),
+            at(mask, like=x),
+            at(out, like=x),
             _row(out),
-            _at(masked, like=x),
-            _at(r),
-            ctypes.c_float(eps),
+            at(masked, like=x),
+            at(r),
+            eps,
             torch.get_num_threads(),
         )
         return r
@@ -163,15 +193,15 @@ class Kernels:
         """See between.norm_again."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._call(
+        self.call(
             "norm_again",
             x,
             *x.shape,
-            _at(x),
-            _at(weight, like=x),
-            _at(mask, like=x),
-            _at(out),
-            _at(r),
+            at(x),
+            at(weight, like=x),
+            at(mask, like=x),
+            at(out),
+            at(r),
             torch.get_num_threads(),
         )
         return out
@@ -182,27 +212,23 @@ class Kernels:
         r: torch.Tensor,
         weight: torch.Tensor,
         grad: torch.Tensor,
-        more: torch.Tensor | None,
-        mask: torch.Tensor | None,
         *,
         onto: torch.Tensor,
     ) -> torch.Tensor:
         """See between.norm_backward."""
         x, onto = x.contiguous(), onto.contiguous()
         out = torch.empty_like(x)
-        self._call(
+        self.call(
             "norm_backward",
             x,
             *x.shape,
-            _at(x),
-            _at(weight, like=x),
-            _at(r),
-            _at(grad, like=x),
+            at(x),
+            at(weight, like=x),
+            at(r),
+            at(grad, like=x),
             _row(grad),
-            _at(more, like=x),
-            _at(mask, like=x),
-            _at(onto, like=x),
-            _at(out),
+            at(onto, like=x),
+            at(out),
             torch.get_num_threads(),
         )
         return out
@@ -212,43 +238,70 @@ class Kernels:
     ) -> None:
         """See between.gated."""
         n, width = out.shape
-        self._call(
+        self.call(
             "gated_forward",
             gate_up,
             *(n, width),
-            _at(gate_up),
+            at(gate_up),
             _row(gate_up),
-            _at(mask, like=out),
-            _at(out, like=gate_up),
+            at(mask, like=out),
+            at(out, like=gate_up),
             _row(out),
-            _at(masked, like=gate_up),
+            at(masked, like=gate_up),
             torch.get_num_threads(),
         )
 
     def gated_backward(
-        self, gate_up: torch.Tensor, both: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, gate_up: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None, *, masked: torch.Tensor | None
+    ) -> torch.Tensor:
         """See between.gated_backward."""
-        n, width = len(gate_up), gate_up.shape[1] // 2
-        ranks = both.shape[1] - width
-        found, of_a = torch.empty_like(gate_up), both.new_empty(ranks, width)
-        threads = torch.get_num_threads()
-        self._call(
+        found = torch.empty_like(gate_up)
+        self.call(
             "gated_backward",
             gate_up,
-            *(n, width, ranks),
-            _at(gate_up),
+            *grad.shape,
+            at(gate_up),
             _row(gate_up),
-            _at(both, like=gate_up),
-            _row(both),
-            _at(a.contiguous(), like=gate_up),
-            _at(mask, like=gate_up),
-            _at(found),
-            _at(of_a),
-            _at(torch.empty(self._library.gated_memory(width, ranks, threads))),
-            threads,
+            at(grad, like=gate_up),
+            _row(grad),
+            at(mask, like=gate_up),
+            at(found),
+            at(masked, like=gate_up),
+            torch.get_num_threads(),
         )
-        return found, of_a
+        return found
+
+    def cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses with smoothing and without, and whether the target is the argmax, [n] each, of logits [n, V]. Those
+        become the gradient of the first if `gradient`. Raises IndexError where a target is none of the logits."""
+        count, size = logits.shape
+        if (
+            len(targets) != count
+            or targets.dtype != torch.int64
+            or not logits.is_contiguous()
+            or not targets.is_contiguous()
+        ):
+            raise ValueError(f"{tuple(targets.shape)} targets of {targets.dtype} for logits of {tuple(logits.shape)}")
+        if count and not (int(targets.min()) >= 0 and int(targets.max()) < size):
+            raise IndexError(f"a target outside of the {size} logits")
+        losses, plain = torch.empty(count), torch.empty(count)
+        right = torch.empty(count, dtype=torch.bool)
+        self.call(
+            "cross_entropy",
+            logits,
+            *(count, size),
+            at(logits),
+            at(targets),
+            smoothing,
+            int(gradient),
+            at(losses),
+            at(plain),
+            at(right),
+            torch.get_num_threads(),
+        )
+        return losses, plain, right
 
     def product(
         self,
@@ -268,8 +321,8 @@ class Kernels:
         if onto is not None and onto.shape != y.shape:
             raise ValueError(f"a product of {tuple(y.shape)} added to {tuple(onto.shape)}")
         weights = self._weights(panels, outputs, beside, x.shape[1], like=x)
-        rows = (_at(x), _row(x), _at(onto, like=y), ctypes.c_int64(0 if onto is None else onto.stride(0)))
-        self._multiply("forward", panels, x, len(x), *weights, *rows, _at(y), _row(y), torch.get_num_threads())
+        rows = (at(x), _row(x), at(onto, like=y), 0 if onto is None else onto.stride(0))
+        self._multiply("forward", panels, x, len(x), *weights, *rows, at(y), _row(y), torch.get_num_threads())
         return y
 
     def product_back(
@@ -281,7 +334,7 @@ class Kernels:
         if grad.shape[1] != outputs:
             raise ValueError(f"a product of {grad.shape[1]} gradients with weights of {outputs} outputs")
         weights = self._weights(panels, outputs, beside, width, like=grad)
-        rows = (_at(grad), _row(grad), _at(found), _row(found))
+        rows = (at(grad), _row(grad), at(found), _row(found))
         self._multiply("backward", panels, grad, len(grad), *weights, *rows, torch.get_num_threads())
         return found
 
@@ -292,21 +345,22 @@ class Kernels:
         ranks = 0 if beside is None else beside.shape[1]
         if inputs + ranks != width or (beside is not None and len(beside) != outputs):
             raise ValueError(f"a product of {width} inputs with weights of {inputs} and {ranks} beside them")
-        row = ctypes.c_int64(0 if beside is None else beside.stride(0))
-        return [outputs, inputs, ranks, _at(panels), _at(beside, like=like), row]
+        row = 0 if beside is None else beside.stride(0)
+        return [outputs, inputs, ranks, at(panels), at(beside, like=like), row]
 
     def _multiply(self, way: str, panels: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
         if not self.multiplies(x.dtype):
             raise ValueError(f"there are no products of {x.dtype} on this processor")
         if x.dtype == torch.float32:
-            self._call(f"product_{way}", panels, *arguments)
+            self._functions[f"product_{_NAMES[panels.dtype]}_{way}"](*arguments)
             return
         if panels.dtype != torch.bfloat16 or panels.shape[1] % 2:
             raise ValueError(f"products of pairs with weights of {panels.dtype} and {panels.shape[1]} inputs")
-        getattr(self._library, f"paired_{way}")(*arguments)
+        self._functions[f"paired_bfloat16_{way}"](*arguments)
 
-    def _call(self, name: str, like: torch.Tensor, *arguments: Any) -> None:
-        getattr(self._library, f"{name}_{_NAMES[like.dtype]}")(*arguments)
+    def call(self, name: str, like: torch.Tensor, *arguments: Any) -> Any:
+        """The library's function of this name for numbers like these."""
+        return self._functions[f"{name}_{_NAMES[like.dtype]}"](*arguments)
 
     def _given(
         self,
@@ -321,40 +375,37 @@ class Kernels:
         width = qkv.shape[1] // (count + 2 * kv_heads)
         length, threads = len(layout.until), torch.get_num_threads()
         shape = _Shape(count, kv_heads, width, length, len(layout.segments), layout.longest, threads, scale)
-        cos, sin = (None, None) if angles is None else (one.contiguous() for one in angles)
-        stride = _row(qkv)
-        turned = (_at(cos, like=qkv), _at(sin, like=qkv))
-        return shape, [ctypes.byref(shape), _at(layout.tree), *_parts(qkv, shape), stride, *turned]
+        if angles is not None and not (angles[0].is_contiguous() and angles[1].is_contiguous()):
+            raise ValueError("angles that do not lie in one piece")
+        cos, sin = (None, None) if angles is None else angles
+        turned = (at(cos, like=qkv), at(sin, like=qkv))
+        return shape, [ctypes.addressof(shape), at(layout.tree), *_parts(qkv, shape), _row(qkv), *turned]
 
-    def _memory(self, shape: _Shape, *, backward: bool) -> torch.Tensor:
-        return torch.empty(self._library.attention_memory(ctypes.byref(shape), int(backward)), dtype=torch.uint8)
-
-
-class _Pointer(ctypes.c_void_p):
-    """Where a tensor's numbers are. It keeps the tensor: what nobody holds would be free before it is used."""
-
-    def __init__(self, tensor: torch.Tensor | None = None) -> None:
-        super().__init__(None if tensor is None else tensor.data_ptr())
-        self.tensor = tensor
+    def _memory(self, shape: _Shape, like: torch.Tensor, *, backward: bool) -> torch.Tensor:
+        size = self.call("attention_memory", like, ctypes.addressof(shape), int(backward))
+        return torch.empty(size, dtype=torch.uint8)
 
 
-def _at(x: torch.Tensor | None, *, like: torch.Tensor | None = None) -> _Pointer:
-    """A tensor whose rows lie in one piece each. Raises ValueError for others, and for another type than `like`'s."""
+def at(x: torch.Tensor | None, *, like: torch.Tensor | None = None) -> int | None:
+    """Where the numbers are of a tensor whose rows lie in one piece each. Who asks holds the tensor until the call is
+    over: what nobody holds is free before it is used. Raises ValueError for other rows, and another type than `like`'s.
+    """
     if x is None:
-        return _Pointer()
+        return None
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"rows of {tuple(x.shape)} with strides {x.stride()} do not lie in one piece")
     if like is not None and x.dtype != like.dtype:
         raise ValueError(f"{x.dtype} where {like.dtype} is expected")
-    return _Pointer(x)
+    return x.data_ptr()
 
 
-def _row(x: torch.Tensor) -> ctypes.c_int64:
+def _row(x: torch.Tensor) -> int:
     """How far its rows are apart."""
-    return ctypes.c_int64(x.stride(0))
+    return x.stride(0)
 
 
-def _parts(qkv: torch.Tensor, shape: _Shape) -> list[_Pointer]:
+def _parts(qkv: torch.Tensor, shape: _Shape) -> list[int]:
     """Where queries, keys and values begin in their joint tensor."""
-    widths = [count * shape.width for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
-    return [_at(part) for part in qkv.split(widths, dim=1)]
+    first, number = at(qkv), qkv.itemsize * shape.width
+    assert first is not None
+    return [first, first + number * shape.heads, first + number * (shape.heads + shape.kv_heads)]

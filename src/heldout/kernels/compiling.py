@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -27,15 +28,19 @@ from heldout.kernels import Kernels
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("numbers.h", "panels.h", "attention.cpp", "layer.cpp", "paired.cpp", "product.cpp")
+    for name in (
+        *("numbers.h", "panels.h", "pairs.h", "tiles.h", "operations.h"),
+        *("adapters.cpp", "attention.cpp", "between.cpp", "block.cpp", "head.cpp", "paired.cpp", "product.cpp"),
+    )
 )
 COMPILERS = ("g++", "c++")
 #: Results must not depend on how numbers are grouped, so nothing here lets the compiler group them anew.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-fPIC", "-shared", "-Wno-psabi"),
+    "-fno-strict-aliasing",  # two bfloat16 numbers are read as one pair
+    *("-fopenmp", "-fPIC", "-Wno-psabi"),
 )
-#: Seconds a compiler may take; it takes ten.
+#: Seconds a compiler may take for one file; it takes up to ten.
 PATIENCE = 120
 _CPU = Path("/proc/cpuinfo")
 _log = logging.getLogger(__name__)
@@ -105,7 +110,7 @@ def load(folder: Path) -> Kernels:
             return _open(path)
         except Unavailable as error:  # a file of this name that is damaged
             _log.warning("%s is compiled anew: %s", path, error)
-    _log.info("Compiling the kernels for this processor into %s (ten seconds, once)", path)
+    _log.info("Compiling the kernels for this processor into %s (some fifteen seconds, once)", path)
     _compile(chosen, path)
     if not _is_ours(path):
         raise Unavailable(f"others may write to {path.parent}")
@@ -166,9 +171,17 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as made_in:
             made = Path(made_in) / "kernels.so"
-            found = _run([compiler, *FLAGS, *(str(one) for one in SOURCES if one.suffix == ".cpp"), "-o", str(made)])
-            if found.returncode:
-                raise Unavailable(f"{compiler} failed ({_last_line(found.stderr)})")
+            sources = [one for one in SOURCES if one.suffix == ".cpp"]
+            parts = [made.with_name(f"{one.stem}.o") for one in sources]
+            commands = [
+                [compiler, *FLAGS, "-c", str(one), "-o", str(to)] for one, to in zip(sources, parts, strict=True)
+            ]
+            done = _run_all(commands)
+            if not any(one.returncode for one in done):
+                done.append(_run([compiler, *FLAGS, "-shared", *map(str, parts), "-o", str(made)]))
+            for one in done:
+                if one.returncode:
+                    raise Unavailable(f"{compiler} failed ({_last_line(one.stderr)})")
             made.chmod(0o700)
             with made.open("rb") as file:
                 os.fsync(file.fileno())
@@ -177,17 +190,38 @@ def _compile(compiler: str, path: Path) -> None:
         raise Unavailable(f"they cannot be compiled ({error})") from error
 
 
+def _run_all(commands: Sequence[list[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """As many at once as there are cores."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        return list(pool.map(_run, commands))
+    except BaseException:  # one of them failed to run, or this thread was interrupted: the others end too
+        pool.shutdown(wait=False, cancel_futures=True)
+        for pid in tuple(_running):
+            _end(pid)
+        raise
+    finally:
+        pool.shutdown()
+
+
+#: Commands that run now.
+_running: set[int] = set()
+
+
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         # In this process's own group and session: what ends a job ends its compiler, and what makes a job nice too.
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as started:
+            _running.add(started.pid)
             try:
                 out, errors = started.communicate(timeout=PATIENCE)
             except BaseException:
                 _end(started.pid)
                 raise
+            finally:
+                _running.discard(started.pid)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} does not run ({error})") from error
     return subprocess.CompletedProcess(command, started.returncode, out, errors)

@@ -1,14 +1,12 @@
-// Vectors of fp32 numbers, read from and written to memory as fp32 or bfloat16. All arithmetic is in fp32.
+// Vectors of fp32 numbers, read from and written to memory as fp32 or bfloat16. Their arithmetic is fp32 (pairs.h multiplies
+// numbers as they are in memory).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
@@ -116,8 +114,12 @@ static inline vec power(vec x) {
     x = x < -87.f ? all(-87.f) : x;
     x = x > 88.f ? all(88.f) : x;
     const vec scaled = x * 1.44269504088896341f;
+#if defined(__AVX512F__)
+    const vec n = (vec)_mm512_roundscale_ps((__m512)scaled, _MM_FROUND_TO_NEAREST_INT);
+#else
     const ints whole = __builtin_convertvector(scaled + (scaled < 0.f ? all(-.5f) : all(.5f)), ints);
     const vec n = __builtin_convertvector(whole, vec);
+#endif
     const vec f = x - n * .693359375f + n * 2.12194440e-4f;
     vec y = all(1.9875691500e-4f);
     y = y * f + 1.3981999507e-3f;
@@ -126,7 +128,11 @@ static inline vec power(vec x) {
     y = y * f + 1.6666665459e-1f;
     y = y * f + 5.0000001201e-1f;
     y = y * f * f + f + 1.f;
+#if defined(__AVX512F__)
+    return (vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
     return y * (vec)((whole + 127) << 23);
+#endif
 }
 
 // LANES vectors as rows of a square: rows become columns.

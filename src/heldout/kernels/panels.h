@@ -23,8 +23,8 @@ struct Frozen {
 // Tokens' numbers, rows `row` apart; none where `at` is null.
 template <class T>
 struct Rows {
-    T* at;
-    int64_t row;
+    T* at = nullptr;
+    int64_t row = 0;
 
     Rows from(int64_t token, int64_t number) const { return {at ? at + token * row + number : at, row}; }
 };

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 #: The interpreter with torch, transformers and what a job imports besides, measured.
 RUNTIME = 450 << 20
-#: What oneDNN compiles for bfloat16 products, measured (train/rounding.py): the adapters' alone where kernels multiply
-#: with base weights, and all.
+#: What oneDNN compiles for bfloat16 products, measured (train/rounding.py): for adapters that answer, where kernels
+#: compute all else, and for all of a training.
 COMPILED = (100 << 20, 150 << 20)
 #: Adapters that the engine keeps beside the trained one: the candidates (pipeline/candidate_answers.py).
 CANDIDATES = 4
-#: Logits of so many predictions exist at once, with kernels and without (train/head.py), so many times over.
-HEAD_ROWS, HEAD_COPIES = (96, 256), 2
+#: Logits of so many predictions exist at once, with kernels and without (train/head.py), so many times over in fp32;
+#: kernels turn them into their gradient where they are.
+HEAD_ROWS, HEAD_COPIES = (96, 256), (1, 2)
 #: What freed and allocated blocks leave unused between them.
 SLACK = 1.05
 #: A layer's attention weights are kept up to this many (train/attention.py), else computed again.
@@ -96,21 +97,23 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
     step = _step(shapes, sizes, packed, trained_layers, checkpointing=plan.checkpointing)
     predictions = min(sizes.predictions, packed)
     at_once = HEAD_ROWS[not shapes.frozen]
-    logits = min(at_once, predictions) * shapes.vocabulary * 4 * HEAD_COPIES
+    logits = min(at_once, predictions) * shapes.vocabulary * 4 * HEAD_COPIES[not shapes.frozen]
     portions = GPU if shapes.gpu else PROCESSOR
     cached = portions.cached * shapes.layers * 2 * shapes.kv_heads * shapes.head_width * number
     answering = cached + _passing(shapes, sizes, portions.read) + POSITIONS * shapes.vocabulary * 4 * 2
     answering += (1 + CANDIDATES) * sizes.trained * 4
+    whole = shapes.frozen and shapes.kernel_threads > 0  # layers are computed in one call (kernels/block.py)
+    compiled = 0 if shapes.gpu or number == 4 else COMPILED[not shapes.frozen]
     validated = max(valid_tokens(plan), sizes.longest)
     validating = _passing(shapes, sizes, validated) + at_once * shapes.vocabulary * 8
     return Need(
-        # The place for s B beside every W is part of the weights.
-        weights=shapes.parameters * shapes.held + sizes.trained // 2 * number,
+        # The places for all A, and for s B beside every W, are part of the weights.
+        weights=shapes.parameters * shapes.held + sizes.trained * number,
         adapter=sizes.trained * 4 * 4,
         training=step + logits + _dropout_pool(plan, shapes, sizes, packed),
-        evaluation=max(validating + (step if shapes.gpu else 0), answering),
+        evaluation=max(validating + (step if shapes.gpu else 0), answering + (compiled if whole else 0)),
         recorded=step if shapes.gpu else 0,
-        runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (COMPILED[not shapes.frozen] if number == 2 else 0),
+        runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (0 if whole else compiled),
     )
 
 

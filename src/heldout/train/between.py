@@ -1,7 +1,8 @@
 """What lies between a decoder layer's products: norms, and the gated activation; forward and backward.
 
-Each takes the dropout mask of the projection behind it, and gives that projection's adapters their masked input. With
-kernels each is one pass over memory; without, torch's operations. Shapes: n tokens, h or F features.
+Each takes the dropout mask of the projection behind it, and gives that projection's adapters their masked input, in the
+backward pass once more. With kernels each is one pass over memory; without, torch's operations. Shapes: n tokens, h or
+F features.
 """
 
 from __future__ import annotations
@@ -57,19 +58,15 @@ def norm_backward(
     r: torch.Tensor,
     weight: torch.Tensor,
     grad: torch.Tensor,
-    more: torch.Tensor | None,
-    mask: torch.Tensor | None,
     *,
     onto: torch.Tensor,
 ) -> torch.Tensor:
-    """`onto` + the gradient of x, given that of RMSNorm(x), which is grad + mask * more (written to `grad` or not).
+    """`onto` + the gradient of x, given that of RMSNorm(x).
 
-    dx = r g - x r^3 mean(g * x) with g = weight * (grad + mask * more).
+    dx = r g - x r^3 mean(g * x) with g = weight * grad.
     """
     if kernels:
-        return kernels.norm_backward(x, r, weight, grad, more, mask, onto=onto)
-    if more is not None and mask is not None:
-        grad = grad.addcmul_(more, mask)
+        return kernels.norm_backward(x, r, weight, grad, onto=onto)
     wide, g = x.float(), (grad * weight).float()
     dot = torch.linalg.vecdot(g, wide)[:, None].mul_(r.pow(3)).div_(-x.shape[-1])
     return g.mul_(r).addcmul_(wide, dot).add_(onto).to(x.dtype)
@@ -98,45 +95,40 @@ def gated(
 def gated_backward(
     kernels: Kernels | None,
     gate_up: torch.Tensor,
-    both: torch.Tensor,
-    a: torch.Tensor,
+    grad: torch.Tensor,
     mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Through y = W act + s B A (mask * act) with act = silu(gate) * up. Without kernels all but `a` are column-major.
+    *,
+    masked: torch.Tensor | None,
+) -> torch.Tensor:
+    """Through act = silu(gate) * up; mask * act, cheaper to compute than to keep, goes into `masked`, [n, F], unless it
+    is None.
 
     Args:
         gate_up: [n, 2 F].
-        both: [n, F + r], may be overwritten: W' grad and, beside it, (s B)' grad.
-        a: [r, F]; r may be 0.
+        grad: of act, [n, F]; may be overwritten.
         mask: [n, F].
 
     Returns:
-        The gradient of gate and up, [n, 2 F], and that of A, [r, F].
+        The gradient of gate and up, [n, 2 F]. Without kernels all are column-major.
     """
     if kernels:
-        return kernels.gated_backward(gate_up, both, a, mask)
-    ranks, width = a.shape
-    both, a, masks = both.t(), a.t(), None if mask is None else mask.t()
+        return kernels.gated_backward(gate_up, grad, mask, masked=masked)
+    width, masks = grad.shape[1], None if mask is None else mask.t()
     gates, ups = gate_up.t().split(width)
-    d_act, through = both[:width], both[width:]
-    d_gate_up = torch.empty_like(gate_up.t())
-    d_gates, d_ups = d_gate_up.split(width)
-    of_a = both.new_empty(width, ranks)
+    grads, acts = grad.t(), None if masked is None else masked.t()
+    found = torch.empty_like(gate_up.t())
+    d_gates, d_ups = found.split(width)
     # By blocks of features that a processor's cache holds: each pass over all of them would read and write memory.
-    blocks = max(1, math.ceil(width * both.shape[1] / CACHED)) if both.device.type == "cpu" else 1
+    blocks = max(1, math.ceil(grad.numel() / CACHED)) if grad.device.type == "cpu" else 1
     step = math.ceil(width / blocks)
     for start in range(0, width, step):
         rows = slice(start, start + step)
-        gate, up, d = gates[rows], ups[rows], d_act[rows]
+        gate, up, d = gates[rows], ups[rows], grads[rows]
         silu = F.silu(gate)
-        if ranks:
-            act = silu * up
-            if masks is None:
-                torch.mm(act, through.t(), out=of_a[rows])
-                d.addmm_(a[rows], through)
-            else:
-                torch.mm(act.mul_(masks[rows]), through.t(), out=of_a[rows])
-                d.addcmul_(torch.mm(a[rows], through, out=act), masks[rows])
+        if acts is not None:
+            torch.mul(silu, up, out=acts[rows])
+        if acts is not None and masks is not None:
+            acts[rows].mul_(masks[rows])
         torch.mul(d, silu, out=d_ups[rows])
         torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gates[rows])
-    return d_gate_up.t(), of_a.t()
+    return found.t()

@@ -10,20 +10,30 @@ and the adapters' gradients are computed where their inputs are at hand.
 
 where each of q, k, v, o, gate, up, down is W x + bias, plus s B A (m * x) if it has an adapter; m is a
 dropout mask, one for all projections of the same input.
+
+Where kernels multiply with the base weights, and attend with heads of this width, the whole layer is one call of
+theirs (kernels/block.py). What follows here is the same by torch's operations, with kernels for those between the
+products where there are some.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from heldout.kernels import Kernels
+from heldout.kernels.block import Heads
+from heldout.kernels.block import Kept as WholeKept
+from heldout.kernels.block import Layer as WholeLayer
+from heldout.kernels.block import Pack as WholePack
+from heldout.kernels.block import Product as WholeProduct
 from heldout.train import between
 from heldout.train.attention import Angles, Attended, Attention
 from heldout.train.dropout import Dropout
 from heldout.train.layout import Layout
+from heldout.train.products import Held
 from heldout.train.projection import Projection, Scratch
 from heldout.train.rounding import padded
 
@@ -42,6 +52,7 @@ class Block:
     attention: Attention
     kernels: Kernels | None
     scratch: Scratch
+    whole: WholeLayer | None = None  # of kernels that compute it in one call
 
     @staticmethod
     def of(layer: Any, index: int, kernels: Kernels | None, scratch: Scratch) -> Block:
@@ -49,7 +60,7 @@ class Block:
         attention, mlp = layer.self_attn, layer.mlp
         width = attention.head_dim
         qkv = Projection.of(attention.q_proj, attention.k_proj, attention.v_proj)
-        return Block(
+        block = Block(
             index=index,
             qkv=qkv,
             o=Projection.of(attention.o_proj),
@@ -67,6 +78,7 @@ class Block:
             kernels=kernels,
             scratch=scratch,
         )
+        return replace(block, whole=block._in_one_call())
 
     @property
     def wide(self) -> bool:
@@ -77,8 +89,25 @@ class Block:
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
         """A and B of every adapter, in a fixed order."""
-        every = (*self.qkv.adapters, *self.o.adapters, *self.gate_up.adapters, *self.down.adapters)
-        return tuple(parameter for one in every for parameter in (one.a, one.b))
+        return tuple(parameter for each in self.projections for one in each.adapters for parameter in (one.a, one.b))
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Those of q, k and v; o; gate and up; down."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def _in_one_call(self) -> WholeLayer | None:
+        """The layer as kernels compute it, where they hold all of its weights."""
+        products = [
+            WholeProduct(one.weights.frozen, one.bias, one.adapters, one.stacked, one.weights.beside)
+            for one in self.projections
+            if isinstance(one.weights, Held)
+        ]
+        attention = self.attention
+        if self.kernels is None or len(products) < len(self.projections) or not self.kernels.attends(attention.width):
+            return None
+        heads = Heads(heads=attention.heads, kv_heads=attention.kv_heads, width=attention.width, scale=attention.scale)
+        return WholeLayer(self.kernels, products, self.norms, self.eps, heads)
 
     def __call__(
         self,
@@ -100,7 +129,7 @@ class Block:
         """
         if torch.is_grad_enabled() and (x.requires_grad or self.parameters):
             return _Block.apply(x, self, layout, angles, dropout, rows, checkpoint, *self.parameters)
-        return _forward(self, x, layout, angles, dropout, rows)[0]
+        return _forward(self, x, layout, angles, dropout, rows, keep=False)[0]
 
 
 @dataclass
@@ -111,7 +140,8 @@ class _Kept:
     r1: torch.Tensor
     a_inner: torch.Tensor  # [L, R], of q, k and v
     attention: Attended
-    o: torch.Tensor  # attention's result with its inner values beside it
+    o: torch.Tensor  # attention's result, in the room that it was multiplied in
+    o_inner: torch.Tensor
     h: torch.Tensor
     r2: torch.Tensor
     b_inner: torch.Tensor  # [L, R], of gate and up
@@ -132,7 +162,7 @@ class _Block(torch.autograd.Function):
         checkpoint: bool,
         *parameters: torch.nn.Parameter,
     ) -> torch.Tensor:
-        y, kept = _forward(block, x, layout, angles, dropout, rows)
+        y, kept = _forward(block, x, layout, angles, dropout, rows, keep=not checkpoint)
         ctx.save_for_backward(x)
         ctx.kept = None if checkpoint else kept
         ctx.call = (block, layout, angles, dropout.frozen(), rows)
@@ -142,7 +172,9 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         block, layout, angles, dropout, rows = ctx.call
-        kept = ctx.kept or _forward(block, x, layout, angles, dropout, rows)[1]
+        kept = ctx.kept
+        if kept is None:
+            kept = _forward(block, x, layout, angles, dropout, rows)[1]
         ctx.kept = None  # what this layer kept is free for the next one
         needs_x = ctx.needs_input_grad[0]
         d_x, gradients = _backward(block, x, grad, kept, layout, angles, dropout, rows, needs_x=needs_x)
@@ -156,43 +188,49 @@ def _forward(
     angles: Angles,
     dropout: Dropout,
     rows: torch.Tensor | None,
-) -> tuple[torch.Tensor, _Kept]:
+    *,
+    keep: bool = True,
+) -> tuple[torch.Tensor, _Kept | WholeKept | None]:
+    """The layer's result, and what the backward pass needs to know; it may be None unless `keep`."""
+    if block.whole:
+        pack = _whole_pack(block, x, layout, angles, dropout, rows)
+        return block.whole.forward(x, pack, block.scratch, keep=keep)
     kernels, wide, scratch = block.kernels, block.wide, block.scratch
     joint = block.qkv.room(x, len(x), scratch=scratch)
     a, mask = block.qkv.input_of(joint), _mask(dropout, block, 0, x)
     masked = _masked(a, mask, scratch)
     r1 = between.norm(kernels, x, block.norms[0], block.eps, mask, out=a, masked=masked)
-    qkv = block.qkv.forward(joint, masked)
-    a_inner = block.qkv.inner_of(joint).clone()
+    qkv, a_inner = block.qkv.forward(joint, masked)
     residual = x if rows is None else padded(x[rows])
-    kept_o = block.o.room(x, len(residual))
-    o, mask = block.o.input_of(kept_o), _mask(dropout, block, 1, residual)
+    joint = block.o.room(x, len(residual))
+    o, mask = block.o.input_of(joint), _mask(dropout, block, 1, residual)
     attended, attention = block.attention.forward(qkv, layout, angles, room=o if rows is None else None)
     if attended is not o:
         o.copy_(attended if rows is None else padded(attended[rows]))
     masked = _masked(o, mask, scratch)
-    h = block.o.forward(kept_o, masked if mask is None else torch.mul(o, mask, out=masked), onto=residual)
+    masked = masked if mask is None else torch.mul(o, mask, out=masked)
+    h, o_inner = block.o.forward(joint, masked, onto=residual)
     joint = block.gate_up.room(x, len(h), scratch=scratch)
     b, mask = block.gate_up.input_of(joint), _mask(dropout, block, 2, h)
     masked = _masked(b, mask, scratch)
     r2 = between.norm(kernels, h, block.norms[1], block.eps, mask, out=b, masked=masked)
-    gate_up = block.gate_up.forward(joint, masked, wide=wide)
-    b_inner = block.gate_up.inner_of(joint).clone()
+    gate_up, b_inner = block.gate_up.forward(joint, masked, wide=wide)
     joint = block.down.room(x, len(h), wide=wide, scratch=scratch)
     act, mask = block.down.input_of(joint), _mask(dropout, block, 3, h)
     masked = _masked(act, mask, scratch)
     between.gated(kernels, gate_up, mask, out=act, masked=masked)
-    y = block.down.forward(joint, masked, onto=h)
+    y, act_inner = block.down.forward(joint, masked, onto=h)
     return y, _Kept(
         r1=r1,
         a_inner=a_inner,
         attention=attention,
-        o=kept_o,
+        o=o,
+        o_inner=o_inner,
         h=h,
         r2=r2,
         b_inner=b_inner,
         gate_up=gate_up,
-        act_inner=block.down.inner_of(joint).clone(),
+        act_inner=act_inner,
     )
 
 
@@ -200,7 +238,7 @@ def _backward(
     block: Block,
     x: torch.Tensor,
     grad: torch.Tensor,
-    kept: _Kept,
+    kept: _Kept | WholeKept | None,
     layout: Layout,
     angles: Angles,
     dropout: Dropout,
@@ -209,32 +247,45 @@ def _backward(
     needs_x: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Gradient of x (None unless `needs_x`) and those of `block.parameters`."""
-    kernels, down = block.kernels, block.down
-    both = down.weights.product_back(grad, wide=block.wide)
+    if block.whole:
+        assert isinstance(kept, WholeKept)
+        return block.whole.backward(x, grad.contiguous(), kept, block.scratch, needs_x=needs_x)
+    assert isinstance(kept, _Kept)
+    kernels, scratch = block.kernels, block.scratch
     mask = _mask(dropout, block, 3, grad)
-    d_gate_up, of_a = between.gated_backward(kernels, kept.gate_up, both, down.stacked_a, mask)
-    of_down = down.gradients(of_a, grad, kept.act_inner)
+    d_act, through = block.down.backward(grad, mask, wide=block.wide)
+    assert d_act is not None
+    act = scratch.like("masked", d_act) if block.down.adapters else None
+    d_gate_up = between.gated_backward(kernels, kept.gate_up, d_act, mask, masked=act)
+    of_down = [] if act is None else block.down.gradients(act, grad, kept.act_inner, through)
     mask = _mask(dropout, block, 2, grad)
-    b = between.norm_again(kernels, kept.h, kept.r2, block.norms[1], mask)
-    d_b, more, of_gate_up = block.gate_up.backward(d_gate_up, b, kept.b_inner, mask)
+    d_b, through = block.gate_up.backward(d_gate_up, mask)
     assert d_b is not None
-    d_h = between.norm_backward(kernels, kept.h, kept.r2, block.norms[1], d_b, more, mask, onto=grad)
-    o, mask = block.o.input_of(kept.o), _mask(dropout, block, 1, grad)
-    d_o, more, of_o = block.o.backward(d_h, o if mask is None else o * mask, block.o.inner_of(kept.o), mask)
+    b = between.norm_again(kernels, kept.h, kept.r2, block.norms[1], mask)
+    of_gate_up = block.gate_up.gradients(b, d_gate_up, kept.b_inner, through)
+    d_h = between.norm_backward(kernels, kept.h, kept.r2, block.norms[1], d_b, onto=grad)
+    mask = _mask(dropout, block, 1, grad)
+    d_o, through = block.o.backward(d_h, mask)
     assert d_o is not None
-    if more is not None and mask is not None:
-        d_o.addcmul_(more, mask)
+    of_o = block.o.gradients(kept.o if mask is None else kept.o * mask, d_h, kept.o_inner, through)
     if rows is not None:
         d_o = d_o.new_zeros(len(x), d_o.shape[1]).index_copy_(0, rows, d_o[: len(rows)])
         d_h = d_h.new_zeros(x.shape).index_copy_(0, rows, d_h[: len(rows)])
     d_qkv = block.attention.backward(d_o, kept.attention, layout, angles)
     mask = _mask(dropout, block, 0, x)
+    d_a, through = block.qkv.backward(d_qkv, mask, needs_x=needs_x)
     a = between.norm_again(kernels, x, kept.r1, block.norms[0], mask)
-    d_a, more, of_qkv = block.qkv.backward(d_qkv, a, kept.a_inner, mask, needs_x=needs_x)
-    d_x = None
-    if d_a is not None:
-        d_x = between.norm_backward(kernels, x, kept.r1, block.norms[0], d_a, more, mask, onto=d_h)
+    of_qkv = block.qkv.gradients(a, d_qkv, kept.a_inner, through)
+    d_x = None if d_a is None else between.norm_backward(kernels, x, kept.r1, block.norms[0], d_a, onto=d_h)
     return d_x, [*of_qkv, *of_o, *of_gate_up, *of_down]
+
+
+def _whole_pack(
+    block: Block, x: torch.Tensor, layout: Layout, angles: Angles, dropout: Dropout, rows: torch.Tensor | None
+) -> WholePack:
+    after = x if rows is None else x[: len(rows)]
+    masks = [_mask(dropout, block, place, like) for place, like in enumerate((x, after, after, after))]
+    return WholePack(layout, angles, rows, masks)
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
@@ -244,7 +295,7 @@ def _masked(x: torch.Tensor, mask: torch.Tensor | None, scratch: Scratch) -> tor
 
 def _mask(dropout: Dropout, block: Block, place: int, like: torch.Tensor) -> torch.Tensor | None:
     """The mask of a projection's input, if an adapter takes it, in the type of `like` and for its rows."""
-    projection = (block.qkv, block.o, block.gate_up, block.down)[place]
+    projection = block.projections[place]
     if not projection.adapters:
         return None
     inputs = projection.inputs

@@ -131,7 +131,9 @@ class Body:
         angles = self._inner.rotary_emb(x[None], layout.position_ids)
         if self._blocks:
             length = len(x)
-            x, flat = padded(x), (padded(angles[0][0]), padded(angles[1][0]))
+            flat = (angles[0][0], angles[1][0])
+            if not all(block.whole for block in self._blocks[first:last]):
+                x, flat = padded(x), (padded(flat[0]), padded(flat[1]))
             for block in self._blocks[first:last]:
                 # After the last attention only the positions that predict something are of interest.
                 chosen = rows if block is self._blocks[-1] else None

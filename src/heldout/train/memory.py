@@ -14,6 +14,8 @@ import torch
 
 from heldout.engine import device
 
+#: Bytes of a block that malloc can be told to keep at most (DEFAULT_MMAP_THRESHOLD_MAX of glibc).
+LARGEST = 1 << 25
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
 
@@ -27,7 +29,7 @@ def keep_freed_memory() -> None:
     library = _glibc()
     if library is not None:
         give_back_memory()
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        library.mallopt(_M_MMAP_THRESHOLD, LARGEST)
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
         library.mallopt(_M_TOP_PAD, 1 << 28)
 

@@ -11,11 +11,16 @@ from typing import Protocol
 
 import torch
 
+from heldout.kernels import Kernels
 from heldout.kernels.frozen import Frozen
 
 
 class Weights(Protocol):
     """[W | beside]."""
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """Those that multiply; None where torch does."""
 
     @property
     def beside(self) -> torch.Tensor:
@@ -34,6 +39,7 @@ class Dense:
 
     weight: torch.Tensor  # [out, in + R]
     inputs: int
+    kernels: None = None
 
     @staticmethod
     def of(layer: torch.nn.Linear) -> Dense:
@@ -63,6 +69,11 @@ class Held:
 
     frozen: Frozen
     beside: torch.Tensor
+
+    @property
+    def kernels(self) -> Kernels:
+        """See Weights.kernels."""
+        return self.frozen.kernels
 
     @staticmethod
     def of(parts: Sequence[Frozen], ranks: int = 0) -> Held:

@@ -59,6 +59,7 @@ class Projection:
     bias: torch.Tensor | None
     inputs: int
     adapters: tuple[Adapter, ...]
+    stacked: torch.Tensor  # all A, [R, in], in the precision of the products, as the last forward pass had them
 
     @staticmethod
     def of(*layers: torch.nn.Module) -> Projection:
@@ -66,30 +67,23 @@ class Projection:
         bases: list[Any] = [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
         inputs = bases[0].in_features
         outputs = rank = 0
-        adapters = []
+        found = []
         for layer, base in zip(layers, bases, strict=True):
             if isinstance(layer, Linear):
                 (name,) = layer.active_adapters
                 a, b = _matrices(layer, name)
                 rows = slice(outputs, outputs + base.out_features)
-                adapters.append(Adapter(a, b, layer.scaling[name], rows, slice(rank, rank + len(a))))
+                found.append(Adapter(a, b, layer.scaling[name], rows, slice(rank, rank + len(a))))
                 rank += len(a)
             outputs += base.out_features
         weights = _taken_over(bases, outputs, inputs, rank)
         bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
-        return Projection(weights, bias, inputs, tuple(adapters))
+        return Projection(weights, bias, inputs, tuple(found), weights.beside.new_empty(rank, inputs))
 
     @property
     def rank(self) -> int:
         """R, the sum of the adapters' ranks."""
         return self.weights.beside.shape[1]
-
-    @property
-    def stacked_a(self) -> torch.Tensor:
-        """All A, [R, in], in the precision of the products."""
-        if not self.adapters:
-            return self.weights.beside.new_empty(0, self.inputs)
-        return torch.cat([one.a.data for one in self.adapters]).to(self.weights.beside.dtype)
 
     def input_of(self, joint: torch.Tensor) -> torch.Tensor:
         """The input in a room for it and its inner values."""
@@ -111,51 +105,54 @@ class Projection:
 
     def forward(
         self, joint: torch.Tensor, masked: torch.Tensor, *, onto: torch.Tensor | None = None, wide: bool = False
-    ) -> torch.Tensor:
-        """W x + bias + adapters (+ onto) of the input in `joint`, whose inner values are written beside it.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """W x + bias + adapters (+ onto) of the input in `joint`, whose inner values are written beside it; and the
+        inner values, [n, R].
 
         Args:
             masked: what the adapters take, [n, in].
             wide: give the result column-major: by torch the same numbers a fifth faster where the output is wider
                 than the input (the product splits along the longer side).
         """
+        inner = self.inner_of(joint)
         if self.adapters:
-            torch.mm(masked, self.stacked_a.t(), out=self.inner_of(joint))
             for one in self.adapters:
+                self.stacked[one.ranks] = one.a.data
                 self.weights.beside[one.outputs, one.ranks] = one.b.data * one.scaling
+            torch.mm(masked, self.stacked.t(), out=inner)
         y = self.weights.product(joint, onto, wide=wide)
-        return y if self.bias is None else y.add_(self.bias)
+        return (y if self.bias is None else y.add_(self.bias)), inner.clone()
 
     def backward(
-        self,
-        grad: torch.Tensor,
-        masked: torch.Tensor,
-        inner: torch.Tensor,
-        mask: torch.Tensor | None,
-        *,
-        needs_x: bool = True,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
-        """Gradient of the input x in two parts, and those of every adapter's A and B. The gradient is the first part
-        plus mask times the second, which is None where there is nothing to be masked."""
+        self, grad: torch.Tensor, mask: torch.Tensor | None, *, needs_x: bool = True, wide: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The gradient of the input, [n, in] (None unless `needs_x`), and that of the inner values, [n, R]; both
+        column-major if `wide`. `mask`: what the adapters' input was multiplied by."""
         if not needs_x:
-            through = grad @ self.weights.beside
-            d_x = None
-        else:
-            both = self.weights.product_back(grad)
-            d_x, through = both[:, : self.inputs], both[:, self.inputs :]
-        if not self.adapters:
-            return d_x, None, []
-        of_a = through.t() @ masked
-        more = None
-        if d_x is not None and mask is None:
-            d_x.addmm_(through, self.stacked_a)
-        elif d_x is not None:
-            more = through @ self.stacked_a
-        return d_x, more, self.gradients(of_a, grad, inner)
+            return None, grad @ self.weights.beside
+        both = self.weights.product_back(grad, wide=wide)
+        d_x, through = both[:, : self.inputs], both[:, self.inputs :]
+        if mask is not None:  # in the memory order of what it is added to
+            more = (self.stacked.t() @ through.t()).t() if wide else through @ self.stacked
+            d_x.addcmul_(more, mask)
+        elif self.adapters:
+            d_x.addmm_(through, self.stacked)
+        return d_x, through
 
-    def gradients(self, of_a: torch.Tensor, grad: torch.Tensor, inner: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of every adapter's A and B, given that of all A stacked, [R, in]."""
-        found = []
+    def gradients(
+        self, masked: torch.Tensor, grad: torch.Tensor, inner: torch.Tensor, through: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Those of every adapter's A and B, in their order.
+
+        Args:
+            masked: what the adapters took, [n, in].
+            grad: of the joint product's result, [n, out].
+            inner: A masked, [n, R].
+            through: the gradient of `inner`, [n, R].
+        """
+        if not self.adapters:
+            return []
+        found, of_a = [], through.t() @ masked
         for one in self.adapters:
             # Twice as fast as the product of the transposed.
             of_b = (inner[:, one.ranks].t() @ grad[:, one.outputs]).t()

@@ -1,9 +1,9 @@
 """Numbers of rows that a processor's bfloat16 products are cheap for.
 
-oneDNN, which multiplies with adapters in any case and with base weights where no kernels do, compiles every product of
-a new shape and keeps what it compiled, about half a megabyte each. Packed batches have a new number of tokens in almost
-every step, so that a process grew by 25 MB a step (docs/experiments.md, "bfloat16 on a processor"). With rows of zeros
-behind the real ones there are few shapes.
+oneDNN, which multiplies where no kernels do (and with adapters of layers that are not one call), compiles every product
+of a new shape and keeps what it compiled, about half a megabyte each. Packed batches have a new number of tokens in
+almost every step, so that a process grew by 25 MB a step (docs/experiments.md, "bfloat16 on a processor"). With rows of
+zeros behind the real ones there are few shapes.
 """
 
 from __future__ import annotations

@@ -52,7 +52,6 @@ class ChatTrainee:
         self.head: torch.nn.Linear = model.get_output_embeddings()  # frozen
         held = isinstance(self.head, FrozenLinear)
         self.output = Held.of([self.head.frozen]) if held else Dense.of(self.head)
-        self.logits_at_once = head.FEW if held else head.CHUNK
         on_gpu = self.device.type == "cuda"
         masks = (plan.lora_dropout, plan.seed)
         self.dropout = DrawnOnGpu(*masks, like=self.head.weight) if on_gpu else Dropout(*masks)
@@ -158,7 +157,6 @@ class ChatTrainee:
             one.targets,
             smoothing=plan.label_smoothing if training else 0.0,
             temperatures=() if training else TEMPERATURES,
-            chunk=self.logits_at_once,
         )
         entries = one.entries
         return Losses(
@@ -188,7 +186,6 @@ class ChatTrainee:
             self.output,
             filled.targets,
             smoothing=self.plan.label_smoothing,
-            chunk=self.logits_at_once,
         )
         (loss * filled.weights).sum().backward()
         return nll, right
