@@ -53,6 +53,7 @@ def run_heldout(task: str, steps: int, contender: str, model: str, size: int) ->
     import torch
 
     from heldout.engine import device, weights
+    from heldout.pipeline import memory
     from heldout.train import loop
     from heldout.train.memory import keep_freed_memory
 
@@ -66,6 +67,7 @@ def run_heldout(task: str, steps: int, contender: str, model: str, size: int) ->
     plan = plan_of(split, 0, model, batch_size=size)
     ours = trainer(use_kernels=contender == "heldout")
     plan = ours.fit(plan, split, base_model=model)
+    predicted = memory.predict(*ours.sizes(plan, split, base_model=model), plan)
     trainee: Any = ours.build(plan, split, model, None)
     keep_freed_memory()
     rows = trainee.rows(examples, task)
@@ -88,7 +90,7 @@ def run_heldout(task: str, steps: int, contender: str, model: str, size: int) ->
         "examples_per_second": steps * size / spent,
         "loss": found.loss,
         "share_of_peak": work / spent / statistics.median(peaks),
-        "predicted_memory_bytes": plan.predicted_memory_bytes,
+        "predicted_memory_bytes": predicted.of_training,
     }
 
 
@@ -277,7 +279,10 @@ def tell(task: str, found: dict[str, list[dict[str, float]]]) -> None:
         )
     if predicted := ours.get("predicted_memory_bytes"):
         off = predicted / ours["peak_memory_bytes"] - 1
-        print(f"{task}: predicted memory {predicted / 2**30:.2f} GiB, {off:+.0%} of what was measured", file=sys.stderr)
+        print(
+            f"{task}: predicted memory of the steps alone {predicted / 2**30:.2f} GiB, {off:+.0%} of what was measured",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

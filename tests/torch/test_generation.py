@@ -63,6 +63,7 @@ def test_a_stream_is_the_chat_in_pieces(
 ) -> None:
     if small:
         request.getfixturevalue("small_steps")
+    most = 0
     for model in (base, tuned):
         for conversation in (TASK[0], *MIXED):
             (reply,) = engine.chat(model, [conversation], GREEDY)
@@ -74,7 +75,8 @@ def test_a_stream_is_the_chat_in_pieces(
                 reply.prompt_tokens,
                 reply.completion_tokens,
             )
-    assert len(pieces) > 3, "it comes in pieces"
+            most = max(most, len(pieces))
+    assert most > 3, "it comes in pieces"
 
 
 def test_a_stop_string_ends_the_answer_before_it(engine: LocalEngine, tuned: ModelRef) -> None:

@@ -17,6 +17,10 @@ from heldout.engine.portions import GPU, PROCESSOR, Portions
 # Read when torch first multiplies on a GPU: without it the order of its sums is not fixed (see `repeatable`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Products in bfloat16 on a processor that oneDNN has compiled and keeps, half a megabyte each: it would keep 1,024, of
+# all the shapes that prompts and answers come in. Read when torch first multiplies so.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 #: What torch hands to MKL's vector functions, of what models, training and evaluation compute.
 VECTOR_FUNCTIONS = (
     *(torch.cos, torch.sin, torch.tan, torch.tanh, torch.exp, torch.expm1, torch.log, torch.log1p, torch.log2),

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from heldout.pipeline.plan import TrainPlan
 
 GIB = 1 << 30
-#: The interpreter with torch, transformers and what a job imports besides, measured.
+#: The interpreter with torch and transformers, measured.
 RUNTIME = 450 << 20
+#: What a job holds besides when it comes to training: what its checks and rungs import and leave behind, measured.
+JOB = 256 << 20
 #: What oneDNN compiles for bfloat16 products, measured (train/rounding.py): for adapters that answer, where kernels
 #: compute all else, and for all of a training.
 COMPILED = (100 << 20, 150 << 20)
@@ -80,12 +82,18 @@ class Need:
     evaluation: int  # of a validation, or of answering prompts
     recorded: int = 0  # what recorded steps hold (train/graphs.py) beside others that run as they are
     runtime: int = RUNTIME
+    job: int = JOB
 
     @property
     def peak(self) -> int:
         """The most at any time. What a step has freed is used again by a validation."""
         training = self.adapter + self.recorded + self.training
-        return round(self.runtime + SLACK * (self.weights + max(training, self.evaluation)))
+        return round(self.runtime + self.job + SLACK * (self.weights + max(training, self.evaluation)))
+
+    @property
+    def of_training(self) -> int:
+        """The most in a process that takes steps and does nothing else."""
+        return round(self.runtime + SLACK * (self.weights + self.adapter + self.recorded + self.training))
 
 
 def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
@@ -114,6 +122,7 @@ def predict(shapes: Shapes, sizes: Sizes, plan: TrainPlan) -> Need:
         evaluation=max(validating + (step if shapes.gpu else 0), answering + (compiled if whole else 0)),
         recorded=step if shapes.gpu else 0,
         runtime=GPU_RUNTIME if shapes.gpu else RUNTIME + (0 if whole else compiled),
+        job=0 if shapes.gpu else JOB,
     )
 
 
@@ -156,7 +165,8 @@ def _with_reasons(chosen: TrainPlan, before: TrainPlan, need: Need, limit: int, 
         reasons["checkpointing"] = f"layers are computed twice to need {fits}"
     reasons["predicted_memory_bytes"] = (
         f"weights {need.weights / GIB:.2f} GiB, adapter and optimizer {need.adapter / GIB:.2f}, a step "
-        f"{need.training / GIB:.2f}, evaluation {need.evaluation / GIB:.2f}, the rest {need.runtime / GIB:.2f}"
+        f"{need.training / GIB:.2f}, evaluation {need.evaluation / GIB:.2f}, "
+        f"the rest {(need.runtime + need.job) / GIB:.2f}"
     )
     return replace(chosen, predicted_memory_bytes=need.peak, reasons=reasons)
 

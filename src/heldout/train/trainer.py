@@ -90,24 +90,32 @@ class TorchTrainer:
         if catalogue.kind_of(folder) == catalogue.ENCODER:
             encoder, longest = classifier.shapes(plan, folder, stored.parameters(folder), split)
             return encoder_memory.fit(plan, encoder, limit, longest=longest, valid_tokens=device.portions().padded)
+        config = sft.config_of(folder)
+        body.refuse(config, cut=plan.freeze_layers)
+        shapes, sizes = self.sizes(plan, split, base_model=base_model, directory=directory)
+        plan = memory.fit(plan, shapes, sizes, limit)
+        body.refuse(config, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
+        return plan
+
+    def sizes(
+        self, plan: TrainPlan, split: Split, *, base_model: str, directory: Path | None = None
+    ) -> tuple[memory.Shapes, memory.Sizes]:
+        """What the memory of a chat model's training depends on."""
+        folder = self._folder(base_model)
         precision = (
             weights.keep_precision(directory, self._precision)
             if directory
             else weights.choose_precision(self._precision)
         )
-        config = sft.config_of(folder)
-        body.refuse(config, cut=plan.freeze_layers)
         template = ChatTemplate(weights.load_tokenizer(folder))
         rows, others = _tokenize(template, split, plan.max_length)
         copies, _ = that_fit(split.copies, lambda some: sft.tokenize(template, some, plan.max_length, "copies"))
         kernels = self._kernels(directory)
-        shapes = sft.shapes(config, folder, precision, gpu=device.is_gpu(), kernels=kernels)
+        shapes = sft.shapes(sft.config_of(folder), folder, precision, gpu=device.is_gpu(), kernels=kernels)
         turns = max(1, 2 * max(map(len, copies), default=0))  # epochs until every copy was seen
         steps = range(1, turns * math.ceil(len(rows) / plan.batch_size) + 1)
         batches = [loop.batch(plan, rows, copies, step) for step in steps]
-        plan = memory.fit(plan, shapes, sft.sizes(plan, shapes, batches, others), limit)
-        body.refuse(config, cut=plan.freeze_layers, checkpoint=plan.checkpointing)
-        return plan
+        return shapes, sft.sizes(plan, shapes, batches, others)
 
     def train(
         self,
