@@ -46,8 +46,8 @@ def prepare_kernels(settings: Settings) -> str:
     _, why_not = compiling.choose(settings.cache, use=settings.uses_kernels)
     if why_not:
         return (
-            f"No kernels for this processor, since {why_not}: a training step takes a tenth to a third longer, and a "
-            "model up to twice the memory"
+            f"No kernels for this processor, since {why_not}: a training step takes a quarter longer, or up to "
+            "twice as long, and a model up to twice the memory"
         )
     return f"The kernels for this processor lie in {settings.cache}"
 

@@ -237,7 +237,7 @@ class TorchTrainer:
             self._told = True  # once, not for every fold
             watch.message(
                 f"Kernels for this processor are not used ({why_not}), torch's own operations train: a step takes a "
-                "tenth to a third longer, and weights may take twice the memory"
+                "quarter longer, or up to twice as long, and weights may take twice the memory"
             )
         return kernels
 
