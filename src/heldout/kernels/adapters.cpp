@@ -55,7 +55,7 @@ void multiply(int n, int total, const Rows<const bf16>& x, const Other<bf16>& y,
 // to[c][r] = by * from[r][c], of `rows` by `columns` numbers.
 template <class T, class Out>
 void turn(int rows, int columns, const Rows<const T>& from, float by, const Rows<Out>& to, int threads) {
-    threads = worth(threads, (int64_t)rows * columns, 1 << 14);
+    threads = worth(threads, (int64_t)rows * columns, FEW);
 #pragma omp parallel for schedule(static) num_threads(threads) collapse(2)
     for (int r = 0; r < rows; r += LANES)
         for (int c = 0; c < columns; c += LANES) {
@@ -69,7 +69,7 @@ void turn(int rows, int columns, const Rows<const T>& from, float by, const Rows
 // A stacked, in the type of the tokens' numbers, and scaling B in its place beside the weights.
 template <class T>
 void lay(const Adapters& adapters, int inputs, T* stacked, const Rows<T>& beside, int threads) {
-    threads = worth(threads, (int64_t)adapters.ranks() * inputs, 1 << 14);
+    threads = worth(threads, (int64_t)adapters.ranks() * inputs, FEW);
 #pragma omp parallel num_threads(threads)
     for (int i = 0, first = 0; i < adapters.count; first += adapters.all[i++].rank) {
         const Adapter& one = adapters.all[i];

@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int64_t FEW = 1 << 14;  // numbers that are worth a thread
-
 inline vec sigmoid(vec x) { return 1.f / (1.f + power(-x)); }
 
 }  // namespace

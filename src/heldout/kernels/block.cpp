@@ -36,8 +36,6 @@ struct Tokens {
 
 namespace {
 
-constexpr int64_t FEW = 1 << 14;  // numbers that are worth a thread
-
 // Memory that is taken, given back in parts, and measured.
 struct Memory {
     Room room;

@@ -41,7 +41,7 @@ bool is_first(const T* logits, int64_t target, float highest) {
 template <class T>
 void cross_entropy(int rows, int size, T* logits, const int64_t* targets, float smoothing, bool gradient, float* losses,
                    float* plain, bool* right, int threads) {
-    threads = worth(threads, (int64_t)rows * size, 1 << 14);
+    threads = worth(threads, (int64_t)rows * size, FEW);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> powers((size + LANES - 1) / LANES * LANES);

@@ -84,6 +84,8 @@ static inline void store_one(T* to, float x) {
     store(to, all(x), 1);
 }
 
+constexpr int64_t FEW = 1 << 14;  // numbers of a pass over memory that are worth a thread
+
 // So many of the threads that each has at least `least` of `work`: to wait for one that is late takes longer than a little.
 static inline int worth(int threads, int64_t work, int64_t least) {
     const int64_t most = work / least;
